@@ -1,0 +1,1 @@
+"""Preference data: rows of files to token ids, micro-batches and their order."""

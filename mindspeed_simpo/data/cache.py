@@ -1,0 +1,140 @@
+"""Tokenised rows on disk: one checksummed Arrow file for each combination of content, tokenizer and options."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from mindspeed_simpo.data.workers import PlacedResult, Problem
+from mindspeed_simpo.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    [
+        ("source", pa.int32()),
+        ("line", pa.int64()),
+        ("kind", pa.string()),
+        ("message", pa.string()),
+        ("prompt_ids", _TOKENS),
+        ("chosen_ids", _TOKENS),
+        ("rejected_ids", _TOKENS),
+        ("prompt_cut", pa.int32()),
+        ("chosen_cut", pa.int32()),
+        ("rejected_cut", pa.int32()),
+    ]
+)
+"""``kind`` is null for a row that can be used; then ``message`` is null too, else the token columns are empty."""
+
+_BATCH_ROWS = 1000
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def cache_folder(data_cache_dir: str | None) -> Path:
+    """The configured folder of everything that is computed once and kept, or the default one.
+
+    Raises:
+        ConfigError: where the default, or a ``~``, is meant and this user has no home folder.
+    """
+    try:
+        return Path(data_cache_dir or "~/.cache/mindspeed_simpo").expanduser()
+    except RuntimeError:
+        raise ConfigError("data_cache_dir: this user has no home folder to keep tokenised data in; set it") from None
+
+
+def read_table(path: Path) -> Any | None:
+    """The memory-mapped table of a cache file, or ``None`` where there is none or it is damaged."""
+    try:
+        if not path.is_file():
+            return None
+        data = pa.memory_map(str(path)).read_buffer()
+        body = memoryview(data)[:-_DIGEST_BYTES]
+        if data.size <= _DIGEST_BYTES or hashlib.sha256(body).digest() != bytes(memoryview(data)[-_DIGEST_BYTES:]):
+            raise ValueError("the checksum does not match")
+        table = pa.ipc.open_file(data.slice(0, data.size - _DIGEST_BYTES)).read_all()
+        if table.schema != SCHEMA:
+            raise ValueError("the columns differ")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        logger.warning("%s: damaged, tokenising again: %s", path, error)
+        return None
+    return table
+
+
+def write_table(path: Path, results: Iterable[PlacedResult]) -> None:
+    """Write a cache file; it appears under its name whole or not at all, whoever else writes it meanwhile.
+
+    Raises:
+        DataError: where the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise _not_writable(path, error) from None
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            digest = hashlib.sha256()
+            sink = _HashingFile(file, digest)
+            with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), SCHEMA) as writer:
+                for batch in _batches(results):
+                    writer.write_batch(batch)
+            file.write(digest.digest())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise _not_writable(path, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _not_writable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path.parent}: cannot write tokenised data: {error.strerror or error}; "
+        "set data_cache_dir to a folder that can be written"
+    )
+
+
+class _HashingFile:
+    """The writable file that Arrow needs, which also feeds a digest."""
+
+    closed = False
+
+    def __init__(self, file: Any, digest: Any) -> None:
+        self._file = file
+        self._digest = digest
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return int(self._file.write(data))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        pass
+
+
+def _batches(results: Iterable[PlacedResult]) -> Iterator[Any]:
+    results = iter(results)
+    while chunk := list(islice(results, _BATCH_ROWS)):
+        yield pa.RecordBatch.from_pylist([_columns(result) for result in chunk], schema=SCHEMA)
+
+
+def _columns(result: PlacedResult) -> dict[str, Any]:
+    columns: dict[str, Any] = {"source": result.source, "line": result.line}
+    if isinstance(result.value, Problem):
+        empty: dict[str, Any] = {key: [] for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        cuts = dict.fromkeys(("prompt_cut", "chosen_cut", "rejected_cut"), 0)
+        return {**columns, "kind": result.value.kind, "message": result.value.message, **empty, **cuts}
+    return {**columns, **vars(result.value)}

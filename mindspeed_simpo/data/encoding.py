@@ -1,0 +1,174 @@
+"""Conversations to token ids: separate tokenisation of prompt and response, and truncation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from mindspeed_simpo.batch import TokenizedPair
+from mindspeed_simpo.data.rows import ConversationPair
+from mindspeed_simpo.data.template import ChatFormat
+from mindspeed_simpo.data.turns import RowError, malformed
+
+_ANCHOR = "\n"
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of one pair, cut to the sequence length."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    prompt_cut: int = 0
+    """Tokens cut from the prompt."""
+    chosen_cut: int = 0
+    """Tokens cut from the end of the chosen response, its end of turn included."""
+    rejected_cut: int = 0
+    """Tokens cut from the end of the rejected response, its end of turn included."""
+
+
+class PairEncoder:
+    """Render, tokenise and, where asked, cut pairs.
+
+    ``prompt_ids`` is the prompt with the generation prompt, ``chosen_ids`` and ``rejected_ids`` are what follows it up
+    to and with one end-of-turn token. Prompt and response are tokenised separately, as at generation, and no special
+    token is added beyond those that the template renders.
+
+    Truncation of a pair longer than ``seq_length`` (``keep_end``, ``keep_start``: which end of the prompt stays): the
+    prompt is cut as far as needed for the longer response, but not below ``prompt_limit``; what closes the last turn
+    and the assistant header always stay, and so does a BOS at the start, without which many models degrade. Chosen and
+    rejected share the cut prompt. A response that is then still too long loses its tail, with its end of turn, never
+    its first token.
+
+    Args:
+        tokenizer: With a chat template.
+        seq_length: Longest sequence, tokens.
+        prompt_limit: Where the prompt is cut no further, tokens.
+        truncation: ``error`` and ``drop`` report a pair that is too long; which of the two is the caller's.
+
+    Raises:
+        ModelError: where the chat template cannot serve.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seq_length: int,
+        prompt_limit: int,
+        truncation: Literal["error", "drop", "keep_end", "keep_start"],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._format = ChatFormat(tokenizer)
+        self._seq_length = seq_length
+        self._prompt_limit = prompt_limit
+        self._truncation = truncation
+        self._anchor_ids = self._find_anchor()
+
+    def encode(self, pair: ConversationPair | TokenizedPair) -> EncodedPair:
+        """Encode one pair; one that is tokenised already is only checked and, where asked, cut.
+
+        Raises:
+            RowError: as :meth:`ChatFormat.render`; of kind ``too_long`` where truncation is ``error`` or ``drop``; of
+                kind ``identical`` where chosen and rejected are the same tokens.
+        """
+        if isinstance(pair, TokenizedPair):
+            return self._taken(pair)
+        text = self._format.render(pair)
+        encoded = EncodedPair(
+            self._tokenise(text.prompt),
+            self._response_ids("chosen", text.chosen),
+            self._response_ids("rejected", text.rejected),
+        )
+        return self._fitted(encoded, text.before_header)
+
+    def _taken(self, pair: TokenizedPair) -> EncodedPair:
+        highest = max((*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids))
+        if highest >= len(self._tokenizer):
+            raise malformed(f"id {highest} is not one of the tokenizer's {len(self._tokenizer)}: tokenised by another")
+        return self._fitted(EncodedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids), None)
+
+    def _fitted(self, encoded: EncodedPair, before_header: str | None) -> EncodedPair:
+        if encoded.chosen_ids == encoded.rejected_ids:
+            raise RowError("identical", "chosen and rejected are the same tokens")
+        longest = len(encoded.prompt_ids) + max(len(encoded.chosen_ids), len(encoded.rejected_ids))
+        return encoded if longest <= self._seq_length else self._cut(encoded, before_header)
+
+    def _cut(self, pair: EncodedPair, before_header: str | None) -> EncodedPair:
+        prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
+        lengths = f"prompt {len(prompt)} tokens, chosen {len(chosen)}, rejected {len(rejected)}"
+        longest = len(prompt) + max(len(chosen), len(rejected))
+        if self._truncation in ("error", "drop"):
+            raise RowError("too_long", f"{longest} tokens ({lengths}), seq_length is {self._seq_length}")
+        room = self._seq_length - max(len(chosen), len(rejected))
+        keep = min(len(prompt), max(room, self._prompt_limit))
+        head, header = self._untouchable(prompt, before_header)
+        keep = max(keep, head + header)
+        if keep >= self._seq_length:
+            raise RowError(
+                "too_long",
+                f"{longest} tokens ({lengths}): the assistant header alone has {head + header}, "
+                f"so that seq_length {self._seq_length} leaves no room for the response",
+            )
+        cut_prompt = self._cut_prompt(prompt, keep, head, header)
+        room = self._seq_length - len(cut_prompt)
+        if chosen[:room] == rejected[:room]:
+            raise RowError("identical", f"chosen and rejected are the same in the {room} tokens that truncation leaves")
+        return EncodedPair(
+            cut_prompt,
+            chosen[:room],
+            rejected[:room],
+            prompt_cut=len(prompt) - len(cut_prompt),
+            chosen_cut=max(0, len(chosen) - room),
+            rejected_cut=max(0, len(rejected) - room),
+        )
+
+    def _cut_prompt(self, prompt: list[int], keep: int, head: int, header: int) -> list[int]:
+        if self._truncation == "keep_end":
+            return prompt[:head] + prompt[len(prompt) - (keep - head) :]
+        return prompt[: keep - header] + prompt[len(prompt) - header :]
+
+    def _untouchable(self, prompt: list[int], before_header: str | None) -> tuple[int, int]:
+        """Tokens at the start (BOS) and at the end (assistant header) of the prompt that no truncation cuts."""
+        head = int(bool(prompt) and prompt[0] == self._tokenizer.bos_token_id)
+        if before_header is None:  # tokenised elsewhere: where the header begins is not known
+            return head, 0
+        before = self._tokenise(before_header)
+        common = 0
+        while common < min(len(before), len(prompt)) and before[common] == prompt[common]:
+            common += 1
+        return head, len(prompt) - max(common, head)
+
+    def _response_ids(self, name: str, text: str) -> list[int]:
+        ids = self._tokenise(text, continues=True)
+        end = self._format.end_of_turn_id
+        if not ids:
+            raise RowError("empty", f"{name}: the response has no token")
+        if end in ids:
+            raise malformed(f"{name}: the end-of-turn token appears within the response")
+        return [*ids, end]
+
+    def _tokenise(self, text: str, *, continues: bool = False) -> list[int]:
+        """Ids of ``text`` as it stands; with ``continues``, as it stands after other text."""
+        if continues and self._anchor_ids:
+            ids = self._ids(_ANCHOR + text)
+            if ids[: len(self._anchor_ids)] == self._anchor_ids:
+                return ids[len(self._anchor_ids) :]
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        encoded = self._tokenizer(text, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+        return list(encoded["input_ids"])
+
+    def _find_anchor(self) -> list[int]:
+        """Ids of a newline for tokenizers that put a space before every text (Llama-2's kind), else nothing.
+
+        A response follows a prompt: a model never generates that extra space, so it must not be trained on.
+        """
+        anchor = self._ids(_ANCHOR)
+        anchored = self._ids(_ANCHOR + "a")
+        separable = anchored[: len(anchor)] == anchor
+        return anchor if separable and anchored[len(anchor) :] != self._ids("a") else []

@@ -1,0 +1,111 @@
+"""Which pairs a rank sees at which step: a function of the seed and the number of consumed pairs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from mindspeed_simpo.batch import FILLER_PAIR, PairBatch, TokenizedPair
+from mindspeed_simpo.data.collate import collate_padded
+from mindspeed_simpo.errors import DataError
+
+
+@runtime_checkable
+class Pairs(Protocol):
+    """What a loader needs of a dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> TokenizedPair: ...
+
+
+class PairLoader:
+    """One data-parallel rank's micro-batches of each global batch.
+
+    The pairs form an endless stream, epoch after epoch, each epoch shuffled by a generator that ``(seed, epoch)``
+    seeds; a global batch is ``global_batch_size`` pairs of it and may straddle epochs. Within it, micro-batch ``m`` of
+    rank ``d`` holds the pairs ``(m * data_parallel_size + d) * micro_batch_size`` and following: set and order of a
+    global batch do not depend on the number of ranks or the size of a micro-batch. Nothing is remembered between
+    steps, so that a resumed run needs ``consumed_pairs`` and no more.
+
+    Args:
+        dataset: At least one pair.
+        seed: Of the order; ``None`` keeps row order in every epoch.
+        global_batch_size: Pairs of one optimizer step, over all ranks.
+        micro_batch_size: Pairs of one micro-batch.
+        data_parallel_rank: This rank, from 0.
+        data_parallel_size: Number of data-parallel ranks.
+        multiple_of: The padded length is rounded up to a multiple of it.
+
+    Raises:
+        DataError: where the dataset is empty.
+        ValueError: where the batch does not divide, or the rank is not one of the ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: Pairs,
+        *,
+        seed: int | None,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        multiple_of: int = 1,
+    ) -> None:
+        if not len(dataset):
+            raise DataError("the dataset has no pair")
+        if global_batch_size % (micro_batch_size * data_parallel_size):
+            raise ValueError(
+                f"{global_batch_size} pairs do not divide into {data_parallel_size} ranks x {micro_batch_size} pairs"
+            )
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise ValueError(f"rank {data_parallel_rank} of {data_parallel_size}")
+        self._dataset = dataset
+        self._seed = seed
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._rank = data_parallel_rank
+        self._ranks = data_parallel_size
+        self._multiple_of = multiple_of
+        self._last_order: tuple[int, list[int]] | None = None
+
+    def train_step(self, consumed_pairs: int) -> list[PairBatch]:
+        """This rank's micro-batches of the global batch that starts after ``consumed_pairs`` pairs of the stream."""
+        pair_ids: list[int] = []
+        while len(pair_ids) < self._global_batch_size:
+            epoch, start = divmod(consumed_pairs + len(pair_ids), len(self._dataset))
+            pair_ids += self._order(epoch)[start : start + self._global_batch_size - len(pair_ids)]
+        return self._micro_batches(pair_ids)
+
+    def eval_steps(self, max_global_batches: int | None = None) -> Iterator[list[PairBatch]]:
+        """This rank's micro-batches of each global batch of one pass in row order.
+
+        The last global batch is filled up with filler pairs, so that all ranks have the same number of micro-batches.
+        """
+        total = -(-len(self._dataset) // self._global_batch_size)
+        for step in range(total if max_global_batches is None else min(total, max_global_batches)):
+            start = step * self._global_batch_size
+            pair_ids = list(range(start, min(start + self._global_batch_size, len(self._dataset))))
+            yield self._micro_batches(pair_ids + [FILLER_PAIR] * (self._global_batch_size - len(pair_ids)))
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._last_order is None or self._last_order[0] != epoch:
+            ids = np.arange(len(self._dataset))
+            if self._seed is not None:
+                # RandomState, not Generator: numpy keeps its streams the same for ever, a resumed run relies on it.
+                seed = np.random.SeedSequence([self._seed, epoch])
+                np.random.RandomState(np.random.MT19937(seed)).shuffle(ids)
+            self._last_order = (epoch, ids.tolist())
+        return self._last_order[1]
+
+    def _micro_batches(self, pair_ids: Sequence[int]) -> list[PairBatch]:
+        size = self._micro_batch_size
+        batches = []
+        for start in range(self._rank * size, len(pair_ids), self._ranks * size):
+            ids = pair_ids[start : start + size]
+            pairs = [None if pair_id == FILLER_PAIR else self._dataset[pair_id] for pair_id in ids]
+            batches.append(collate_padded(pairs, ids, multiple_of=self._multiple_of))
+        return batches

@@ -1,0 +1,287 @@
+"""Row forms: the columns of one row to a prompt with a chosen and a rejected answer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mindspeed_simpo.data.turns import (
+    Message,
+    RowError,
+    Tags,
+    a,
+    as_text,
+    check_prompt,
+    found,
+    malformed,
+    quoted,
+    read_message,
+    read_messages,
+    read_tools,
+)
+from mindspeed_simpo.errors import ConfigError
+
+_DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "instruction"),
+    "query": ("input",),
+    "response": ("output",),
+    "history": ("history",),
+    "messages": ("conversations",),
+    "system": ("system",),
+    "tools": ("tools",),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+}
+_SPARE_MESSAGES_COLUMN = "messages"
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The columns of a row that a row form reads, by canonical name, and what the data calls them."""
+
+    values: dict[str, Any]
+    columns: dict[str, str]
+    row: Mapping[str, Any]
+
+    def get(self, name: str) -> Any:
+        return self.values.get(name)
+
+    def text(self, name: str) -> str:
+        return as_text(self.values[name], self.columns[name])
+
+
+@dataclass(frozen=True)
+class ConversationPair:
+    """One row: the shared turns and the two last assistant turns."""
+
+    prompt: tuple[Message, ...]
+    chosen: Message
+    rejected: Message
+    tools: str | None = None
+    """JSON list of tool descriptions, or ``None``."""
+
+
+class RowReader:
+    """Recognise the form of a row by its columns.
+
+    Canonical names are MindSpeed-LLM's ``--map-keys``: ``prompt`` (column ``prompt`` or ``instruction``), ``query``
+    (``input``), ``response`` (``output``), ``history``, ``messages`` (``conversations``), ``system``, ``tools``,
+    ``chosen``, ``rejected``, and ``tags`` with the key and role names inside messages. A canonical name that is mapped
+    to an empty string has no column.
+
+    Args:
+        map_keys: ``{canonical name: column}``, or ``None`` for the columns above.
+
+    Raises:
+        ConfigError: for an unknown canonical name or tag.
+    """
+
+    def __init__(self, map_keys: Mapping[str, str | dict[str, str]] | None) -> None:
+        columns = dict(_DEFAULT_COLUMNS)
+        self.tags = Tags()
+        self._required: dict[str, str] = {}
+        for name, column in (map_keys or {}).items():
+            if name == "tags":
+                self.tags = _tags(column)
+            elif name not in columns:
+                raise ConfigError(f"map_keys: unknown name `{name}`; {_nearest(name, [*columns, 'tags'])}")
+            elif not isinstance(column, str):
+                raise ConfigError(f"map_keys: `{name}` must be the name of one column, found {found(column)}")
+            else:
+                # Naming a column that is not the default one promises that it is there: a typo must not pass.
+                if column and column not in columns[name]:
+                    self._required[name] = column
+                columns[name] = (column,) if column else ()
+        self._columns = columns
+
+    @property
+    def column_names(self) -> list[str]:
+        """Every column that any row form may read."""
+        names = [column for candidates in self._columns.values() for column in candidates]
+        return [*dict.fromkeys([*names, _SPARE_MESSAGES_COLUMN])]
+
+    def read(self, row: Any) -> ConversationPair:
+        """Turn one decoded row into its conversations.
+
+        Raises:
+            RowError: naming the column or turn that is wrong, what was found and what was expected.
+        """
+        if not isinstance(row, Mapping):
+            raise malformed(f"expected an object of columns, found {found(row)}")
+        cells = self._select(row)
+        chosen, rejected = self._answers(cells)
+        prompt = self._prompt(cells, chosen)
+        before_chosen, chosen_answer = _split_answer("chosen", prompt, chosen)
+        before_rejected, rejected_answer = _split_answer("rejected", prompt, rejected)
+        shared = _shared_prompt(before_chosen, before_rejected)
+        if cells.get("history") and (
+            prompt is None or "messages" in cells.values or isinstance(cells.get("prompt"), list)
+        ):
+            raise malformed(f"`{cells.columns['history']}` goes with a text prompt, not with a list of messages")
+        if "prompt" in cells.values and (prompt is None or "messages" in cells.values):
+            _check_prompt_text(cells, shared)
+        if "system" in cells.values:
+            shared = self._with_system(cells.text("system"), shared)
+        check_prompt(shared)
+        for name, answer in (("chosen", chosen_answer), ("rejected", rejected_answer)):
+            if not answer.content.strip() and answer.tool_calls is None:
+                raise RowError("empty", f"{name}: the response has no text")
+        if chosen_answer == rejected_answer:
+            raise RowError("identical", "chosen and rejected are the same text")
+        tools = read_tools(cells.get("tools"), cells.columns["tools"]) if "tools" in cells.values else None
+        return ConversationPair(tuple(shared), chosen_answer, rejected_answer, tools)
+
+    def _select(self, row: Mapping[str, Any]) -> _Cells:
+        for name, column in self._required.items():
+            if column not in row:
+                raise malformed(f"map_keys names the column `{column}` for `{name}`, the row has {quoted(row)}")
+        cells = _Cells({}, {}, row)
+        for name, candidates in self._columns.items():
+            present = [column for column in candidates if row.get(column) is not None]
+            if len(present) > 1:
+                raise malformed(f"both {quoted(present)} could be the {name}; say which with map_keys")
+            if present:
+                cells.values[name] = row[present[0]]
+                cells.columns[name] = present[0]
+        spare = row.get(_SPARE_MESSAGES_COLUMN)
+        if spare is not None and not (
+            cells.values.keys() & {"messages", "prompt"} or _is_conversation(row.get("chosen"))
+        ):
+            # Not beside whole conversations: UltraFeedback repeats the chosen one here.
+            cells.values["messages"] = spare
+            cells.columns["messages"] = _SPARE_MESSAGES_COLUMN
+        return cells
+
+    def _answers(self, cells: _Cells) -> tuple[list[Message], list[Message]]:
+        if self._columns["chosen"] == self._columns["rejected"] != ():
+            both = "chosen"
+        elif cells.values.keys() & {"chosen", "rejected"}:
+            both = None
+        else:
+            both = "response" if "response" in cells.values else None
+        if both is None:
+            return self._answer_cell("chosen", cells), self._answer_cell("rejected", cells)
+        # LLaMA-Factory's ranking rows: one column holds [chosen, rejected].
+        column = cells.columns.get(both, self._columns[both][0])
+        pair = cells.get(both)
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise malformed(f"{column}: expected a list of two texts, [chosen, rejected], found {found(pair)}")
+        return self._answer(pair[0], f"{column}[0]"), self._answer(pair[1], f"{column}[1]")
+
+    def _answer_cell(self, name: str, cells: _Cells) -> list[Message]:
+        if name in cells.values:
+            return self._answer(cells.get(name), cells.columns[name])
+        column = self._columns[name][0] if self._columns[name] else name
+        if column in cells.row:
+            raise malformed(f"{column}: expected text, a message or a list of messages, found null")
+        raise malformed(
+            f"no {name} response: expected the column `{column}`, the row has {quoted(cells.row) or 'no columns'} "
+            "(`map_keys` tells other names)"
+        )
+
+    def _answer(self, value: Any, where: str) -> list[Message]:
+        if isinstance(value, str):
+            return [Message("assistant", as_text(value, where))]
+        if isinstance(value, Mapping):
+            return [read_message(value, where, self.tags)]
+        if isinstance(value, list):
+            return read_messages(value, where, self.tags)
+        raise malformed(f"{where}: expected text, a message or a list of messages, found {found(value)}")
+
+    def _prompt(self, cells: _Cells, chosen: list[Message]) -> list[Message] | None:
+        """Turns before the answer, or ``None`` where the answers themselves hold them."""
+        for name in ("messages", "prompt"):
+            if (name == "messages" and name in cells.values) or isinstance(cells.get(name), list):
+                return read_messages(cells.get(name), cells.columns[name], self.tags)
+        if len(chosen) > 1:
+            return None
+        if not cells.values.keys() & {"prompt", "query"}:
+            wanted = [*self._columns["prompt"], *self._columns["messages"]]
+            null = [column for column in wanted if column in cells.row]
+            raise malformed(
+                f"no prompt: expected the column {quoted(wanted)}, or whole conversations in chosen and rejected; "
+                f"the row has {quoted(cells.row)}{f', and {quoted(null)} is null' if null else ''} "
+                "(`map_keys` tells other names)"
+            )
+        parts = [cells.text(name) for name in ("prompt", "query") if name in cells.values]
+        question = Message("user", "\n".join(part for part in parts if part))
+        return [*_history(cells.get("history"), cells.columns.get("history", "")), question]
+
+    @staticmethod
+    def _with_system(text: str, prompt: list[Message]) -> list[Message]:
+        if not text.strip():
+            return prompt
+        if prompt and prompt[0].role == "system":
+            if prompt[0].content == text:
+                return prompt
+            raise malformed("the `system` column and a system turn of the conversation differ; keep one of them")
+        return [Message("system", text), *prompt]
+
+
+def _tags(value: Any) -> Tags:
+    known = [tag.name for tag in fields(Tags)]
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"map_keys: `tags` must be an object with keys of {', '.join(known)}, found {found(value)}")
+    for name in value:
+        if name not in known:
+            raise ConfigError(f"map_keys.tags: unknown name `{name}`; {_nearest(name, known)}")
+    return Tags(**value)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean `{nearest[0]}`?" if nearest else f"expected one of {', '.join(known)}"
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(item, Mapping) for item in value)
+
+
+def _history(value: Any, column: str) -> list[Message]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise malformed(f"{column}: expected a list of [question, answer], found {found(value)}")
+    turns: list[Message] = []
+    for index, item in enumerate(value):
+        where = f"{column}[{index}]"
+        if not isinstance(item, list) or len(item) != 2:
+            raise malformed(f"{where}: expected [question, answer], found {found(item)}")
+        turns.append(Message("user", as_text(item[0], f"{where}[0]")))
+        turns.append(Message("assistant", as_text(item[1], f"{where}[1]")))
+    return turns
+
+
+def _split_answer(name: str, prompt: list[Message] | None, turns: list[Message]) -> tuple[list[Message], Message]:
+    """The turns before the last assistant turn, and that turn."""
+    if turns[-1].role != "assistant":
+        raise malformed(f"{name}: the last turn must be an assistant turn, found {a(turns[-1].role)} turn")
+    if prompt is None:
+        return turns[:-1], turns[-1]
+    if len(turns) > 1 and turns[:-1] != prompt:
+        raise malformed(
+            f"{name}: expected one assistant turn, or the prompt's turns followed by one, found {len(turns)} turns"
+        )
+    return prompt, turns[-1]
+
+
+def _shared_prompt(chosen: list[Message], rejected: list[Message]) -> list[Message]:
+    if chosen != rejected:
+        common = 0
+        while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+            common += 1
+        raise malformed(
+            f"chosen and rejected part at turn {common + 1} of {len(chosen) + 1} and {len(rejected) + 1}: "
+            "only the last assistant turn may differ"
+        )
+    return list(chosen)
+
+
+def _check_prompt_text(cells: _Cells, turns: list[Message]) -> None:
+    """A prompt text beside whole conversations must be one of their user turns: else the row contradicts itself."""
+    column, text = cells.columns["prompt"], cells.text("prompt").strip()
+    users = [message.content.strip() for message in turns if message.role == "user"]
+    if not any(text in user or (user and user in text) for user in users):
+        raise malformed(f"the text of `{column}` is no user turn of the conversations beside it")

@@ -1,0 +1,244 @@
+"""Turns of a conversation: reading them from any of the message forms and checking their order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ProblemKind = Literal["malformed", "empty", "identical", "not_prefix", "too_long"]
+
+_EXTRA_KEYS = ("name", "tool_call_id")
+
+
+class RowError(Exception):
+    """Why one row cannot be used; becomes an entry of the data report, never a traceback."""
+
+    def __init__(self, kind: ProblemKind, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind = kind
+        self.message = printable(message)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def malformed(message: str) -> RowError:
+    """A :class:`RowError` of the most common kind."""
+    return RowError("malformed", message)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. Structured parts stay JSON text, so that a row travels between processes as plain strings."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+    tool_calls: str | None = None
+    """JSON list of calls in the form that chat templates read, or ``None``."""
+    extras: Mapping[str, str] = field(default_factory=dict)
+
+    def for_template(self) -> dict[str, Any]:
+        """The dictionary that a chat template reads."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content, **self.extras}
+        if self.tool_calls is not None:
+            message["tool_calls"] = json.loads(self.tool_calls)
+        return message
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Key and role names of message dictionaries; the defaults are sharegpt's (MindSpeed-LLM's ``tags``)."""
+
+    role_tag: str = "from"
+    content_tag: str = "value"
+    user_tag: str = "human"
+    assistant_tag: str = "gpt"
+    observation_tag: str = "observation"
+    function_tag: str = "function_call"
+    system_tag: str = "system"
+
+    def roles(self) -> dict[str, str]:
+        """Role names of the data: the configured ones, beside the ones of chat templates."""
+        return {
+            "system": "system",
+            "user": "user",
+            "assistant": "assistant",
+            "tool": "tool",
+            self.system_tag: "system",
+            self.user_tag: "user",
+            self.assistant_tag: "assistant",
+            self.observation_tag: "tool",
+            self.function_tag: "function",
+        }
+
+
+def a(role: str) -> str:
+    """The role with its article."""
+    return f"{'an' if role[:1] in 'aeiou' and role != 'user' else 'a'} {role}"
+
+
+def found(value: Any) -> str:
+    """Name a value for a message, briefly."""
+    if value is None or isinstance(value, bool):
+        return str(json.dumps(value))
+    if isinstance(value, int | float):
+        return f"the number {str(value)[:20]}"
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}"
+    if isinstance(value, Mapping):
+        return f"an object with the keys {quoted(value) or '(none)'}"
+    if isinstance(value, Sequence):
+        return f"a list of {len(value)}"
+    return f"a value of type {type(value).__name__}"
+
+
+def quoted(names: Any) -> str:
+    """``a, b`` in backticks, at most a dozen."""
+    names = [f"`{printable(str(name)[:40])}`" for name in names]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, with what cannot be shown or stored (control characters, lone surrogates) escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def as_text(value: Any, where: str) -> str:
+    """``value`` if it is text that UTF-8 can hold.
+
+    Raises:
+        RowError: for any other type, and for lone surrogates.
+    """
+    if not isinstance(value, str):
+        raise malformed(f"{where}: expected text, found {found(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise malformed(f"{where}: the character {value[error.start]!r} is half of a pair, not text") from None
+    return value
+
+
+def read_messages(value: Any, where: str, tags: Tags) -> list[Message]:
+    """Read a list of ``{role, content}`` or ``{from, value}`` objects.
+
+    Raises:
+        RowError: naming the element and key that is wrong.
+    """
+    if not isinstance(value, list):
+        raise malformed(f"{where}: expected a list of messages, found {found(value)}")
+    if not value:
+        raise RowError("empty", f"{where}: the list of messages is empty")
+    return [read_message(item, f"{where}[{index}]", tags) for index, item in enumerate(value)]
+
+
+def read_message(value: Any, where: str, tags: Tags) -> Message:
+    """Read one ``{role, content}`` or ``{from, value}`` object.
+
+    Raises:
+        RowError: naming the key that is wrong.
+    """
+    if not isinstance(value, Mapping):
+        raise malformed(f"{where}: expected a message object, found {found(value)}")
+    value = {key: item for key, item in value.items() if item is not None}
+    role_key, content_key = ("role", "content") if "role" in value else (tags.role_tag, tags.content_tag)
+    if role_key not in value:
+        raise malformed(f"{where}: expected the keys `role` and `content`, or `{tags.role_tag}` and "
+                        f"`{tags.content_tag}`, found {found(value)}")  # fmt: skip
+    role = _read_role(value[role_key], f"{where}.{role_key}", tags)
+    calls = value.get("tool_calls")
+    if content_key not in value and not calls:
+        raise malformed(f"{where}: `{content_key}` is missing or null")
+    content = as_text(value.get(content_key, ""), f"{where}.{content_key}")
+    if role == "function":
+        return Message("assistant", "", tool_calls=_calls_of_text(content, f"{where}.{content_key}"))
+    if calls and role != "assistant":
+        raise malformed(f"{where}: only an assistant turn can have `tool_calls`, this is {a(role)} turn")
+    extras = {key: as_text(value[key], f"{where}.{key}") for key in _EXTRA_KEYS if key in value}
+    tool_calls = _dump(_checked_calls(calls, f"{where}.tool_calls"), f"{where}.tool_calls") if calls else None
+    return Message(role, content, tool_calls, extras)  # type: ignore[arg-type]
+
+
+def _read_role(value: Any, where: str, tags: Tags) -> str:
+    roles = tags.roles()
+    if not isinstance(value, str) or value not in roles:
+        raise malformed(f"{where}: unknown role, {found(value)}; expected one of {', '.join(roles)}")
+    return roles[value]
+
+
+def _calls_of_text(content: str, where: str) -> str:
+    try:
+        calls = json.loads(content)
+    except (ValueError, RecursionError):
+        raise malformed(f"{where}: expected a function call as JSON, found {found(content)}") from None
+    calls = calls if isinstance(calls, list) else [calls]
+    return _dump(_checked_calls([{"type": "function", "function": call} for call in calls], where), where)
+
+
+def _checked_calls(calls: Any, where: str) -> list[Any]:
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise malformed(f"{where}: expected a list of calls, found {found(calls)}")
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise malformed(f"{where}: a function call needs a `name`, found {found(function)}")
+    return calls
+
+
+def _dump(value: Any, where: str) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise malformed(f"{where}: not plain JSON: {error}") from None
+    return as_text(text, where)
+
+
+def read_tools(value: Any, where: str) -> str | None:
+    """JSON list of tool descriptions from a list or its JSON text; ``None`` for nothing.
+
+    Raises:
+        RowError: where it is no list of objects.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise malformed(f"{where}: expected tools as JSON, found {found(value)}") from None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise malformed(f"{where}: expected a list of tool objects, found {found(value)}")
+    return _dump(value, where) if value else None
+
+
+_NEXT = {
+    "start": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "call": ("tool",),
+    "tool": ("tool", "assistant"),
+}
+
+
+def check_prompt(messages: Sequence[Message]) -> None:
+    """Check that a prompt is ``[system] user (assistant user)*``, with tool calls between, and that no turn is empty.
+
+    Raises:
+        RowError: naming the turn (counted from 1).
+    """
+    state = "start"
+    for number, message in enumerate(messages, start=1):
+        if message.role not in _NEXT[state]:
+            before = "at the start" if state == "start" else f"after turn {number - 1} ({messages[number - 2].role})"
+            raise malformed(
+                f"turn {number} is {a(message.role)} turn {before}; expected {' or '.join(_NEXT[state])}: "
+                "turns alternate, and a system turn comes first"
+            )
+        if message.role in ("user", "assistant") and not message.content.strip() and message.tool_calls is None:
+            raise RowError("empty", f"turn {number} ({message.role}) of the prompt has no text")
+        state = "call" if message.tool_calls is not None else message.role
+    if state not in ("user", "tool"):
+        last = "nothing" if state == "start" else f"{a(messages[-1].role)} turn"
+        raise malformed(f"the prompt must end with a user turn, it ends with {last}")

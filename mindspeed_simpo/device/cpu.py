@@ -1,0 +1,73 @@
+"""What megatron-core needs to believe that the CPU is its accelerator.
+
+megatron-core names ``torch.cuda`` wherever it allocates, seeds or waits. Each replacement below says which of its code
+needs it; nothing else is touched, and nothing at all unless the device is ``cpu``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+
+
+@functools.cache
+def install_adaptor() -> None:
+    """Point megatron-core's CUDA calls at the CPU; a second call does nothing."""
+    _redirect_device_queries()
+    _redirect_allocations()
+    _redirect_random_state()
+
+
+def _redirect_device_queries() -> None:
+    # pipeline_parallel/p2p_communication.py, distributed/param_and_grad_buffer.py: device=torch.cuda.current_device()
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
+    # pipeline_parallel/p2p_communication.py and timers: waits around send and receive
+    torch.cuda.synchronize = lambda device=None: None  # noqa: ARG005
+
+
+def _redirect_allocations() -> None:
+    # pipeline_parallel/schedules.py (token counter), optimizer/clip_grads.py, optimizer/optimizer.py: device="cuda"
+    for name in ("tensor", "zeros", "ones", "empty", "full"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    # optimizer/optimizer.py and tensor_parallel/data.py move tensors with .cuda()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]  # noqa: ARG005
+    # optimizer/clip_grads.py, optimizer.py and distrib_optimizer.py compare Tensor.type() with torch.cuda.*Tensor
+    torch.Tensor.type = _type_named_cuda(torch.Tensor.type)  # type: ignore[method-assign]
+
+
+def _redirect_random_state() -> None:
+    # tensor_parallel/random.py: the seed and state of the "device" generator, which here is the host's
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()  # noqa: ARG005
+    # the same file's recomputation asks the module that defines it
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.set_rng_state = lambda new_state, device=None: torch.set_rng_state(new_state)  # noqa: ARG005
+    torch.cuda.default_generators = {_CPU: torch.default_generator}  # type: ignore[assignment]
+    # tensor_parallel/random.py imports _lazy_call, which would queue the call for a CUDA start that never comes
+    torch.cuda._lazy_call = lambda callback, **kwargs: callback()  # noqa: ARG005
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return allocate
+
+
+def _type_named_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def type_name(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original(self, dtype, **kwargs)
+        return str(original(self)).replace("torch.", "torch.cuda.", 1)
+
+    return type_name

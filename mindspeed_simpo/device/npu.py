@@ -1,0 +1,76 @@
+"""Ascend: torch_npu brings the device, MindSpeed's adaptor brings megatron-core to it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from mindspeed_simpo.errors import ConfigError
+
+# npu_fusion_attention: the causal mask is aligned to the last query and the last key, and given compressed
+_RIGHT_DOWN_CAUSAL = 3
+_COMPRESSED_MASK_SIZE = 2048
+
+
+def is_available() -> bool:
+    """Whether torch_npu is installed and sees a device."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    importlib.import_module("torch_npu")
+    return bool(getattr(torch, "npu").is_available())  # noqa: B009 - torch_npu adds it
+
+
+def install_adaptor() -> None:
+    """Import torch_npu and MindSpeed's megatron adaptor, which must precede every import of ``megatron``.
+
+    Raises:
+        ConfigError: where either is not installed.
+    """
+    for module, package in (("torch_npu", "torch_npu"), ("mindspeed.megatron_adaptor", "MindSpeed")):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"device: npu needs {package}, which cannot be imported ({error}); install it for your CANN version, "
+                "or set device: cpu"
+            ) from None
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """``softmax(scale q k^T) v`` by ``npu_fusion_attention``; the queries are the last positions of the keys.
+
+    Args:
+        query: ``[queries, row, heads, dim]``.
+        key: ``[keys, row, groups, dim]``; each serves ``heads / groups`` consecutive heads.
+        value: As ``key``.
+        scale: Of the scores.
+
+    Returns:
+        ``[queries, row, heads x dim]``.
+
+    Source: the operator's page in the Ascend Extension for PyTorch documentation. Not run on an NPU yet.
+    """
+    import torch_npu
+
+    context: Tensor = torch_npu.npu_fusion_attention(
+        query.flatten(2),
+        key.flatten(2),
+        value.flatten(2),
+        query.shape[2],
+        "SBH",
+        atten_mask=_compressed_mask(query.device),
+        scale=scale,
+        sparse_mode=_RIGHT_DOWN_CAUSAL,
+    )[0]
+    return context
+
+
+@functools.cache
+def _compressed_mask(device: torch.device) -> Tensor:
+    """What the operator wants for every length: True where a score is dropped."""
+    ones = torch.ones(_COMPRESSED_MASK_SIZE, _COMPRESSED_MASK_SIZE, dtype=torch.bool, device=device)
+    return ones.triu(1)

@@ -1,0 +1,56 @@
+"""Causal attention of one rank's heads, by the kernel of the device."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from mindspeed_simpo.device import npu
+
+
+def causal_attention(
+    query: Float[Tensor, "queries row heads dim"],
+    key: Float[Tensor, "keys row groups dim"],
+    value: Float[Tensor, "keys row groups dim"],
+    scale: float,
+) -> Float[Tensor, "queries row width"]:
+    """``softmax(scale q k^T) v``; the queries are the last positions of the keys, and see none after their own.
+
+    Args:
+        query: ``heads`` a multiple of ``groups``; consecutive heads share a key and a value.
+        key: At least as many as the queries.
+        value: As ``key``.
+        scale: Of the scores, usually ``dim ** -0.5``.
+    """
+    if query.device.type == "npu":
+        return npu.causal_attention(query, key, value, scale)
+    repeats = query.shape[2] // key.shape[2]
+    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    grouped = repeats > 1 and query.is_cuda
+    if repeats > 1 and not grouped:
+        k, v = _repeat_heads(k, repeats), _repeat_heads(v, repeats)
+    square = query.shape[0] == key.shape[0]
+    context = scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if square else _lower_right(query, key),
+        is_causal=square,
+        scale=scale,
+        enable_gqa=grouped,
+    )
+    return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _repeat_heads(heads: Tensor, repeats: int) -> Tensor:
+    return heads[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)
+
+
+def _lower_right(query: Tensor, key: Tensor) -> Tensor:
+    queries, keys = query.shape[0], key.shape[0]
+    if query.is_cuda:
+        return causal_lower_right(queries, keys)  # flash attention knows it without a mask in memory
+    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)

@@ -1,0 +1,39 @@
+"""``torchrun ... -m mindspeed_simpo.posttrain_gpt ...``: MindSpeed-LLM's post-training with ``--stage simpo``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from mindspeed_simpo.errors import ConfigError, SimpoError
+from mindspeed_simpo.plugin import hooks
+
+
+def main() -> None:
+    """Run MindSpeed-LLM's post-training with this package's stages, in upstream's own order of imports."""
+    hooks.install()
+    try:
+        from mindspeed_llm import megatron_adaptor  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name not in ("mindspeed_llm", "mindspeed", "megatron", "torch_npu"):
+            raise
+        raise ConfigError(
+            f"cannot import {error.name}: start from MindSpeed-LLM's root folder (with Megatron-LM's megatron/ in it), "
+            "or put MindSpeed-LLM, MindSpeed and Megatron-LM core_v0.12.1 on PYTHONPATH"
+        ) from None
+    from mindspeed_llm.tasks.posttrain.launcher import AutoTrainer
+
+    AutoTrainer().train()
+
+
+def _main() -> None:
+    try:
+        main()
+    except SimpoError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stderr.write(f"mindspeed_simpo: {error}\n")
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,113 @@
+"""What the main rank shows while it works: a live line on a terminal, plain log lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich import progress
+from rich.console import Console
+from rich.logging import RichHandler
+
+from mindspeed_simpo.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+# stdout is for results that another program reads
+console = Console(stderr=True)
+
+
+def set_up_logging(*, is_main: bool) -> None:
+    """Show this package's messages on stderr: all of them on the main rank, warnings and worse on the others."""
+    package = logging.getLogger("mindspeed_simpo")
+    package.setLevel(logging.INFO if is_main else logging.WARNING)
+    if not package.handlers:
+        package.addHandler(_to_terminal() if console.is_terminal else _to_file_or_pipe())
+        package.propagate = False
+
+
+def _to_terminal() -> logging.Handler:
+    return RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
+
+
+def _to_file_or_pipe() -> logging.Handler:
+    # one line a message: rich would wrap at 80 columns
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(_FORMAT, "%H:%M:%S"))
+    return handler
+
+
+class _RunLog(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - logging's name
+        # logging itself would print a traceback and go on
+        raise TrainingError(f"{self.baseFilename}: cannot be written: {sys.exc_info()[1]}") from None
+
+
+@contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
+    """Copy this package's messages to a file, appending; one that cannot be written is a :class:`TrainingError`."""
+    handler = _RunLog(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    package = logging.getLogger("mindspeed_simpo")
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def counting(description: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar; the body calls what it is given once for each of ``total`` parts."""
+    with progress.Progress(console=console, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.advance(task)
+
+
+class Progress:
+    """Training progress: a bar with the newest numbers, or one log line per report where stderr is no terminal."""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        """Show ``first_step`` of ``total_steps``."""
+        self._bar = progress.Progress(
+            progress.TextColumn("step {task.completed}/{task.total}"),
+            progress.BarColumn(),
+            progress.TextColumn("{task.fields[numbers]}"),
+            progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=total_steps, completed=first_step, numbers="")
+        self._total = total_steps
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Show a metrics line."""
+        numbers = _numbers(line)
+        if line["split"] == "train":
+            self._bar.update(self._task, completed=line["step"], numbers=numbers)
+        if line["split"] == "eval" or self._bar.disable:
+            logger.info("%s step %d/%d  %s", line["split"], line["step"], self._total, numbers)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+def _numbers(line: Mapping[str, Any]) -> str:
+    text = f"loss {line['loss']:.4f}  accuracy {line['rewards/accuracies']:.3f}  margin {line['rewards/margins']:+.3f}"
+    if "pairs_per_second" in line:
+        text += f"  {line['pairs_per_second']:.2f} pairs/s"
+    return text

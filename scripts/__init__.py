@@ -1,0 +1,1 @@
+"""Programs that measure, prove and draw; the tests import some of them."""

@@ -1,0 +1,80 @@
+"""Write docs/configuration.md from the options in mindspeed_simpo/config.py. Run it after a change of the options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from mindspeed_simpo.config import OPTION_GROUPS
+from mindspeed_simpo.flags import describe_range
+
+OUTPUT = Path(__file__).parents[1] / "docs" / "configuration.md"
+INTRODUCTION = """\
+# Configuration
+
+Written by `scripts/make_configuration_docs.py` from `mindspeed_simpo/config.py`; do not edit it by hand.
+
+All keys live side by side in one YAML file. The key `simpo_beta` is the flag `--simpo-beta`; a flag wins over the file.
+Boolean keys are `--bf16` and `--no-bf16`; a list is `--data-path a.jsonl b.jsonl`; `--map-keys` takes JSON. An unknown
+key is an error that names the nearest known one. `mindspeed-simpo train --help` prints the same tables.
+
+"required" means that the key must be given, in the file or as a flag. A dash means that the key has no value unless it
+is given; its description says what happens then.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    return "\n".join([INTRODUCTION, *(line for group in OPTION_GROUPS for line in _section(group))])
+
+
+def _section(group: Any) -> Iterator[str]:
+    yield f"## {(group.__doc__ or group.__name__).rstrip('.')}\n"
+    yield "| key | value | default | meaning |"
+    yield "|---|---|---|---|"
+    for name, field in group.model_fields.items():
+        yield f"| `{name}` | {_value(field)} | {_default(field)} | {_escape(field.description or '')} |"
+    yield ""
+
+
+def _value(field: FieldInfo) -> str:
+    kinds = " or ".join(dict.fromkeys(_kinds(field.annotation)))
+    bounds = describe_range(field)
+    return f"{kinds}, {bounds}" if bounds else kinds
+
+
+def _kinds(annotation: Any) -> Iterator[str]:
+    names = {bool: "`true`, `false`", int: "integer", float: "number", str: "text"}
+    if annotation in names:
+        yield names[annotation]
+    elif get_origin(annotation) is Literal:
+        yield ", ".join(f"`{value}`" for value in get_args(annotation))
+    elif get_origin(annotation) is list:
+        yield "list of texts"
+    elif get_origin(annotation) is dict:
+        yield "mapping"
+    else:
+        for part in get_args(annotation):
+            if part is not type(None):
+                yield from _kinds(part)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default is None:
+        return "-"
+    if isinstance(field.default, bool):
+        return f"`{str(field.default).lower()}`"
+    return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    OUTPUT.write_text(render(), encoding="utf-8")

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# All checks, as continuous integration runs them: style, types, import contracts, tests, and the tests of the ranks
+# again with the older megatron-core line.
+#
+#   bash scripts/test.sh                    everything
+#   bash scripts/test.sh lint               style, types and import contracts
+#   bash scripts/test.sh core012            the tests of the ranks with megatron-core 0.12.1
+#   bash scripts/test.sh unit [ARGUMENT...] one folder of tests (unit, ranks, e2e, upstream), arguments to pytest
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/setup_env.sh
+setup_env requirements-dev.txt || exit 1
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+
+lint() {
+    local failed=0
+    ruff check . || failed=1
+    ruff format --check . || failed=1
+    mypy || failed=1
+    lint-imports || failed=1
+    return $failed
+}
+
+core012() {
+    setup_old_core || return 1
+    PYTHONPATH="$PWD/$OLD_CORE" python -m pytest tests/ranks "$@"
+}
+
+case "${1:-all}" in
+lint) lint ;;
+core012) core012 "${@:2}" ;;
+unit | ranks | e2e | upstream) python -m pytest "tests/$1" "${@:2}" ;;
+all)
+    status=0
+    lint || status=1
+    core012 || status=1
+    python -m pytest tests || status=1
+    exit $status
+    ;;
+*)
+    echo "error: expected lint, core012, unit, ranks, e2e, upstream or nothing, found $1" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,48 @@
+"""Pairs to token ids by transformers alone, and the order that a seed gives them."""
+
+import json
+
+from transformers import AutoTokenizer
+
+from mindspeed_simpo.batch import TokenizedPair
+from mindspeed_simpo.data.loader import PairLoader
+
+
+def encode_file(folder, path):
+    """``(prompt, chosen, rejected)`` token ids of each row of a JSONL file of message lists."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    answers = ("chosen", "rejected")
+    return encode_rows(folder, [(row["prompt"], *(row[side][0]["content"] for side in answers)) for row in rows])
+
+
+def encode_rows(folder, rows):
+    """The same for ``(messages, chosen text, rejected text)``."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pairs = []
+    for messages, *answers in rows:
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        responses = []
+        for answer in answers:
+            whole = [*messages, {"role": "assistant", "content": answer}]
+            text = tokenizer.apply_chat_template(whole, tokenize=False)
+            assert text.startswith(prompt)
+            response = text[len(prompt) :]
+            end = response.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)
+            responses.append(tokenizer(response[:end], add_special_tokens=False)["input_ids"])
+        pairs.append((tokenizer(prompt, add_special_tokens=False)["input_ids"], *responses))
+    return pairs
+
+
+def order_of(program, num_pairs):
+    """Row numbers of each global batch of a training run."""
+    config = program.config
+    loader = PairLoader(
+        [TokenizedPair([0], [0], [0], source="")] * num_pairs,
+        seed=config["seed"],
+        global_batch_size=config["global_batch_size"],
+        micro_batch_size=config["global_batch_size"],
+        data_parallel_rank=0,
+        data_parallel_size=1,
+    )
+    steps = range(config["train_iters"])
+    return [loader.train_step(step * config["global_batch_size"])[0].pair_ids.tolist() for step in steps]

@@ -1,0 +1,192 @@
+"""kill -9 at any point, resume, and the same bits as a run that nobody stopped; damaged checkpoints are refused."""
+
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from tests.e2e.cli import TIMEOUT_S, Program, lines_of, wait_until
+from tests.e2e.test_cli_ranks import children, is_running, wait_for
+from tests.hf import make_checkpoint
+from tests.ranks.launcher import run_ranks
+
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+STEPS = 6
+LAYOUTS = {
+    "one rank": (1, {}),
+    "bf16, dp2, sharded optimizer": (2, {"bf16": True, "use_distributed_optimizer": True}),
+    "tp2 pp2": (4, {TP: 2, PP: 2}),
+}
+
+
+def _tensors(folder):
+    from megatron.core import dist_checkpointing
+
+    return {
+        name: value.float().numpy()
+        for name, value in dist_checkpointing.load_plain_tensors(folder).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def assert_same_bits(output, other):
+    """Parameters and Adam's moments after the last step, whatever files they are divided into."""
+    [ours], [theirs] = (
+        run_ranks(_tensors, 1, str(folder / "checkpoints" / f"iter_{STEPS:07d}")) for folder in (output, other)
+    )
+    assert ours.keys() == theirs.keys()
+    assert any("exp_avg_sq" in name for name in ours)
+    different = [name for name in ours if not (ours[name] == theirs[name]).all()]
+    assert not different
+
+
+def numbers_of(output):
+    return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines_of(output)]
+
+
+@pytest.fixture
+def program(program):
+    program.config |= {"train_iters": STEPS, "save_interval": 2, "global_batch_size": 10, "micro_batch_size": 1}
+    return program
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_killed_in_training_goes_on_bit_by_bit(program, tmp_path, layout):
+    ranks, options = LAYOUTS[layout]
+    program.config |= options
+    done = program.run("train", ranks, output_dir=tmp_path / "whole")
+    assert done.code == 0, done.stderr
+
+    run = program.start("train", ranks)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, run)
+    run.kill()
+    assert not (tmp_path / "out" / "checkpoints" / f"iter_{STEPS:07d}").exists()
+    done = program.run("train", ranks, load=tmp_path / "out")
+    assert done.code == 0, done.stderr
+    assert "resumed from" in done.stderr
+    assert_same_bits(tmp_path / "out", tmp_path / "whole")
+    assert numbers_of(tmp_path / "out") == numbers_of(tmp_path / "whole")
+
+
+def kill_during_a_save(program, output, ranks):
+    """The run, killed -9 while it writes a checkpoint after the first one; False where the save was quicker."""
+    run = program.start("train", ranks, output_dir=output)
+    saves = output / "checkpoints"
+    wait_until(lambda: (saves / "iter_0000002").exists(), run)
+    wait_until(lambda: any(saves.glob(".iter_*.incomplete")), run)
+    run.kill()
+    return any(saves.glob(".iter_*.incomplete"))
+
+
+def test_a_run_killed_during_a_save_goes_on_bit_by_bit(program, tmp_path):
+    program.config[TP] = 2
+    done = program.run("train", 2, output_dir=tmp_path / "whole")
+    assert done.code == 0, done.stderr
+    outputs = [tmp_path / f"killed{attempt}" for attempt in range(5)]
+    output = next(output for output in outputs if kill_during_a_save(program, output, 2))
+    [half] = (output / "checkpoints").glob(".iter_*.incomplete")
+
+    program.run("train", 2, load=half).fails(1, half.name, "half-written", output / "checkpoints" / "iter_0000002")
+    done = program.run("train", 2, load=output, output_dir=output)
+    assert done.code == 0, done.stderr
+    assert_same_bits(output, tmp_path / "whole")
+    assert not any((output / "checkpoints").glob(".*"))
+
+
+def test_a_killed_launcher_takes_its_ranks_along_and_the_run_resumes(program, tmp_path):
+    done = program.run("train", 2, output_dir=tmp_path / "whole")
+    assert done.code == 0, done.stderr
+    launcher = program.shell("train", nproc_per_node=2)
+    try:
+        first = tmp_path / "out" / "checkpoints" / "iter_0000002"
+        wait_for(lambda: first.exists() or launcher.poll() is not None, TIMEOUT_S)
+        assert launcher.poll() is None, launcher.stderr.read()
+        ranks = children(launcher.pid)
+        os.kill(launcher.pid, signal.SIGKILL)
+    finally:
+        launcher.kill()
+        launcher.communicate()
+    wait_for(lambda: not any(map(is_running, ranks)), 20)
+    done = program.run("train", 2, load=tmp_path / "out")
+    assert done.code == 0, done.stderr
+    assert_same_bits(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, model, train_pairs):
+    """Checkpoints of steps 1, 2 and 3 of a run on two ranks; copied before they are harmed."""
+    folder = tmp_path_factory.mktemp("written")
+    program = Program(
+        folder / "program",
+        model_name_or_path=str(model),
+        data_path=str(train_pairs),
+        output_dir=str(folder / "out"),
+        global_batch_size=4,
+        lr=1e-3,
+        train_iters=3,
+        save_interval=1,
+        **{TP: 2},
+    )
+    done = program.run("train", 2)
+    assert done.code == 0, done.stderr
+    return folder / "out"
+
+
+@pytest.fixture
+def checkpoints(written, tmp_path):
+    shutil.copytree(written, tmp_path / "copy")
+    return tmp_path / "copy" / "checkpoints"
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "said"),
+    [
+        ("__0_0.distcp", _truncate, "bytes, expected"),
+        ("__1_0.distcp", _flip, "does not match the digest"),
+        ("rng_1.pt", lambda path: path.unlink(), "is missing"),
+        ("state.json", _flip, "state.json is damaged"),
+        ("files.json", _truncate, "files.json is damaged"),
+        ("files.json", lambda path: path.write_text('{"files": {}}'), "does not list every file"),
+        ("files.json", lambda path: path.unlink(), "half-written"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(program, checkpoints, name, harm, said):
+    harm(checkpoints / "iter_0000003" / name)
+    _flip(checkpoints / "iter_0000002" / "common.pt")
+    done = program.run("export", checkpoint=checkpoints.parent, output=checkpoints.parent / "hf")
+    message = done.fails(1, checkpoints / "iter_0000003", said, f"before it is {checkpoints / 'iter_0000001'}")
+    assert len(message.splitlines()) == 1
+    assert not (checkpoints.parent / "hf").exists()
+
+
+def test_nothing_whole_to_offer(program, checkpoints):
+    (checkpoints / "iter_0000001" / "files.json").unlink()
+    load = checkpoints / "iter_0000001"
+    program.run("train", load=load).fails(1, load, "there is no whole one before it")
+    program.run("train", load=checkpoints / "absent").fails(1, "absent", "is not a folder")
+
+
+def test_a_checkpoint_of_another_model_other_data_or_type(program, checkpoints, tmp_path):
+    program.config |= {"load": str(checkpoints), "global_batch_size": 4}
+    other = make_checkpoint(tmp_path / "other", "qwen2", tied=True, vocab_size=515, hidden=64)
+    program.run("train", 2, model_name_or_path=other).fails(1, checkpoints / "iter_0000003", "shape")
+    program.run("train", seed=3).fails(1, checkpoints / "iter_0000003", "another seed")
+    program.run("train", split="50,50").fails(1, "other data")
+    program.run("train", bf16=True).fails(1, checkpoints / "iter_0000003", "bf16")
+
+
+def test_a_run_does_not_write_over_another_one(program, checkpoints):
+    program.run("train", output_dir=checkpoints.parent).fails(2, "holds checkpoints of another run", "load")

@@ -1,0 +1,58 @@
+"""What training leaves for transformers: a model that loads, answers, and speaks the same template."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import oracle
+from tests.e2e.encode import encode_file
+from tests.hf import make_checkpoint
+
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_trained_model_generates_and_evaluates_alike(program, tmp_path, train_pairs, family):
+    source = make_checkpoint(tmp_path / "source", family, hidden=32, std=0.2, vocab_size=517)
+    program.config |= {"model_name_or_path": str(source), "train_iters": 2, TP: 2, PP: 2}
+    done = program.run("train", 4, export_hf=True)
+    assert done.code == 0, done.stderr
+    assert done.stdout == ""
+    exported = tmp_path / "out" / "hf"
+
+    model, report = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    original = AutoTokenizer.from_pretrained(source)
+    assert tokenizer.chat_template == original.chat_template
+    text = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert text == original.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    torch.manual_seed(0)
+    answer = model.generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=True)
+    assert answer.shape[1] == prompt["input_ids"].shape[1] + 8
+
+    done = program.type("export", checkpoint=tmp_path / "out" / "checkpoints", output=tmp_path / "again")
+    assert done.code == 0, done.stderr
+    weights, again = (load_file(folder / "model.safetensors") for folder in (exported, tmp_path / "again"))
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    before = load_file(source / "model.safetensors")
+    assert all(not torch.equal(weights[name], before[name]) for name in weights)
+
+    expected = oracle.evaluate(exported, encode_file(exported, train_pairs), oracle.Options())
+    program.config["eval_data_path"] = str(train_pairs)
+    for flags in ({"model_name_or_path": exported}, {"load": tmp_path / "out"}):
+        assert program.run("evaluate", 4, **flags).metrics == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_what_stands_at_the_output_is_not_written_over(program, tmp_path):
+    done = program.run("train", train_iters=1)
+    assert done.code == 0, done.stderr
+    taken = tmp_path / "taken"
+    (taken / "photos").mkdir(parents=True)
+    program.run("export", checkpoint=tmp_path / "out", output=taken).fails(1, taken, "not an earlier export")
+    program.run("export", checkpoint=tmp_path / "absent", output=tmp_path / "hf").fails(1, tmp_path / "absent")
+    program.run("export", checkpoint=tmp_path / "out", output="/proc/hf").fails(1, "/proc/hf", "cannot be written")

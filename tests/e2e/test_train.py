@@ -1,0 +1,159 @@
+"""Training as a user starts it: the same numbers on every layout, and what a run leaves behind."""
+
+import json
+import logging
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mindspeed_simpo.config import Config, load_config
+from tests import oracle
+from tests.e2e.cli import lines_of
+from tests.e2e.encode import encode_file, order_of
+
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+KEYS = {
+    "step",
+    "split",
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "sft_loss",
+    "response_tokens/chosen",
+    "response_tokens/rejected",
+    "consumed_pairs",
+    "step_seconds",
+}
+TRAIN_KEYS = KEYS | {"grad_norm", "learning_rate", "pairs_per_second", "tokens_per_second", "peak_memory_bytes"}
+EXACT = 1e-5
+
+
+def curve(output):
+    return [number for line in lines_of(output) for number in (line["loss"], line["grad_norm"])]
+
+
+@pytest.fixture
+def expected(program, model, train_pairs):
+    """Loss and gradient norm of each step by the oracle, on pairs that transformers alone has tokenised."""
+    pairs = encode_file(model, train_pairs)
+    batches = [[pairs[i] for i in batch] for batch in order_of(program, len(pairs))]
+    history, _ = oracle.train(model, batches, learning_rates(program), oracle.Options())
+    return [number for step in history for number in step]
+
+
+def learning_rates(program):
+    # 3 steps, cosine from the start to zero: no warm-up, since a tenth of 3 steps is none
+    return [program.config["lr"] * factor for factor in (1.0, 0.75, 0.25)]
+
+
+def test_one_process_two_ranks_and_torchrun_train_alike(program, expected, tmp_path, eval_pairs):
+    done = program.type("train", eval_data_path=eval_pairs, eval_interval=2)
+    assert done.code == 0, done.stderr
+    assert done.stdout == ""
+    assert "train step 3/3" in done.stderr
+    assert curve(tmp_path / "out") == pytest.approx(expected, rel=EXACT)
+    assert [line["step"] for line in lines_of(tmp_path / "out", "eval")] == [0, 2, 3]
+
+    done = program.type("train", nproc_per_node=2, output_dir=tmp_path / "tp2", **{TP: 2})
+    assert done.code == 0, done.stderr
+    assert curve(tmp_path / "tp2") == pytest.approx(expected, rel=EXACT)
+
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    done = program.type("train", torchrun, output_dir=tmp_path / "dp2")
+    assert done.code == 0, done.stderr
+    assert curve(tmp_path / "dp2") == pytest.approx(expected, rel=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, {PP: 2}),
+        (2, {"use_distributed_optimizer": True, "micro_batch_size": 1}),
+        (4, {TP: 2, PP: 2, "micro_batch_size": 4}),
+        (4, {TP: 2, "micro_batch_size": 4, "recompute_granularity": "selective"}),
+        (1, {"micro_batch_size": 8}),
+    ],
+    ids=str,
+)
+def test_layouts_and_micro_batches_train_alike(program, expected, tmp_path, ranks, options):
+    program.config |= options
+    done = program.run("train", ranks)
+    assert done.code == 0, done.stderr
+    assert curve(tmp_path / "out") == pytest.approx(expected, rel=EXACT)
+
+
+def test_what_a_run_leaves(program, tmp_path, eval_pairs, caplog):
+    caplog.set_level(logging.WARNING, "tensorboard")
+    program.config |= {"eval_data_path": str(eval_pairs), "save_interval": 2, "bf16": True}
+    done = program.run("train")
+    assert done.code == 0, done.stderr
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        *("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "run.log")
+    }
+    assert load_config(out / "config.yaml") == Config(**program.config)
+    assert yaml.safe_load((out / "config.yaml").read_text()).keys() == Config.model_fields.keys()
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"iter_0000002", "iter_0000003"}
+
+    train, held_out = lines_of(out), lines_of(out, "eval")
+    assert [line["step"] for line in train] == [1, 2, 3]
+    assert [line["step"] for line in held_out] == [0, 3]
+    assert all(line.keys() == TRAIN_KEYS for line in train)
+    assert all(line.keys() == KEYS for line in held_out)
+    assert [line["consumed_pairs"] for line in train] == [8, 16, 24]
+    assert [line["learning_rate"] for line in train] == pytest.approx(learning_rates(program))
+
+    log = (out / "run.log").read_text(encoding="utf-8")
+    assert "eval step 0/3" in log
+    assert "saved" in log
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("eval/loss")] == pytest.approx([x["loss"] for x in held_out])
+
+
+def test_intervals_and_limits(program, tmp_path):
+    program.config |= {"save_interval": 1, "save_total_limit": 2, "log_interval": 2, "train_iters": 5}
+    done = program.run("train")
+    assert done.code == 0, done.stderr
+    assert [line["step"] for line in lines_of(tmp_path / "out")] == [2, 4, 5]
+    kept = {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()}
+    assert kept == {"iter_0000004", "iter_0000005"}
+
+
+def test_a_mirror_that_is_not_installed_is_named(program, tmp_path):
+    for name in ("wandb", "swanlab"):
+        done = program.run("train", output_dir=tmp_path / name, **{f"{name}_project": "pairs"})
+        done.fails(2, f"{name}_project", f"pip install {name}")
+        assert not (tmp_path / name / "checkpoints").exists()
+
+
+def test_dpo_takes_its_reference_from_the_cache(program, model, train_pairs, tmp_path):
+    program.config |= {"stage": "dpo", "lr": 1e-4}
+    done = program.run("train", 2, **{TP: 2})
+    assert done.code == 0, done.stderr
+    [cached] = (program.home / ".cache" / "mindspeed_simpo" / "reference").iterdir()
+    written = cached.stat().st_mtime_ns
+
+    done = program.run("train", output_dir=tmp_path / "again")
+    assert done.code == 0, done.stderr
+    assert cached.stat().st_mtime_ns == written
+    assert "reference" in done.stderr
+
+    pairs = encode_file(model, train_pairs)
+    batches = [[pairs[i] for i in batch] for batch in order_of(program, len(pairs))]
+    options = oracle.Options(stage="dpo")
+    history, _ = oracle.train(model, batches, learning_rates(program), options)
+    for output in ("out", "again"):
+        assert curve(tmp_path / output) == pytest.approx([x for step in history for x in step], rel=EXACT)
+
+
+def test_metrics_lines_are_strict_json(program, tmp_path):
+    done = program.run("train", train_iters=1)
+    assert done.code == 0, done.stderr
+    for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))

@@ -1,0 +1,3 @@
+MAJOR = 0
+MINOR = 12
+PATCH = 1

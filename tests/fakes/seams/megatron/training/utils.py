@@ -1,0 +1,2 @@
+def print_rank_last(message):
+    print(message, flush=True)

@@ -1,0 +1,3 @@
+from mindspeed_llm.tasks.posttrain.dpo.dpo_trainer import DPOTrainer
+
+__all__ = ["DPOTrainer"]

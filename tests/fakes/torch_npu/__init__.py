@@ -1,0 +1,30 @@
+"""A stand-in for torch_npu on a machine without an NPU: what MindSpeed and MindSpeed-LLM name of it, on the CPU.
+
+Put the folder above on PYTHONPATH. Importing this module names ``torch.npu``; importing ``contrib.transfer_to_npu``
+redirects ``torch.cuda`` and NCCL to the CPU and gloo, as the real one redirects them to the NPU and HCCL. Operators
+compute what the public documentation of torch_npu says, with plain PyTorch.
+"""
+
+import sys
+
+import torch
+
+from torch_npu import _C, contrib, npu, utils
+from torch_npu.attention import npu_fusion_attention, npu_fusion_attention_grad
+from torch_npu.operators import npu_rms_norm, npu_rotary_mul, npu_swiglu
+
+__version__ = "2.7.1"
+__all__ = [
+    "_C",
+    "contrib",
+    "npu",
+    "npu_fusion_attention",
+    "npu_fusion_attention_grad",
+    "npu_rms_norm",
+    "npu_rotary_mul",
+    "npu_swiglu",
+    "utils",
+]
+
+torch.npu = npu
+sys.modules["torch.npu"] = npu

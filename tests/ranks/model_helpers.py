@@ -1,0 +1,174 @@
+"""Small Hugging Face checkpoints, and what transformers and the engine make of them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def make_checkpoint(folder, family="qwen2", *, seed=0, dtype=torch.float32, max_shard_size="5GB", **overrides):
+    """Save a random model whose biases and norm weights differ from their neutral values."""
+    shape = {
+        "vocab_size": 131,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family == "qwen3":
+        shape["head_dim"] = 32
+    config = CONFIGS[family](**(shape | overrides))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:
+                parameter.normal_(0.0, 0.15)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return str(folder)
+
+
+def make_tokenizer():
+    """A word tokenizer with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", "user", "hello", "world"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_batch(vocab_size, seed=1, rows=3, seq=24):
+    """Token ids and labels; the labels hold the first and the last id."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, labels = torch.randint(vocab_size, (2, rows, seq), generator=generator)
+    labels[0, 0], labels[0, 1] = 0, vocab_size - 1
+    return tokens, labels
+
+
+def transformers_result(folder):
+    """fp32 logits, and the gradients of the mean cross-entropy by name, of transformers' own model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens, labels = make_batch(model.config.vocab_size)
+    logits = model(tokens).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    return logits.detach().numpy(), gradients
+
+
+def engine_model(folder, layout, **options):
+    """Spec, groups, device and filled model of one rank; ``layout`` is (tensor, pipeline, data)."""
+    from mindspeed_simpo.config import Config, Layout
+    from mindspeed_simpo.device import open_device
+    from mindspeed_simpo.parallel import initialize
+
+    tensor, pipeline, data = layout
+    device = open_device("cpu")
+    groups = initialize(Layout(tensor=tensor, pipeline=pipeline, data=data), device)
+    config = Config(
+        **{
+            "model_name_or_path": str(folder),
+            "data_path": "unused",
+            "seq_length": 64,
+            "tensor_model_parallel_size": tensor,
+            "pipeline_model_parallel_size": pipeline,
+        }
+        | options
+    )
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from mindspeed_simpo.model.gpt import build_model
+    from mindspeed_simpo.model.hf_config import read_model_spec
+    from mindspeed_simpo.model.hf_weights import fill_weights
+
+    model_parallel_cuda_manual_seed(1)
+    spec = read_model_spec(str(folder))
+    models = build_model(spec, config, groups, device)
+    fill_weights(models, spec, config, groups)
+    return spec, groups, models
+
+
+def run_engine(folder, layout, **options):
+    """One forward and backward through megatron-core's schedule: this rank's logits shard, rank 0's gradients."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+    from megatron.core.transformer.module import Float16Module
+
+    from mindspeed_simpo.model.hf_weights import gather_hf_tensors
+
+    spec, groups, models = engine_model(folder, layout, **options)
+    config = models[0].config
+    wrapped = [Float16Module(config, model) for model in models] if config.bf16 else models
+    wrapped = [
+        DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+        for model in wrapped
+    ]
+    tokens, labels = make_batch(spec.vocab_size)
+
+    def forward_step(_, model):
+        def loss(logits):
+            kept = logits.detach().clone()
+            losses = vocab_parallel_cross_entropy(logits.float().transpose(0, 1).contiguous(), labels.t().contiguous())
+            return losses.mean(), {"logits": kept}
+
+        return model(tokens), loss
+
+    for model in wrapped:
+        model.zero_grad_buffer()
+    kept = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=wrapped,
+        num_microbatches=1,
+        seq_length=tokens.shape[1],
+        micro_batch_size=tokens.shape[0],
+        forward_only=False,
+    )
+    finalize_model_grads(wrapped)
+    gathered = gather_hf_tensors(wrapped, spec, groups, lambda parameter: parameter.main_grad)
+    gradients = {name: gradient.float().numpy().copy() for name, gradient in gathered}
+    return (kept[0]["logits"].float().numpy() if kept else None), gradients
+
+
+def whole_logits(results):
+    """Logits over the padded vocabulary from what every rank returned."""
+    return np.concatenate([logits for logits, _ in results if logits is not None], axis=-1)
+
+
+def stored_tensors(folder):
+    """Every tensor of a folder's safetensors files."""
+    from safetensors.torch import load_file
+
+    return {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}

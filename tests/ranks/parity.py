@@ -1,0 +1,171 @@
+"""Training steps of the engine at any layout, under Hugging Face names, for comparison with the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tests.ranks.launcher import run_ranks
+
+
+def worst_error(result, expected):
+    """Largest relative L2 distance over tensors, each measured by its own norm, and the name of that tensor.
+
+    A distance that is not a number is the largest.
+    """
+    assert result.keys() == expected.keys()
+    errors = {name: float((result[name].double() - tensor).norm() / tensor.norm()) for name, tensor in expected.items()}
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    return errors[worst], worst
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; several share their ranks."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Configuration keys, over those of the layout."""
+    references: list[list[float]] | None = None
+    """DPO's reference sums, ``[pairs of all batches, 2]``."""
+    save: str | None = None
+    """Folder of checkpoints to write the last step to."""
+    load: str | None = None
+    """Checkpoint to start from."""
+
+
+def engine_steps(folder, batches, references=None, save=None, load=None, **layout):
+    """Train on global batches once; see :func:`engine_runs`."""
+    run = Run(references=references, save=save and str(save), load=load and str(load))
+    return engine_runs(folder, batches, [run], **layout)[0]
+
+
+def engine_runs(folder, batches, runs, prepare: Callable[[], None] | None = None, timeout_s=120.0, **layout):
+    """Train on global batches of token pairs at one layout, for each run from the folder's weights on.
+
+    Args:
+        folder: Hugging Face checkpoint.
+        batches: Global batches; each a list of ``(prompt, chosen, rejected)`` token ids, or None for a filler pair.
+        runs: What to train, one after the other, in the same ranks.
+        prepare: Called on every rank before anything is built; a function of a module.
+        timeout_s: Seconds for all runs together.
+        **layout: Configuration keys, and ``data_parallel_size``.
+
+    Returns:
+        For each run ``losses`` and ``grad_norms`` by step, ``grads`` of the first step and ``params`` after the last.
+    """
+    ranks = layout.pop("data_parallel_size", 1)
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        ranks *= layout.get(key, 1)
+    layout.setdefault("micro_batch_size", 2)
+    by_rank = run_ranks(_rank, ranks, str(folder), batches, runs, prepare, layout, timeout_s=timeout_s)
+    for results in zip(*by_rank, strict=True):
+        assert all(result["losses"] == results[0]["losses"] for result in results), "ranks disagree on the loss"
+        for key in ("grads", "params"):
+            results[0][key] = {name: torch.from_numpy(array) for name, array in results[0][key].items()}
+    return by_rank[0]
+
+
+def _rank(folder, batches, runs, prepare, layout_options):
+    import torch.distributed as dist
+
+    from mindspeed_simpo.config import Config
+    from mindspeed_simpo.device import open_device
+    from mindspeed_simpo.parallel import initialize
+
+    device = open_device("cpu")
+    from megatron.core import tensor_parallel
+
+    if prepare is not None:
+        prepare()
+    configs = [
+        Config(
+            **{"model_name_or_path": folder, "data_path": "unused", "lr_warmup_fraction": 0},
+            **{"global_batch_size": len(batches[0]), **layout_options, **run.options},
+        )
+        for run in runs
+    ]
+    layout = configs[0].layout(dist.get_world_size())
+    groups = initialize(layout, device)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    return [_train(batches, run, config, layout, groups, device) for run, config in zip(runs, configs, strict=True)]
+
+
+def _train(batches, run, config, layout, groups, device):
+    from pathlib import Path
+
+    from mindspeed_simpo import checkpoint, metrics
+    from mindspeed_simpo.model.gpt import build_model
+    from mindspeed_simpo.model.hf_config import read_model_spec
+    from mindspeed_simpo.model.hf_weights import fill_weights, gather_hf_tensors
+    from mindspeed_simpo.optimizer import build_stepper, wrap_for_training
+    from mindspeed_simpo.reference import ReferenceTable
+    from mindspeed_simpo.session import Session
+
+    spec = read_model_spec(config.model_name_or_path)
+    models = build_model(spec, config, groups, device)
+    fill_weights(models, spec, config, groups)
+    wrapped = wrap_for_training(models, config)
+    stepper = build_stepper(wrapped, config, device, len(batches))
+    references = None if run.references is None else torch.tensor(run.references, dtype=torch.float64)
+    session = Session(config, layout, device, groups, tokenizer=None, spec=spec, models=models)
+    schedule = session.schedule(wrapped, None if references is None else ReferenceTable(references))
+    if run.load:
+        checkpoint.load(Path(run.load), wrapped, stepper, groups, device)
+    result = {"losses": [], "grad_norms": []}
+    for step, pairs in enumerate(batches):
+        for model in wrapped:
+            model.zero_grad_buffer()
+        stepper.optimizer.zero_grad()
+        micro_batches = _micro_batches(pairs, step * len(pairs), config, groups, layout)
+        scored = schedule.forward_backward(micro_batches, sum(pair is not None for pair in pairs))
+        sums = metrics.reduce_sums(metrics.local_sums(scored, groups, device), groups)
+        if step == 0:
+            _complete_sharded_gradients(wrapped, config)
+            gathered = gather_hf_tensors(wrapped, spec, groups, value=lambda parameter: parameter.main_grad)
+            result["grads"] = {name: tensor.clone().numpy() for name, tensor in gathered}
+        grad_norm, _ = stepper.step()
+        result["losses"].append(metrics.means(sums)["loss"])
+        result["grad_norms"].append(grad_norm)
+    if run.save:
+        state = checkpoint.TrainingState(
+            step=len(batches), consumed_pairs=0, data_fingerprint="", config=config.model_dump()
+        )
+        checkpoint.save(Path(run.save), state, wrapped, stepper, groups, device, keep=None)
+    gathered = gather_hf_tensors(wrapped, spec, groups)
+    result["params"] = {name: tensor.float().clone().numpy() for name, tensor in gathered}
+    return result
+
+
+def _complete_sharded_gradients(models, config):
+    """Under the distributed optimizer each rank has reduced only its part of the gradient; put the parts together."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if not config.use_distributed_optimizer:
+        return
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for model in models:
+        for buffer in model.buffers:
+            for bucket in buffer.buckets:
+                parts = list(bucket.grad_data.chunk(group.size()))
+                dist.all_gather(parts, parts[group.rank()].clone(), group=group)
+
+
+def _micro_batches(pairs, first_row, config, groups, layout):
+    from mindspeed_simpo.batch import TokenizedPair
+    from mindspeed_simpo.data.collate import collate_padded
+
+    own = range(groups.data.rank(), len(pairs), groups.data.size())
+    parts = [list(own)[i : i + config.micro_batch_size] for i in range(0, len(own), config.micro_batch_size)]
+    assert len(parts) == layout.num_microbatches
+    return [
+        collate_padded(
+            [pairs[i] and TokenizedPair(*map(list, pairs[i]), source=f"pair {i}") for i in part],
+            [first_row + i for i in part],
+            multiple_of=config.sequence_multiple,
+        )
+        for part in parts
+    ]

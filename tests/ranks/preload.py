@@ -1,0 +1,11 @@
+"""Imported once by the forkserver, so that every rank starts with megatron-core and the model loaded on the CPU."""
+
+from mindspeed_simpo.device import open_device
+
+open_device("cpu")
+
+import megatron.core  # noqa: E402
+import megatron.core.models.gpt.gpt_model  # noqa: E402, F401
+from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2Config  # noqa: E402, F401
+
+import mindspeed_simpo.session  # noqa: E402, F401

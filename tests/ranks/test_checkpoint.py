@@ -1,0 +1,58 @@
+"""A checkpoint written at one layout is read at any other: parameters, optimizer state and the curve go on."""
+
+import pytest
+import torch
+
+from tests import hf
+from tests.ranks.parity import engine_steps, worst_error
+
+TRAINING = {"lr": 1e-3, "lr_decay_style": "constant", "weight_decay": 0.1, "adam_eps": 1e-4}
+LAYOUTS = {
+    "one": {},
+    "tp2_pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "cp2_dp2_sharded": {"context_parallel_size": 2, "data_parallel_size": 2, "use_distributed_optimizer": True},
+    "vpp2": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+    "pp3": {"pipeline_model_parallel_size": 3},
+    "sp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = hf.make_checkpoint(tmp_path_factory.mktemp("hf"), "qwen3", layers=4, vocab_size=301, tied=True)
+    pairs = hf.make_token_pairs(16, vocab_size=301)
+    return folder, [pairs[:8], pairs[8:]], engine_steps(folder, [pairs[:8], pairs[8:]] * 2, **TRAINING)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("tp2_pp2", "cp2_dp2_sharded"),
+        ("tp2_pp2", "one"),
+        ("cp2_dp2_sharded", "sp2"),
+        ("vpp2", "pp3"),
+        ("one", "vpp2"),
+    ],
+)
+def test_the_curve_goes_on_at_another_layout(run, tmp_path, written, read):
+    folder, batches, whole = run
+    first = engine_steps(folder, batches, save=tmp_path, **TRAINING, **LAYOUTS[written])
+    second = engine_steps(folder, batches, load=tmp_path / "iter_0000002", **TRAINING, **LAYOUTS[read])
+    losses = first["losses"] + second["losses"]
+    assert losses == pytest.approx(whole["losses"], rel=1e-6)
+    assert second["grad_norms"] == pytest.approx(whole["grad_norms"][2:], rel=1e-5)
+    error, name = worst_error(second["params"], {name: value.double() for name, value in whole["params"].items()})
+    assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_reading_back_changes_no_bit(run, tmp_path, bf16, sharded):
+    folder, batches, _ = run
+    options = {"bf16": bf16, "use_distributed_optimizer": sharded, "data_parallel_size": 2, **TRAINING}
+    whole = engine_steps(folder, batches * 2, **options)
+    engine_steps(folder, batches, save=tmp_path, **options)
+    second = engine_steps(folder, batches, load=tmp_path / "iter_0000002", **options)
+    assert second["losses"] == whole["losses"][2:]
+    assert second["grad_norms"] == whole["grad_norms"][2:]
+    assert all(torch.equal(second["params"][name], value) for name, value in whole["params"].items())

@@ -1,0 +1,168 @@
+"""What the loss path sends is what the mathematics needs: counted from the process groups, held to the formula."""
+
+import pytest
+
+from tests.ranks.launcher import run_ranks
+
+ROWS, SEQ, HIDDEN, VOCAB = 4, 16, 8, 32
+FP32, FP64 = 4, 8
+
+
+def _loss_path(tensor, context, sequence_parallel):
+    import torch
+
+    from mindspeed_simpo.batch import IGNORE_INDEX
+    from mindspeed_simpo.config import Layout
+    from mindspeed_simpo.device import open_device
+    from mindspeed_simpo.logprobs import sequence_logprobs
+    from mindspeed_simpo.parallel import initialize
+    from tests.ranks.traffic import Traffic
+
+    groups = initialize(Layout(tensor=tensor, context=context), open_device("cpu"))
+    positions = SEQ // context
+    targets = torch.randint(VOCAB, (ROWS, positions))
+    targets[:, ::2] = IGNORE_INDEX
+    local = positions // tensor if sequence_parallel else positions
+    hidden = torch.randn(local, ROWS, HIDDEN, requires_grad=True)
+    weight = torch.randn(VOCAB // tensor, HIDDEN, requires_grad=True)
+    with Traffic(tensor=groups.tensor, context=groups.context) as forward:
+        sums = sequence_logprobs(
+            hidden,
+            weight,
+            targets=targets,
+            groups=groups,
+            vocab_size=VOCAB,
+            sequence_parallel=sequence_parallel,
+        )
+    with Traffic(tensor=groups.tensor, context=groups.context) as backward:
+        sums.sum().backward()
+    counted = [
+        {key: (traffic.calls[key], traffic.bytes[key]) for key in traffic.calls} for traffic in (forward, backward)
+    ]
+    return counted, int((targets != IGNORE_INDEX).sum())
+
+
+@pytest.mark.parametrize(("tensor", "context"), [(2, 1), (1, 2), (2, 2), (4, 1)])
+def test_the_loss_path_sends_three_numbers_a_token_and_one_a_row(tensor, context):
+    for (forward, backward), tokens in run_ranks(_loss_path, tensor * context, tensor, context, False):
+        expected = {}
+        # also where the group is one rank: the MAX and the SUM are then free
+        expected["allreduce", "tensor"] = (2, tokens * FP32 + 2 * tokens * FP32)
+        if context > 1:
+            expected["allreduce", "context"] = (1, ROWS * FP64)
+        assert forward == expected
+        assert backward == ({("allreduce", "tensor"): (1, tokens * HIDDEN * FP32)} if tensor > 1 else {})
+
+
+def test_sequence_parallel_gathers_hidden_states_once_and_scatters_their_gradient_once():
+    for (forward, backward), tokens in run_ranks(_loss_path, 2, 2, 1, True):
+        whole = SEQ * ROWS * HIDDEN * FP32
+        assert forward == {
+            ("allgather_base", "tensor"): (1, whole),
+            ("allreduce", "tensor"): (2, 3 * tokens * FP32),
+        }
+        assert backward == {("reduce_scatter_base", "tensor"): (1, whole)}
+
+
+def _metrics():
+    import torch.distributed as dist
+
+    from mindspeed_simpo import metrics
+    from mindspeed_simpo.config import Layout
+    from mindspeed_simpo.device import open_device
+    from mindspeed_simpo.parallel import initialize
+    from tests.ranks.traffic import Traffic
+
+    device = open_device("cpu")
+    groups = initialize(Layout(data=2), device)
+    with Traffic(world=dist.group.WORLD) as traffic:
+        metrics.reduce_sums(metrics.local_sums([], groups, device), groups)
+    return dict(traffic.calls), dict(traffic.bytes), metrics.NUM_SUMS
+
+
+def test_metrics_take_one_collective():
+    for calls, sizes, num_sums in run_ranks(_metrics, 2):
+        assert calls == {("allreduce", "world"): 1}
+        assert sizes == {("allreduce", "world"): num_sums * FP64}
+
+
+SHAPE = {"layers": 4, "hidden": 64, "heads": 4, "kv_heads": 2}
+
+
+def _micro_batch(folder, options):
+    import torch.distributed as dist
+
+    from mindspeed_simpo.config import Config
+    from mindspeed_simpo.data.collate import collate_padded
+    from mindspeed_simpo.device import open_device
+    from mindspeed_simpo.model.gpt import build_model
+    from mindspeed_simpo.model.hf_config import read_model_spec
+    from mindspeed_simpo.model.hf_weights import fill_weights
+    from mindspeed_simpo.objectives import make_objective
+    from mindspeed_simpo.optimizer import wrap_for_training
+    from mindspeed_simpo.parallel import initialize
+    from mindspeed_simpo.schedule import PairSchedule
+    from tests.hf import make_token_pairs
+    from tests.ranks.traffic import Traffic
+
+    device = open_device("cpu")
+    from megatron.core import tensor_parallel
+
+    from mindspeed_simpo.batch import IGNORE_INDEX, TokenizedPair
+
+    config = Config(model_name_or_path=folder, data_path="unused", global_batch_size=2, micro_batch_size=2, **options)
+    groups = initialize(config.layout(dist.get_world_size()), device)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    spec = read_model_spec(folder)
+    models = build_model(spec, config, groups, device)
+    fill_weights(models, spec, config, groups)
+    wrapped = wrap_for_training(models, config)
+    schedule = PairSchedule(
+        models=wrapped,
+        objective=make_objective(config),
+        groups=groups,
+        vocab_size=spec.vocab_size,
+        device=device.torch_device,
+        sequence_parallel=config.sequence_parallel,
+    )
+    pairs = [TokenizedPair(*pair, source="test") for pair in make_token_pairs(2, seed=3)]
+    batch = collate_padded(pairs, [0, 1], multiple_of=8)
+    axes = {"tensor": groups.tensor, "context": groups.context, "pipeline": groups.pipeline}
+    with Traffic(**{name: group for name, group in axes.items() if group.size() > 1}) as traffic:
+        schedule.forward_backward([batch], 2)
+    sent = {}
+    kinds = {"allreduce": "reduce", "allgather_base": "gather", "reduce_scatter_base": "scatter", "send": "send"}
+    for (operator, axis), size in traffic.bytes.items():
+        if axis != "other":
+            sent[kinds[operator], axis] = size
+    tokens = int((batch.targets != IGNORE_INDEX).sum())
+    return sent, (groups.is_first_stage, groups.is_last_stage), batch.tokens.shape, tokens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor_model_parallel_size": 2},
+        {"context_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_the_formulas_of_the_documentation_are_what_a_micro_batch_sends(tmp_path, options):
+    from scripts.communication import Axes, Shape, micro_batch_traffic, norm_gradients
+    from tests.hf import make_checkpoint
+
+    folder = make_checkpoint(tmp_path, "llama", **SHAPE)
+    axes = Axes(
+        tensor=options.get("tensor_model_parallel_size", 1),
+        context=options.get("context_parallel_size", 1),
+        pipeline=options.get("pipeline_model_parallel_size", 1),
+        sequence_parallel=options.get("sequence_parallel", False),
+    )
+    for sent, (first, last), (rows, seq), tokens in run_ranks(_micro_batch, axes.ranks, str(folder), options):
+        shape = Shape(4, 64, 2, 16, 0, seq, rows, tokens, 1, bytes_per_number=4)
+        expected = micro_batch_traffic(shape, axes, 4 // axes.pipeline, first=first, last=last)
+        if norms := norm_gradients(shape, axes, 4, last=True):
+            expected["reduce", "tensor"] += norms
+        assert {key: value for key, value in sent.items() if value} == dict(expected)

@@ -1,0 +1,191 @@
+"""Import, export and random initialisation: bit for bit, in every layout, and loadable by transformers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from tests.ranks.launcher import run_ranks
+from tests.ranks.model_helpers import CHAT_TEMPLATE, engine_model, make_checkpoint, make_tokenizer, stored_tensors
+
+FAMILIES = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": None, "head_dim": 24},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+}
+
+
+def _export(folder, layout, output, max_shard_bytes=10**9, change=0.0, **options):
+    from mindspeed_simpo.errors import ModelError
+    from mindspeed_simpo.model.export import export_hf
+
+    spec, groups, models = engine_model(folder, layout, **options)
+    with torch.no_grad():
+        for parameter in models[0].parameters():
+            parameter.add_(change)
+    try:
+        export_hf(
+            models,
+            spec,
+            groups,
+            source=Path(folder),
+            output=Path(output),
+            tokenizer=make_tokenizer(),
+            max_shard_bytes=max_shard_bytes,
+        )
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def _assert_same_bits(left, right):
+    left, right = stored_tensors(left), stored_tensors(right)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        integers = {2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]
+        assert torch.equal(tensor.view(integers), right[name].view(integers)), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_import_then_export_changes_no_bit(tmp_path, family, dtype):
+    source = make_checkpoint(tmp_path / "source", family, dtype=dtype, **FAMILIES[family])
+    run_ranks(_export, 1, source, (1, 1, 1), str(tmp_path / "out"))
+    _assert_same_bits(source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("layout", [(2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_every_layout_exports_the_same_bits(tmp_path, family, layout):
+    source = make_checkpoint(tmp_path / "source", family, dtype=torch.bfloat16, **FAMILIES[family])
+    run_ranks(_export, np.prod(layout), source, layout, str(tmp_path / "out"), bf16=True)
+    _assert_same_bits(source, tmp_path / "out")
+
+
+def test_a_folder_of_mixed_dtypes_keeps_them(tmp_path):
+    source = make_checkpoint(tmp_path / "source", "qwen3", dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    tensors |= {name: tensor.float() for name, tensor in tensors.items() if tensor.dim() == 1}
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    run_ranks(_export, 1, source, (1, 1, 1), str(tmp_path / "out"))
+    _assert_same_bits(source, tmp_path / "out")
+
+
+def test_sharded_in_and_out(tmp_path):
+    source = make_checkpoint(tmp_path / "source", "llama", max_shard_size="60KB", **FAMILIES["llama"])
+    # some tensors are larger than a shard, and so get one of their own out of turn
+    run_ranks(_export, 2, source, (2, 1, 1), str(tmp_path / "out"), max_shard_bytes=30_000)
+    _assert_same_bits(source, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert len(set(index["weight_map"].values())) > 3
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored_tensors(source).values())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_transformers_loads_the_export_and_generates(tmp_path):
+    source = make_checkpoint(tmp_path / "source", "qwen2", **FAMILIES["qwen2"])
+    GenerationConfig(bos_token_id=1, eos_token_id=2, max_new_tokens=7).save_pretrained(source)
+    run_ranks(_export, 1, source, (1, 1, 1), str(tmp_path / "out"), change=0.01)
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hello world"}], tokenize=False)
+    generated = model.generate(**tokenizer(text, return_tensors="pt", return_token_type_ids=False), do_sample=False)
+    assert generated.shape[1] > len(tokenizer(text)["input_ids"])
+    assert GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 7
+    before = AutoModelForCausalLM.from_pretrained(source)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before.get_parameter(name) + 0.01)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_earlier_export_is_replaced_and_anything_else_is_not(tmp_path):
+    source = make_checkpoint(tmp_path / "source", "qwen3")
+    output = tmp_path / "deep" / "out"
+    assert run_ranks(_export, 2, source, (1, 2, 1), str(output), change=1.0) == [None, None]
+    assert run_ranks(_export, 2, source, (1, 2, 1), str(output)) == [None, None]
+    _assert_same_bits(source, output)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    message, other_rank = run_ranks(_export, 2, source, (1, 2, 1), str(tmp_path / "mine"))
+    assert "not an earlier export" in message
+    assert other_rank is None
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in run_ranks(_export, 1, source, (1, 1, 1), str(tmp_path / "file" / "out"))[0]
+
+
+def test_random_weights_are_the_same_in_every_layout(tmp_path):
+    source = make_checkpoint(tmp_path / "source", "qwen3", tie_word_embeddings=True)
+    (tmp_path / "source" / "model.safetensors").unlink()
+    for number, layout in enumerate([(1, 1, 1), (2, 2, 1)]):
+        run_ranks(_export, np.prod(layout), source, layout, str(tmp_path / str(number)), init_from="config", seed=7)
+    run_ranks(_export, 1, source, (1, 1, 1), str(tmp_path / "other"), init_from="config", seed=8)
+    _assert_same_bits(tmp_path / "0", tmp_path / "1")
+    first, other = stored_tensors(tmp_path / "0"), stored_tensors(tmp_path / "other")
+    assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+    assert first["model.embed_tokens.weight"].std() == pytest.approx(0.02, rel=0.05)
+
+
+def _inspect(folder):
+    from mindspeed_simpo.model import hf_weights
+
+    read = {}
+    original = hf_weights.SafetensorsFolder.read
+
+    def recording(self, tensor, rank, size):
+        part = original(self, tensor, rank, size)
+        read[tensor.name] = tuple(part.shape)
+        return part
+
+    hf_weights.SafetensorsFolder.read = recording
+    try:
+        _, groups, (model,) = engine_model(folder, (2, 2, 1))
+    finally:
+        hf_weights.SafetensorsFolder.read = original
+    marked = {
+        name: (parameter.partition_dim, tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+        if getattr(parameter, "tensor_model_parallel", False)
+    }
+    sharded = model.sharded_state_dict()
+    return {
+        "read": read,
+        "marked": marked,
+        "names": [name for name, _ in model.named_parameters()],
+        "shared": getattr(model.shared_embedding_or_output_weight(), "shared_embedding", None),
+        "padding": float(model.output_layer.weight.detach()[65:].abs().max()) if groups.is_last_stage else None,
+        "sharded": len(sharded),
+    }
+
+
+def test_each_rank_reads_its_slices_and_marks_its_shards(tmp_path):
+    source = make_checkpoint(tmp_path / "source", "qwen2", tie_word_embeddings=True)
+    ranks = run_ranks(_inspect, 4, source)
+    layer = "model.layers.0."
+    assert ranks[0]["read"]["model.embed_tokens.weight"] == (66, 64)
+    assert ranks[1]["read"]["model.embed_tokens.weight"] == (65, 64)
+    assert ranks[3]["read"]["model.embed_tokens.weight"] == (65, 64), "the tied head's copy"
+    assert ranks[0]["read"][f"{layer}self_attn.q_proj.weight"] == (32, 64)
+    assert ranks[0]["read"][f"{layer}mlp.down_proj.weight"] == (64, 48)
+    assert not [name for name in ranks[0]["read"] if "layers.1" in name or name == "model.norm.weight"]
+    assert not [name for name in ranks[2]["read"] if "layers.0" in name]
+    for rank in ranks:
+        unmarked = [name for name in rank["names"] if name not in rank["marked"]]
+        assert all("layernorm" in name for name in unmarked), unmarked
+        assert rank["shared"] is True
+        assert rank["sharded"] >= len(rank["names"])
+    assert ranks[0]["marked"]["decoder.layers.0.mlp.linear_fc2.weight"] == (1, (64, 48))
+    assert ranks[0]["marked"]["decoder.layers.0.self_attention.linear_qkv.bias"] == (0, (64,))
+    assert ranks[3]["padding"] == 0.0
+    assert ranks[2]["padding"] > 0.0

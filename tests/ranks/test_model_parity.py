@@ -1,0 +1,114 @@
+"""The engine's model against transformers': logits and every gradient, in fp32."""
+
+import numpy as np
+import pytest
+
+from tests.ranks.launcher import run_ranks
+from tests.ranks.model_helpers import LLAMA3_ROPE, make_checkpoint, run_engine, transformers_result, whole_logits
+
+MODELS = {
+    "llama-gqa": {"family": "llama"},
+    "llama-mha-tied": {"family": "llama", "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "llama-llama3-rope": {"family": "llama", "rope_parameters": LLAMA3_ROPE},
+    "llama-linear-rope": {
+        "family": "llama",
+        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 2000.0},
+    },
+    "llama-biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral-gqa": {"family": "mistral", "sliding_window": None},
+    "mistral-mha-wide-heads": {
+        "family": "mistral",
+        "num_key_value_heads": 4,
+        "head_dim": 24,
+        "sliding_window": 64,
+    },
+    "mistral-tied": {"family": "mistral", "tie_word_embeddings": True, "sliding_window": None},
+    "qwen2-gqa": {"family": "qwen2"},
+    "qwen2-mqa-tied": {"family": "qwen2", "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "qwen2-mha": {"family": "qwen2", "num_key_value_heads": 4},
+    "qwen3-gqa": {"family": "qwen3"},
+    "qwen3-mha-tied": {"family": "qwen3", "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "qwen3-biases": {"family": "qwen3", "attention_bias": True},
+}
+LAYOUTS = [
+    ("llama-biases", (2, 1, 1)),
+    ("qwen2-gqa", (2, 1, 1)),
+    ("qwen3-gqa", (2, 1, 1)),
+    ("qwen3-mha-tied", (2, 1, 1)),
+    ("mistral-mha-wide-heads", (4, 1, 1)),
+    ("llama-llama3-rope", (1, 2, 1)),
+    ("qwen2-mqa-tied", (1, 2, 1)),
+    ("qwen3-mha-tied", (2, 2, 1)),
+    ("qwen2-gqa", (2, 2, 1)),
+    ("llama-gqa", (1, 1, 2)),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    made = {}
+
+    def make(name):
+        if name not in made:
+            options = dict(MODELS[name])
+            folder = make_checkpoint(tmp_path_factory.mktemp(name), options.pop("family"), **options)
+            made[name] = folder, *transformers_result(folder)
+        return made[name]
+
+    return make
+
+
+def _assert_equal(results, logits, gradients):
+    ours = whole_logits(results)
+    vocab_size = logits.shape[-1]
+    np.testing.assert_allclose(ours[..., :vocab_size], logits, rtol=0, atol=2e-5)
+    assert np.all(np.isneginf(ours[..., vocab_size:]))
+    assert results[0][1].keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        error = np.linalg.norm(results[0][1][name] - gradient) / np.linalg.norm(gradient)
+        assert error < 1e-5, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_equal_transformers(checkpoint, name):
+    folder, logits, gradients = checkpoint(name)
+    assert np.abs(logits).max() > 0.5
+    _assert_equal(run_ranks(run_engine, 1, folder, (1, 1, 1)), logits, gradients)
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_every_layout_gives_the_same_with_a_vocabulary_it_does_not_divide(checkpoint, name, layout):
+    folder, logits, gradients = checkpoint(name)
+    results = run_ranks(run_engine, np.prod(layout), folder, layout)
+    if layout[2] > 1:
+        results = [results[0], *[(None, {}) for _ in results[1:]]]
+    _assert_equal(results, logits, gradients)
+    assert not any(gradients for _, gradients in results[1:])
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+        {"recompute_granularity": "selective"},
+    ],
+)
+def test_recomputation_changes_nothing(checkpoint, recompute):
+    folder, logits, gradients = checkpoint("qwen3-gqa")
+    _assert_equal(run_ranks(run_engine, 2, folder, (2, 1, 1), **recompute), logits, gradients)
+
+
+def test_a_shard_that_is_all_padding_is_possible(tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen2", vocab_size=5, num_key_value_heads=4)
+    _assert_equal(run_ranks(run_engine, 4, folder, (4, 1, 1)), *transformers_result(folder))
+
+
+def test_bfloat16_stays_near_float32(checkpoint):
+    folder, logits, gradients = checkpoint("qwen3-gqa")
+    results = run_ranks(run_engine, 2, folder, (2, 1, 1), bf16=True)
+    ours = whole_logits(results)[..., : logits.shape[-1]]
+    assert np.abs(ours - logits).max() < 0.05 * np.abs(logits).max()
+    for name, gradient in gradients.items():
+        error = np.linalg.norm(results[0][1][name] - gradient) / np.linalg.norm(gradient)
+        assert error < 0.1, f"{name}: {error}"

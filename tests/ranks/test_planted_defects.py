@@ -1,0 +1,150 @@
+"""Defects that have shipped elsewhere, put back: the matrix must catch each, or its silence proves nothing."""
+
+import dataclasses
+import functools
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mindspeed_simpo.claims import Topology
+from tests.ranks.matrix import GRADIENT, LOSS, Cell, Row
+from tests.ranks.parity import worst_error
+
+OBJECTIVE = "sigmoid + ftx"
+
+
+def _put_in_place_of(original, defective):
+    """Every name under which a module of the package knows the function."""
+    import mindspeed_simpo.session  # noqa: F401 - brings all of them
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mindspeed_simpo") and getattr(module, original.__name__, None) is original:
+            setattr(module, original.__name__, defective)
+
+
+def _undifferentiated_sum(values, group):
+    """What a raw ``all_reduce`` inside autograd computes: the sum, with the gradient of the own part alone."""
+    total = values.detach().clone()
+    dist.all_reduce(total, group=group)
+    return values + (total - values.detach())
+
+
+def undifferentiated_tensor_reduction():
+    """The owner of a label completes its log-probability, the other shards add a zero: they lose the softmax term."""
+    from mindspeed_simpo import logprobs
+
+    def logits_logprobs(logits, targets, tensor_group):
+        shard = logits.shape[-1]
+        local = targets - tensor_group.rank() * shard
+        mine = (local >= 0) & (local < shard)
+        highest = logits.detach().amax(dim=-1)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=tensor_group)
+        shifted = logits - highest[:, None]
+        normaliser = _undifferentiated_sum(shifted.exp().sum(dim=-1), tensor_group)
+        at_target = shifted.gather(-1, local.where(mine, 0)[:, None])[:, 0]
+        return _undifferentiated_sum((at_target - normaliser.log()).where(mine, 0.0), tensor_group)
+
+    _put_in_place_of(logprobs.logits_logprobs, logits_logprobs)
+
+
+def label_zero_means_nothing():
+    """``labels != 0`` on the shard's own ids: the first id of every shard is dropped."""
+    from mindspeed_simpo import logprobs
+
+    original = logprobs.logits_logprobs
+
+    def logits_logprobs(logits, targets, tensor_group):
+        return original(logits, targets, tensor_group).where(targets % logits.shape[-1] != 0, 0.0)
+
+    _put_in_place_of(original, logits_logprobs)
+
+
+def shift_after_slicing():
+    """Each context-parallel rank shifts the labels of its own slice, which has gaps and an end."""
+    from mindspeed_simpo import logprobs
+    from mindspeed_simpo.batch import IGNORE_INDEX
+    from mindspeed_simpo.parallel.context import natural_order, positions_of
+
+    original = logprobs.sequence_logprobs
+    pad = functools.partial(torch.nn.functional.pad, value=IGNORE_INDEX)
+
+    def sequence_logprobs(hidden, weight, *, targets, groups, **options):
+        group, length = groups.context, groups.context.size() * targets.shape[1]
+        slices = [torch.empty_like(targets) for _ in range(group.size())]
+        dist.all_gather(slices, targets.contiguous(), group=group)
+        whole = torch.cat(slices, dim=1)[:, natural_order(group.size(), length, targets.device)]
+        labels = pad(whole, (1, 0))[:, positions_of(group.rank(), group.size(), length, targets.device)]
+        return original(hidden, weight, targets=pad(labels[:, 1:], (0, 1)), groups=groups, **options)
+
+    _put_in_place_of(original, sequence_logprobs)
+
+
+def supervised_term_divided_twice():
+    """``pref_ftx`` times a mean that is divided by the length once more."""
+    from mindspeed_simpo import objectives
+
+    original = objectives.simpo
+
+    def simpo(inputs, *, pref_ftx, **options):
+        once = original(inputs, pref_ftx=pref_ftx, **options)
+        none = original(inputs, pref_ftx=0.0, **options)
+        twice = none.loss + (once.loss - none.loss) / inputs.chosen_tokens.clamp(min=1)
+        return dataclasses.replace(once, loss=twice)
+
+    _put_in_place_of(original, simpo)
+
+
+def loss_divided_by_context_ranks():
+    """``loss / cp`` in front of a schedule and a DDP that already make the sum a mean."""
+    from mindspeed_simpo.schedule import PairSchedule
+
+    original = PairSchedule.forward_backward
+
+    def forward_backward(self, micro_batches, num_pairs):
+        return original(self, micro_batches, num_pairs * self.groups.context.size())
+
+    PairSchedule.forward_backward = forward_backward
+
+
+TENSOR, CONTEXT = Row(Topology(tensor=2)), Row(Topology(context=2))
+
+
+@pytest.mark.parametrize(
+    ("defect", "row", "loss_shows_it"),
+    [
+        (undifferentiated_tensor_reduction, TENSOR, False),
+        (label_zero_means_nothing, TENSOR, True),
+        (shift_after_slicing, CONTEXT, True),
+        (supervised_term_divided_twice, TENSOR, True),
+        (loss_divided_by_context_ranks, CONTEXT, False),
+    ],
+)
+def test_the_matrix_catches(matrix, defect, row, loss_shows_it):
+    [cell] = matrix.cells(row, [OBJECTIVE], prepare=defect)
+    assert not cell.holds
+    assert cell.gradient > 1000 * GRADIENT
+    # a check of the forward alone would have passed where the loss is right
+    assert (cell.loss > LOSS) == loss_shows_it
+
+
+@pytest.mark.parametrize("row", [TENSOR, CONTEXT], ids=str)
+def test_the_same_cells_hold_without_a_defect(matrix, row):
+    [cell] = matrix.cells(row, [OBJECTIVE])
+    assert cell.holds
+
+
+@pytest.mark.parametrize("measure", ["loss", "grad_norm", "gradient", "parameter"])
+@pytest.mark.parametrize("value", [1e-4, float("nan"), float("inf")])
+def test_one_measure_out_of_the_contract_is_enough(measure, value):
+    sound = Cell(TENSOR, OBJECTIVE, 0.0, 0.0, 0.0, "weight", 0.0, "weight")
+    assert sound.holds
+    assert not dataclasses.replace(sound, **{measure: value}).holds
+
+
+def test_a_gradient_that_is_not_a_number_is_the_worst():
+    expected = {name: torch.ones(2, dtype=torch.float64) for name in "abc"}
+    error, name = worst_error({"a": torch.ones(2), "b": torch.full((2,), float("nan")), "c": torch.zeros(2)}, expected)
+    assert name == "b"
+    assert not error <= GRADIENT

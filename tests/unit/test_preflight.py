@@ -1,0 +1,156 @@
+"""`check` on real tokenizers and files: what it prints, warns of and refuses."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mindspeed_simpo.config import Config
+from mindspeed_simpo.preflight import check, judge_length, judge_settings
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
+PAIRS = [
+    {"prompt": "Name the capital of Peru.", "chosen": "Happy to help! It is Lima.", "rejected": "No idea, sorry."},
+    {"prompt": "What colour is coal?", "chosen": "Good question! Coal is black.", "rejected": "Not my job."},
+]
+
+
+def run(tmp_path: Path, rows=PAIRS, *, world_size: int = 1, **values) -> tuple[bool, str]:
+    """Verdict and printed report."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    values = {
+        "model_name_or_path": str(QUICKSTART),
+        "init_from": "config",
+        "data_path": str(path),
+        "data_cache_dir": str(tmp_path / "cache"),
+        "seq_length": 64,
+        "global_batch_size": 2,
+        "num_workers": 1,
+        "device": "cpu",
+    } | values
+    output = io.StringIO()
+    verdict = check(Config(**values), world_size, Console(file=output, width=160))
+    return verdict, output.getvalue()
+
+
+def test_a_good_run_is_ready(tmp_path):
+    verdict, report = run(tmp_path, eval_data_path=str(QUICKSTART / "held_out.jsonl"))
+    assert verdict
+    assert "error" not in report
+    assert "ready to train, 1 warnings" in report
+    assert "│ rows                                         │ 2 " in report
+    assert "│ 90 " in report
+    assert "<|im_start|>user\nName the capital of Peru.<|im_end|>\n<|im_start|>assistant\nHappy to help!" in report
+    assert "qwen3, 1,033,600 parameters; tensor 1 x pipeline 1 x context 1 x data 1; 2 x 1 pairs a step" in report
+    assert "optimizer" in report
+
+
+def test_layout_of_several_ranks(tmp_path):
+    _, report = run(tmp_path, world_size=8, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    assert "tensor 2 x pipeline 2 x context 1 x data 2" in report
+    assert "stage 1" in report
+
+
+def test_rows_that_cannot_be_used_are_errors_with_statistics_of_the_rest(tmp_path):
+    bad = [{"prompt": "A", "chosen": "same", "rejected": "same"}, {"prompt": "A", "chosen": "", "rejected": "x"}]
+    verdict, report = run(tmp_path, [*PAIRS, *bad])
+    assert not verdict
+    assert "error: train: 2 of 4 rows cannot be used" in report
+    assert "ready" not in report
+    assert "pairs.jsonl:3" in report
+    assert "pairs.jsonl:4" in report
+    assert "│ identical                                    │ 1 " in report
+    verdict, report = run(tmp_path, [*PAIRS, *bad], data_errors="drop")
+    assert verdict
+
+
+def test_too_long_pairs(tmp_path):
+    long = {"prompt": "What comes next? " * 30, "chosen": "Good question!", "rejected": "No idea."}
+    verdict, report = run(tmp_path, [*PAIRS, long])
+    assert not verdict
+    assert "are longer than seq_length 64" in report
+    verdict, report = run(tmp_path, [*PAIRS, long], truncation="keep_end")
+    assert verdict
+    assert "│ prompts truncated                            │ 1 " in report
+
+
+def test_a_cut_response_is_warned_of(tmp_path):
+    long = {"prompt": "Tell me.", "chosen": "Good question! " * 40, "rejected": "No idea."}
+    verdict, report = run(tmp_path, [*PAIRS, long], truncation="keep_end")
+    assert verdict
+    assert "warning: train: 1 of 3 inspected pairs lost the end of turn of a response to truncation" in report
+
+
+def test_held_out_prompts_that_training_shows(tmp_path):
+    _, report = run(tmp_path, [*PAIRS, *PAIRS], split="50,50")
+    assert "warning: eval: 2 of 2 inspected prompts are training prompts too" in report
+
+
+def model_folder(tmp_path: Path, **tokenizer_changes) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(QUICKSTART, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokenizer_changes))
+    return folder
+
+
+def test_a_template_that_doubles_the_bos(tmp_path):
+    template = json.loads((QUICKSTART / "tokenizer_config.json").read_text())["chat_template"]
+    folder = model_folder(
+        tmp_path, bos_token="<|endoftext|>", chat_template="{{ bos_token }}{{ bos_token }}" + template
+    )
+    verdict, report = run(tmp_path, model_name_or_path=str(folder))
+    assert not verdict
+    assert "<|endoftext|> twice" in report
+
+
+def test_absent_weights_model_and_data(tmp_path):
+    verdict, report = run(tmp_path, init_from="weights")
+    assert not verdict
+    assert "has no weights" in report
+    assert "Name the capital of Peru." in report  # the data is looked at all the same
+    verdict, report = run(tmp_path, model_name_or_path=str(tmp_path / "absent"))
+    assert not verdict
+    assert report.count("error:") == 2  # the model and its tokenizer
+    verdict, report = run(tmp_path, data_path=str(tmp_path / "absent.jsonl"))
+    assert not verdict
+    assert "absent.jsonl" in report
+
+
+def test_a_layout_that_the_model_cannot_have(tmp_path):
+    verdict, report = run(tmp_path, world_size=4, tensor_model_parallel_size=4)
+    assert not verdict
+    assert "tensor_model_parallel_size 4 does not divide the model's num_key_value_heads 2" in report
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, []),
+        ({"simpo_beta": 0.1}, ["simpo_beta 0.1"]),
+        ({"gamma_beta_ratio": 1.4}, ["gamma_beta_ratio 1.4"]),
+        ({"lr": 2e-6}, ["lr 2e-06: the paper's runs use 3e-7 to 1e-6"]),
+        ({"lr": 1e-5}, ["lr 1e-05", "degrade"]),
+        ({"stage": "dpo", "dpo_beta": 2.5, "simpo_beta": 99}, ["dpo_beta 2.5"]),
+        ({"init_from": "config", "lr": 1e-3}, ["random weights"]),
+    ],
+)
+def test_settings_outside_the_papers_range(values, expected):
+    warnings = "\n".join(judge_settings(Config(model_name_or_path="m", data_path="d", **values)))
+    assert all(text in warnings for text in expected)
+    assert len(warnings.splitlines()) == min(1, len(expected))
+
+
+@pytest.mark.parametrize(
+    ("train_iters", "pairs", "expected"),
+    [(None, 127, "do not fill one global batch"), (None, 128, ""), (4, 128, "4.0 passes"), (3, 128, "")],
+)
+def test_run_lengths(train_iters, pairs, expected):
+    config = Config(model_name_or_path="m", data_path="d", train_iters=train_iters)
+    warnings = "".join(judge_length(config, pairs))
+    assert expected in warnings
+    assert bool(expected) == bool(warnings)

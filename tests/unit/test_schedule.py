@@ -1,0 +1,96 @@
+"""The gradient of a pair's loss by its two sums, and how the halves of a batch are cut."""
+
+import pytest
+import torch
+
+from mindspeed_simpo.batch import IGNORE_INDEX, LossOutput, PairBatch
+from mindspeed_simpo.errors import ConfigError
+from mindspeed_simpo.objectives import simpo
+from tests.ranks.launcher import run_ranks
+
+
+def batch(*lengths, seq=12):
+    tokens = torch.arange(len(lengths) * seq).view(len(lengths), seq) + 1
+    targets = torch.full_like(tokens, IGNORE_INDEX)
+    for row, length in enumerate(lengths):
+        targets[row, : max(0, length - 1)] = tokens[row, 1 : max(1, length)]
+    pairs = len(lengths) // 2
+    return PairBatch(tokens, targets, torch.tensor(lengths), torch.arange(pairs))
+
+
+CHOSEN, REJECTED = torch.tensor([-3.0, -5.0], dtype=torch.float64), torch.tensor([-4.0, -1.0], dtype=torch.float64)
+
+
+def _gradients_are_those_of_the_joint_loss():
+    from mindspeed_simpo.schedule import PairScorer
+
+    leaves = CHOSEN.clone().requires_grad_(), REJECTED.clone().requires_grad_()
+    pairs = batch(4, 5, 6, 7)
+    scorer = PairScorer(simpo)
+    loss, joint = scorer(pairs, *leaves)
+    expected = torch.autograd.grad(loss, leaves)
+    with torch.no_grad():
+        *grads, scored = scorer.gradients(pairs, CHOSEN, REJECTED)
+    torch.testing.assert_close(grads, list(expected), rtol=0, atol=0)
+    torch.testing.assert_close(scored.output.loss, joint.output.loss, rtol=0, atol=0)
+    assert not scored.inputs.chosen_logprob.requires_grad
+
+
+def _an_objective_that_needs_more_than_the_sums_is_refused():
+    from mindspeed_simpo.schedule import PairScorer
+
+    temperature = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def learned(inputs):
+        output = simpo(inputs)
+        return LossOutput(output.loss * temperature, output.sft_loss, output.chosen_reward, output.rejected_reward)
+
+    with pytest.raises(ConfigError, match="pair_schedule: concat"):
+        PairScorer(learned).gradients(batch(4, 5, 6, 7), CHOSEN, REJECTED)
+
+
+def _an_objective_may_ignore_a_side():
+    from mindspeed_simpo.schedule import PairScorer
+
+    def supervised(inputs):
+        zero = torch.zeros_like(inputs.chosen_logprob)
+        return LossOutput(-inputs.chosen_logprob, zero, zero, zero)
+
+    chosen, rejected, _ = PairScorer(supervised).gradients(batch(4, 5, 6, 7), CHOSEN, REJECTED)
+    assert chosen.tolist() == [-1.0, -1.0]
+    assert rejected.tolist() == [0.0, 0.0]
+
+
+def _halves_lose_the_padding_that_only_the_other_needs():
+    from mindspeed_simpo.schedule.rows import Rows
+
+    for lengths, multiple_of, expected in [
+        ((4, 5, 12, 7), 1, (5, 12)),
+        ((4, 5, 12, 7), 4, (8, 12)),
+        ((3, 0, 9, 0), 2, (4, 10)),
+        ((0, 0, 0, 0), 4, (4, 4)),
+    ]:
+        pairs = batch(*lengths)
+        halves = Rows.of(pairs).trimmed_halves(pairs.lengths, multiple_of)
+        assert tuple(half.tokens.shape[1] for half in halves) == expected
+        for half, first, last in zip(halves, (0, 2), (2, 4), strict=True):
+            length = half.tokens.shape[1]
+            assert torch.equal(half.tokens, pairs.tokens[first:last, :length])
+            assert (half.targets != IGNORE_INDEX).sum() == (pairs.targets[first:last] != IGNORE_INDEX).sum()
+            padded = half.padded_to(20)
+            assert torch.equal(padded.tokens[:, :length], half.tokens)
+            assert (padded.targets[:, length:] == IGNORE_INDEX).all()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        _gradients_are_those_of_the_joint_loss,
+        _an_objective_that_needs_more_than_the_sums_is_refused,
+        _an_objective_may_ignore_a_side,
+        _halves_lose_the_padding_that_only_the_other_needs,
+    ],
+    ids=lambda case: case.__name__.strip("_"),
+)
+def test_in_a_process_with_megatron(case):
+    run_ranks(case, 1)

@@ -1,0 +1,138 @@
+"""What the schedules keep for the backward, and what the fused head makes, counted from the tensors themselves."""
+
+import pytest
+import torch
+
+from scripts.tensor_bytes import PeakBytes, StoredBytes
+from tests.hf import make_checkpoint, make_token_pairs
+from tests.ranks.launcher import run_ranks
+
+
+def test_counters_count():
+    kept, parameter = torch.ones(1000, requires_grad=True), torch.ones(1000, requires_grad=True)
+    with StoredBytes([parameter]) as stored:
+        product = kept.exp() * parameter  # exp keeps its result, the product keeps it too
+        assert stored.now == stored.peak == 4000
+        product.sum().backward()
+        del product
+    assert stored.now == 0
+    with PeakBytes([kept]) as made, torch.no_grad():
+        for _ in range(3):
+            double = kept * 2
+            half = double[:500]
+            del double, half
+        kept.view(-1)
+    assert made.peak == made.largest == 4000
+
+
+def _stored_on_rank(folder, pairs, schedules):
+    from megatron.core import tensor_parallel
+
+    from mindspeed_simpo.batch import TokenizedPair
+    from mindspeed_simpo.config import Config
+    from mindspeed_simpo.data.collate import collate_padded
+    from mindspeed_simpo.device import open_device
+    from mindspeed_simpo.logprobs import fused_head
+    from mindspeed_simpo.model.gpt import build_model
+    from mindspeed_simpo.model.hf_config import read_model_spec
+    from mindspeed_simpo.model.hf_weights import fill_weights
+    from mindspeed_simpo.objectives import make_objective
+    from mindspeed_simpo.optimizer import wrap_for_training
+    from mindspeed_simpo.parallel import initialize
+    from mindspeed_simpo.schedule import PairSchedule
+
+    device = open_device("cpu")
+    batch = collate_padded([TokenizedPair(*pair, source="") for pair in pairs], list(range(len(pairs))))
+    peaks = []
+    for schedule in schedules:
+        config = Config(
+            model_name_or_path=folder, data_path="x", global_batch_size=len(pairs), fused_logprob=True, **schedule
+        )
+        if not peaks:
+            groups = initialize(config.layout(1), device)
+            tensor_parallel.model_parallel_cuda_manual_seed(1)
+        spec = read_model_spec(folder)
+        models = build_model(spec, config, groups, device)
+        fill_weights(models, spec, config, groups)
+        runner = PairSchedule(
+            models=wrap_for_training(models, config),
+            objective=make_objective(config),
+            groups=groups,
+            vocab_size=spec.vocab_size,
+            device=device.torch_device,
+            pair_schedule=config.pair_schedule,
+            fused=fused_head(config),
+        )
+        with StoredBytes(models[0].parameters()) as stored:
+            runner.forward_backward([batch, batch], len(pairs))
+        peaks.append(stored.peak)
+    return peaks
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_two_pass_keeps_half_and_split_keeps_all(tmp_path, recompute):
+    folder = make_checkpoint(tmp_path, layers=4, vocab_size=512)
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    schedules = [{"pair_schedule": name, **(full if recompute else {})} for name in ("concat", "split", "two_pass")]
+    prompt, response = list(range(64)), list(range(64))
+    [(concat, split, two_pass)] = run_ranks(
+        _stored_on_rank, 1, str(folder), [(prompt, response, response[::-1])] * 2, schedules
+    )
+    assert two_pass <= 0.52 * concat
+    if recompute:
+        # both forwards' layer inputs are there, but a layer is recomputed for one of them at a time
+        assert two_pass < split < concat
+    else:
+        # what each forward keeps for itself, such as rotary angles, is there twice
+        assert concat * 0.99 <= split <= concat * 1.1
+
+
+def test_two_pass_does_not_pad_the_shorter_half(tmp_path):
+    folder = make_checkpoint(tmp_path, layers=4, vocab_size=512)
+    schedules = [{"pair_schedule": name} for name in ("concat", "two_pass")]
+    [prompt_ids, chosen_ids, _] = make_token_pairs(1, 512, max_prompt=4)[0]
+    short_first = [(prompt_ids, chosen_ids[:1], list(range(100)))]
+    [(concat, two_pass)] = run_ranks(_stored_on_rank, 1, str(folder), short_first, schedules)
+    assert two_pass <= 0.52 * concat
+
+
+VOCAB, TOKENS, HIDDEN, CHUNK = 152_000, 96, 8, 8
+
+
+def _head_on_rank():
+    from mindspeed_simpo.config import Layout
+    from mindspeed_simpo.device import open_device
+    from mindspeed_simpo.logprobs import FusedHead, vocab_parallel_logprobs
+    from mindspeed_simpo.parallel import initialize
+
+    groups = initialize(Layout(), open_device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
+    targets = torch.randint(VOCAB, (TOKENS,), generator=generator)
+    upstream = torch.randn(TOKENS, generator=generator)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator).requires_grad_()
+    counts, results = [], []
+    for fused in (None, FusedHead(CHUNK)):
+        leaf = hidden.clone().requires_grad_()
+        weight.grad = None
+        with PeakBytes([leaf, weight]) as made, StoredBytes([leaf, weight]) as stored:
+            logprobs = vocab_parallel_logprobs(leaf, weight, targets, groups=groups, vocab_size=VOCAB, fused=fused)
+            logprobs.backward(upstream)
+        counts.append((made.peak, made.largest, stored.peak))
+        results.append((logprobs.detach(), leaf.grad, weight.grad))
+    errors = [float((one - other).norm() / other.norm()) for one, other in zip(*results, strict=True)]
+    return counts, errors
+
+
+def test_fused_head_makes_nothing_of_tokens_by_vocabulary():
+    [(counts, errors)] = run_ranks(_head_on_rank, 1)
+    whole = TOKENS * VOCAB * 4
+    (plain_peak, plain_largest, plain_stored), (peak, largest, stored) = counts
+    assert plain_largest == whole
+    assert plain_stored >= whole
+    assert plain_peak >= 2 * whole
+    gradient = VOCAB * HIDDEN * 4
+    assert largest == max(gradient, CHUNK * VOCAB * 4)
+    assert peak - gradient < 1.1 * CHUNK * VOCAB * 4
+    assert stored < 10 * TOKENS * 8
+    assert max(errors) < 1e-6

@@ -1,0 +1,105 @@
+"""``--stage simpo`` in a real MindSpeed-LLM: loss, metrics and every gradient, against the dense fp64 oracle."""
+
+import pytest
+
+from tests import oracle
+from tests.upstream.harness import expected, gradient_errors, make_pairs, needs_upstream, no_pad_flag, train
+
+pytestmark = needs_upstream
+
+LOCAL = "--transformer-impl local"
+TP2 = "--tensor-model-parallel-size 2"
+PP2 = "--pipeline-model-parallel-size 2"
+VPP = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
+ULYSSES = f"{LOCAL} --context-parallel-size 2 --context-parallel-algo ulysses_cp_algo"
+RING = f"{LOCAL} --context-parallel-size 2 --context-parallel-algo megatron_cp_algo --use-flash-attn"
+OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+CASES = {
+    "one rank": (1, ""),
+    "fused operators": (1, "--use-flash-attn --use-fused-rmsnorm --use-fused-swiglu"),
+    "tp2": (2, TP2),
+    "tp2 sp": (2, f"{TP2} --sequence-parallel"),
+    "pp2": (2, PP2),
+    "pp2 vpp2": (2, VPP),
+    "cp2 ulysses": (2, ULYSSES),
+    "cp2 ring": (2, RING),
+    "dp2": (2, ""),
+    "dp2 distributed optimizer": (2, OVERLAP),
+    "tp2 cp2 ring": (4, f"{TP2} --sequence-parallel {RING}"),
+    "tp2 pp2": (4, f"{TP2} --sequence-parallel {PP2}"),
+    "full recompute": (1, RECOMPUTE),
+    "selective recompute": (1, "--recompute-granularity selective"),
+    "two_pass": (1, "--pair-schedule two_pass"),
+    "two_pass dp2": (2, f"--pair-schedule two_pass {OVERLAP} --micro-batch-size 1"),
+    "two_pass cp2": (2, f"--pair-schedule two_pass {RING}"),
+    "two_pass recompute": (1, f"--pair-schedule two_pass {RECOMPUTE}"),
+    "fused": (1, "--fused-logprob"),
+    "fused tp2": (2, f"--fused-logprob {TP2}"),
+    "fused tp2 sp two_pass": (2, f"--fused-logprob --pair-schedule two_pass {TP2} --sequence-parallel"),
+    "fused pp2": (2, f"--fused-logprob {PP2}"),
+    "fused cp2": (2, f"--fused-logprob {ULYSSES}"),
+}
+PAIRS = make_pairs(8)
+
+
+def check(run, pairs, **options):
+    """Compare the last iteration with the oracle."""
+    wanted, gradients = expected(pairs, **options)
+    found = run.metrics(options.get("stage", "simpo"))[-1]
+    assert found.pop("lm loss") == pytest.approx(wanted.pop("loss"), rel=1e-6)
+    assert found == pytest.approx(wanted, rel=2e-6, abs=5e-6)
+    errors = gradient_errors(run, gradients)
+    assert max(errors.values()) < 1e-5, errors
+    assert run.logged("grad norm")[-1] == pytest.approx(oracle.grad_norm(gradients), abs=6e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_topology(tmp_path, name):
+    ranks, flags = CASES[name]
+    check(train(tmp_path, PAIRS, flags, ranks), PAIRS[:4])
+
+
+@pytest.mark.parametrize("parallel", ["", PP2, TP2 + " --sequence-parallel"])
+def test_rows_padded_to_the_longest_only(tmp_path, parallel):
+    check(train(tmp_path, PAIRS, f"{no_pad_flag()} {parallel}", 2 if parallel else 1), PAIRS[:4])
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        (
+            "--pref-ftx 0.4 --simpo-beta 2.0 --gamma-beta-ratio 1.4",
+            {"pref_ftx": 0.4, "simpo_beta": 2.0, "gamma_beta_ratio": 1.4},
+        ),
+        ("--simpo-loss-type ipo --simpo-beta 0.7", {"simpo_loss_type": "ipo", "simpo_beta": 0.7}),
+        ("--simpo-label-smoothing 0.2", {"simpo_label_smoothing": 0.2}),
+    ],
+)
+def test_objective_flags_under_tensor_parallelism(tmp_path, flags, options):
+    check(train(tmp_path, PAIRS, f"{flags} {TP2} --sequence-parallel", 2), PAIRS[:4], **options)
+
+
+@pytest.mark.parametrize(("ranks", "flags"), [(2, TP2), (2, RING), (2, VPP), (2, PP2), (1, "")])
+def test_dpo_exact(tmp_path, ranks, flags):
+    run = train(tmp_path, PAIRS, f"--dpo-exact --pref-ftx 0.1 {flags}", ranks, stage="dpo")
+    check(run, PAIRS[:4], stage="dpo", pref_ftx=0.1)
+
+
+def test_bf16_is_near(tmp_path):
+    run = train(tmp_path, PAIRS, f"--bf16 {TP2} --sequence-parallel --use-distributed-optimizer", 2)
+    wanted, gradients = expected(PAIRS[:4])
+    assert run.metrics()[0]["lm loss"] == pytest.approx(wanted["loss"], rel=2e-2)
+    assert run.logged("grad norm")[0] == pytest.approx(oracle.grad_norm(gradients), rel=5e-2)
+
+
+def test_two_pass_halves_the_activations(tmp_path):
+    pairs = make_pairs(8, longest=900)
+    sizes = "--micro-batch-size 8 --seq-length 512"
+    growth = {
+        schedule: train(tmp_path / schedule, pairs, f"{sizes} --pair-schedule {schedule}", global_batch=8).ranks[0][
+            "growth"
+        ]
+        for schedule in ("concat", "two_pass")
+    }
+    assert growth["two_pass"] < 0.62 * growth["concat"], growth

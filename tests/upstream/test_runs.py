@@ -1,0 +1,235 @@
+"""``--stage simpo`` in a real MindSpeed-LLM: evaluation, resuming, LoRA, other stages, scripts and refusals."""
+
+import json
+import re
+import shlex
+import site
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mindspeed_simpo.data.indexed import KEYS, IndexedPairs, write_indexed_pairs
+from tests import hf, oracle
+from tests.upstream.harness import (
+    BASE_FLAGS,
+    MODEL_FLAGS,
+    environment,
+    expected,
+    launch,
+    make_pairs,
+    needs_upstream,
+    train,
+    upstream_file,
+    write_data,
+    write_indexed,
+)
+from tests.upstream.weights import CONFIG, hf_params, megatron_part
+
+pytestmark = needs_upstream
+
+PAIRS = make_pairs(16)
+ENTRY = ["-m", "mindspeed_simpo.posttrain_gpt"]
+
+
+def flags_of(text):
+    return f"{MODEL_FLAGS} {BASE_FLAGS} --micro-batch-size 2 --global-batch-size 4 --train-iters 2 {text}".split()
+
+
+@pytest.mark.parametrize("parallel", ["", "--pipeline-model-parallel-size 2", "--use-distributed-optimizer"])
+def test_evaluation(tmp_path, parallel):
+    flags = f"--split 50,50,0 --eval-interval 1 --eval-iters 2 --lr 0.0 --min-lr 0.0 {parallel}"
+    run = train(tmp_path, PAIRS, flags, 2 if parallel else 1)
+    lines = re.findall(r"validation loss at iteration 1 \| (.*)", run.text)
+    found = {name: float(value) for name, value in re.findall(r"([\w/ ]+) value: ([-+.\dE]+) \|", lines[0])}
+    wanted, _ = expected(PAIRS[8:])
+    wanted["lm loss"] = wanted.pop("loss")
+    assert {name.strip(): value for name, value in found.items()} == pytest.approx(wanted, rel=2e-6, abs=5e-6)
+
+
+@pytest.mark.parametrize("parallel", ["", "--use-distributed-optimizer --tensor-model-parallel-size 2"])
+def test_resuming_is_as_if_never_stopped(tmp_path, parallel):
+    ranks = 2 if parallel else 1
+    whole = train(tmp_path / "whole", PAIRS, parallel, ranks, iterations=4)
+    # Megatron 0.12.1 cannot load a distributed optimizer of fp32 weights
+    parallel += " --ckpt-format torch" + (" --bf16" if parallel else "")
+    saved = f"{parallel} --save {tmp_path}/checkpoints --save-interval 2"
+    # a run of four iterations that ends at the second
+    train(tmp_path / "first", PAIRS, f"{saved} --exit-interval 2", ranks, iterations=4)
+    resumed = train(tmp_path / "second", PAIRS, f"{parallel} --load {tmp_path}/checkpoints", ranks, iterations=4)
+    assert resumed.metrics() == whole.metrics()[2:]
+    for before, after in zip(whole.ranks, resumed.ranks, strict=True):
+        for name, (_, _, value) in before["parameters"].items():
+            assert torch.equal(after["parameters"][name][2], value), name
+
+
+def test_lora(tmp_path):
+    modules = "linear_qkv linear_proj linear_fc1 linear_fc2"
+    run = train(tmp_path, PAIRS, f"--transformer-impl local --lora-r 4 --lora-alpha 8 --lora-target-modules {modules}")
+    wanted, gradients = expected(PAIRS[:4])
+    assert run.metrics()[0]["lm loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+    parameters = run.ranks[0]["parameters"]
+    assert all("lora_" in name for name in parameters)
+    checked = 0
+    for name, (layer, gradient, _) in parameters.items():
+        if ".lora_B." not in name:
+            continue
+        # W + (alpha / r) B A with B = 0: dL/dB = (alpha / r) dL/dW A^T
+        base = re.sub(r"\.lora_B\.default\.weight", ".weight", name)
+        a = parameters[name.replace("lora_B", "lora_A")][2].double()
+        # after one step of Adam A has not moved: its gradient is zero while B is
+        part = 2.0 * megatron_part(gradients, base, layer, 0, 1) @ a.T
+        assert ((gradient.double() - part).norm() / part.norm()).item() < 1e-5, name
+        checked += 1
+    assert checked == 4 * CONFIG["num_hidden_layers"]
+
+
+def sft_data(folder):
+    flags = write_data(folder, PAIRS)
+    tokens = [prompt + chosen for prompt, chosen, _ in PAIRS]
+    labels = [[-100] * len(prompt) + chosen for prompt, chosen, _ in PAIRS]
+    columns = {"input_ids": tokens, "labels": labels, "attention_mask": [[1] * len(ids) for ids in tokens]}
+    write_indexed(folder / "sft", columns)
+    return flags
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_other_stages_are_as_without_the_plug_in(tmp_path, stage):
+    data = sft_data(tmp_path / "data")
+    flags = flags_of(f"--stage {stage}")
+    if stage == "sft":
+        flags.remove("--is-pairwise-dataset")
+        data[1] = str(tmp_path / "data" / "sft")
+    runs = [
+        launch(tmp_path / name, flags + data, entry=entry)
+        for name, entry in (("plain", ["posttrain_gpt.py"]), ("ours", ENTRY))
+    ]
+    assert [run.code for run in runs] == [0, 0], runs[1].text[-3000:]
+    for name in ("lm loss", "grad norm"):
+        assert len(runs[0].logged(name)) == 2
+        assert runs[0].logged(name) == runs[1].logged(name)
+
+
+def test_dpo_under_tensor_parallelism_warns_once(tmp_path):
+    flags = flags_of("--stage dpo --tensor-model-parallel-size 2") + write_data(tmp_path / "data", PAIRS)
+    run = launch(tmp_path / "run", flags, 2, entry=ENTRY)
+    assert run.code == 0, run.text[-3000:]
+    assert run.text.count("Add --dpo-exact for exact ones") == 1
+    assert run.text.count("mindspeed_simpo:") == 1
+
+
+def test_an_unmodified_script_with_the_variable(tmp_path):
+    if not _pth_installed():
+        pytest.skip("the .pth hook is not installed in this environment: pip install the package")
+    flags = flags_of("--stage simpo") + write_data(tmp_path / "data", PAIRS)
+    run = launch(tmp_path / "run", flags, entry=["posttrain_gpt.py"], extra_environment={"MINDSPEED_SIMPO": "1"})
+    assert run.code == 0, run.text[-3000:]
+    assert len(run.metrics()) == 2
+
+
+def _pth_installed():
+    return any((Path(folder) / "mindspeed_simpo.pth").exists() for folder in site.getsitepackages())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--reset-attention-mask", "--reset-attention-mask: pairs are not packed"),
+        ("--calculate-per-token-loss", "--calculate-per-token-loss: the loss is a mean over pairs"),
+        ("--simpo-beta 0", "--simpo-beta 0.0: Input should be greater than 0"),
+        ("--pair-schedule two_pass --hidden-dropout 0.1", "add --attention-dropout 0 --hidden-dropout 0"),
+        ("--dpo-exact --stage sft", "--dpo-exact: only for --stage simpo or --stage dpo --dpo-exact"),
+    ],
+)
+def test_refusals_come_before_the_model(tmp_path, flags, message):
+    run = launch(tmp_path / "run", flags_of(f"--stage simpo {flags}") + write_data(tmp_path / "d", PAIRS), entry=ENTRY)
+    assert run.code != 0
+    assert message in run.text
+    assert "building GPT model" not in run.text
+
+
+def test_upstreams_own_script(tmp_path):
+    script = upstream_file("examples/mcore/llama31/simpo_llama31_8b_8k_ptd.sh").read_text()
+    small = {"num-layers": 2, "hidden-size": 32, "ffn-hidden-size": 48, "num-attention-heads": 4, "num-query-groups": 2}
+    small |= {"seq-length": 64, "padded-vocab-size": 512, "train-iters": 2, "global-batch-size": 2}
+    for flag, value in small.items():
+        script, count = re.subn(rf"--{flag} \d+", f"--{flag} {value}", script)
+        assert count == 1, flag
+    data = write_data(tmp_path / "data", PAIRS)
+    for name, value in {
+        "NPUS_PER_NODE": 2,
+        "TP": 1,
+        "PP": 2,
+        "MASTER_PORT": 6217,
+        "DATA_PATH": data[1],
+        "TOKENIZER_PATH": data[3],
+        "CKPT_SAVE_DIR": tmp_path / "saved",
+        "CKPT_LOAD_DIR": tmp_path / "none",
+    }.items():
+        script, count = re.subn(rf"(?m)^{name}=.*$", f"{name}={value}", script)
+        assert count == 1, name
+    script = script.replace("--sequence-parallel", "").replace("posttrain_gpt.py", "-m mindspeed_simpo.posttrain_gpt")
+    script = script.replace("torchrun", f"{shlex.quote(sys.executable)} -m torch.distributed.run").replace(
+        "| tee logs/", f"| tee {tmp_path}/"
+    )
+    path = tmp_path / "script.sh"
+    path.write_text(script)
+    root = upstream_file("posttrain_gpt.py").parent
+    process = subprocess.run(
+        ["bash", str(path)], cwd=root, env=environment(), capture_output=True, text=True, timeout=600, check=False
+    )
+    text = process.stdout + process.stderr
+    assert len(re.findall(r"^ simpo iteration", text, re.MULTILINE)) == 2, text[-4000:]
+
+
+def test_preprocessed_files_are_read_and_written_as_they_are(tmp_path):
+    script = upstream_file("preprocess_data.py")
+    rows = [
+        {
+            "instruction": hf.ENGLISH.splitlines()[i],
+            "input": "",
+            "chosen": f"Yes, {i}.",
+            "rejected": "No. " * (i % 3 + 1),
+        }
+        for i in range(1, 9)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    hf.make_tokenizer("llama").save_pretrained(tmp_path / "tokenizer")
+    keys = {"prompt": "instruction", "query": "input", "response": "", "chosen": "chosen", "rejected": "rejected"}
+    command = [
+        sys.executable,
+        str(script),
+        "--input",
+        str(tmp_path / "rows.json"),
+        "--tokenizer-type",
+        "PretrainedFromHF",
+    ]
+    command += ["--tokenizer-name-or-path", str(tmp_path / "tokenizer"), "--output-prefix", str(tmp_path / "theirs")]
+    command += ["--handler-name", "AlpacaStylePairwiseHandler", "--prompt-type", "llama3", "--workers", "1"]
+    command += ["--map-keys", json.dumps(keys), "--seq-length", "4096", "--cache-dir", str(tmp_path / "cache")]
+    process = subprocess.run(
+        command, cwd=script.parent, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    pairs = IndexedPairs(tmp_path / "theirs")
+    assert len(pairs) == 8
+    write_indexed_pairs(tmp_path / "ours", pairs)
+    for key in KEYS:
+        for suffix in (".bin", ".idx"):
+            theirs, ours = (tmp_path / f"{name}_packed_{key}_document{suffix}" for name in ("theirs", "ours"))
+            assert theirs.read_bytes() == ours.read_bytes(), theirs
+
+
+def test_training_follows_the_oracle(tmp_path):
+    run = train(tmp_path, PAIRS, "--clip-grad 1.0", iterations=3)
+    params = {name: value.double().requires_grad_() for name, value in hf_params().items()}
+    options = oracle.Options()
+    optimizer, losses = oracle.AdamW(params, options), []
+    for step in range(3):
+        metrics, gradients = oracle._backward(params, params, CONFIG, PAIRS[4 * step : 4 * step + 4], options)
+        scale = min(1.0, 1.0 / (oracle.grad_norm(gradients) + 1e-6))
+        optimizer.step({name: value * scale for name, value in gradients.items()}, 1e-3)
+        losses.append(metrics["loss"])
+    assert [line["lm loss"] for line in run.metrics()] == pytest.approx(losses, rel=1e-5)

@@ -1,0 +1,51 @@
+"""Every flag of the launch scripts, through MindSpeed-LLM's own parser and validation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import hf
+from tests.unit.test_ascend_scripts import PLUG_IN, call
+from tests.upstream.harness import environment, needs_upstream
+
+pytestmark = needs_upstream
+
+PROGRAM = """
+import json, sys
+sys.argv[1:] = json.loads(sys.argv[1])
+from mindspeed_simpo.plugin import hooks
+hooks.install()
+from mindspeed_llm import megatron_adaptor
+from megatron.training import initialize
+args = initialize.parse_args(None, False)
+initialize.validate_args(args, {})
+print("STAGE", args.stage, args.data_parallel_size)
+"""
+
+
+@pytest.mark.parametrize("script", PLUG_IN)
+def test_every_flag_is_upstreams_or_ours(tmp_path, script):
+    hf.make_tokenizer("llama").save_pretrained(tmp_path / "tokenizer")
+    work = tmp_path / "work"
+    work.mkdir()
+    root = Path(os.environ["MINDSPEED_LLM_PATH"]).resolve()
+    # the script makes a folder logs/ in the root, and the record lands beside it
+    (work / "root").symlink_to(root)
+    _, recorded = call(script, work / "root", TOKENIZER_PATH=str(tmp_path / "tokenizer"))
+    start = recorded["flags"].index("-m") + 2
+    nodes = int(recorded["flags"][recorded["flags"].index("--nnodes") + 1])
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(recorded["flags"][start:])],
+        cwd=root,
+        env=environment() | {"RANK": "0", "WORLD_SIZE": str(8 * nodes)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "STAGE simpo" in process.stdout

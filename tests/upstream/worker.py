@@ -1,0 +1,92 @@
+"""``mindspeed_simpo.posttrain_gpt`` with known weights, whose gradients are left in a folder; run under torchrun.
+
+    worker.py FOLDER FLAGS...
+
+FOLDER gets ``weights_RANK.pt`` (before training) where FOLDER/load is absent, and ``RANK.pt``: ``{parameter name:
+(layer in the whole model or None, gradient of the last step, value after it)}`` with the rank's place.
+"""
+
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+
+from mindspeed_simpo.plugin import hooks
+
+hooks.install()
+
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from mindspeed_llm import megatron_adaptor  # noqa: E402, F401
+from mindspeed_llm.tasks.posttrain.launcher import AutoTrainer  # noqa: E402
+from weights import hf_params, megatron_part  # noqa: E402 - MindSpeed-LLM has a package tests of its own
+
+
+def named(model):
+    """(name without wrappers, global layer, parameter) of one pipeline chunk."""
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        short = re.sub(r"^((module|base_model|model)\.)+", "", name)
+        local = re.search(r"^(.*decoder\.layers\.\d+)\.", name)
+        layer = modules[local[1]].layer_number - 1 if local else None
+        yield short, layer, parameter
+
+
+def whole_gradients(model):
+    """Undo the division of the gradients over data-parallel ranks by the distributed optimizer."""
+    from megatron.core import mpu
+
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    for buffer in model.buffers:
+        for bucket in buffer.buckets:
+            shards = bucket.grad_data.chunk(group.size())
+            for rank, shard in enumerate(shards):
+                torch.distributed.broadcast(shard, torch.distributed.get_global_rank(group, rank), group=group)
+
+
+def fill(models, hf, tensor):
+    """Give the models these weights; LoRA's own stay as they were initialised."""
+    for model in models:
+        for name, layer, parameter in named(model):
+            if "lora_" not in name:
+                parameter.data.copy_(megatron_part(hf, name.replace("base_layer.", ""), layer, *tensor))
+
+
+def main():
+    folder = Path(sys.argv.pop(1))
+    trainer = AutoTrainer().trainer
+    models, optimizer = trainer.train_args[1], trainer.train_args[2]
+    from megatron.core import mpu
+    from megatron.training import get_args
+
+    tensor = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+    if get_args().iteration == 0:
+        fill(models, hf_params(), tensor)
+        optimizer.reload_model_params()
+        fill(getattr(getattr(trainer, "hyper_model", None), "refer_model", []), hf_params(salt=1), tensor)
+    before = psutil.Process().memory_info().rss
+    trainer.train()
+    if get_args().use_distributed_optimizer:
+        for model in models:
+            whole_gradients(model)
+    result = {
+        "tensor": tensor,
+        "growth": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before,
+        "parameters": {
+            re.sub(r"layers\.\d+", f"layers.{layer}", name): (layer, gradient(parameter), parameter.detach().clone())
+            for model in models
+            for name, layer, parameter in named(model)
+            if parameter.requires_grad
+        },
+    }
+    torch.save(result, folder / f"{os.environ['RANK']}.pt")
+
+
+def gradient(parameter):
+    """fp32, of the last step."""
+    return parameter.main_grad.float().clone()
+
+
+if __name__ == "__main__":
+    main()

@@ -81,9 +81,8 @@ def launch(nproc: int, argv: Sequence[str]) -> int:
 
 
 def _report(exit_codes: dict[int, int]) -> int:
-    first = {rank: code for rank, code in exit_codes.items() if code != PEER_LOST_EXIT_CODE} or exit_codes
-    rank = min(first)
-    code = first[rank]
+    rank = min(exit_codes, key=lambda rank: (_remoteness(exit_codes[rank]), rank))
+    code = exit_codes[rank]
     if code == PEER_LOST_EXIT_CODE:
         return 1
     if code >= 0:
@@ -92,6 +91,15 @@ def _report(exit_codes: dict[int, int]) -> int:
     hint = "; the host may be out of memory" if -code == signal.SIGKILL else ""
     sys.stderr.write(f"error: rank {rank} was killed by {name}{hint}\n")
     return 128 - code
+
+
+def _remoteness(exit_code: int) -> int:
+    """How far an exit code is from the cause: an error, a signal, a launcher that ends the others, a lost peer."""
+    if exit_code == PEER_LOST_EXIT_CODE:
+        return 3
+    if exit_code == -signal.SIGTERM:
+        return 2
+    return 1 if exit_code < 0 else 0
 
 
 def _cores() -> int:

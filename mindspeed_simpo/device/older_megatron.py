@@ -14,6 +14,7 @@ def repair() -> None:
     _allow_optimizers_without_fp8()
     _write_checkpoints_as_torch_saves()
     _start_tied_embeddings_at_a_bucket()
+    _collect_write_results_in_process()
 
 
 def _allow_optimizers_without_fp8() -> None:

@@ -124,6 +124,8 @@ def written(tmp_path_factory, model, train_pairs):
         model_name_or_path=str(model),
         data_path=str(train_pairs),
         output_dir=str(folder / "out"),
+        seq_length=1024,
+        seed=7,
         global_batch_size=4,
         lr=1e-3,
         train_iters=3,

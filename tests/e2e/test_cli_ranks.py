@@ -95,7 +95,7 @@ def test_a_killed_rank_brings_the_run_down(training):
     launcher, ranks = training
     os.kill(ranks[1], signal.SIGKILL)
     _, stderr = launcher.communicate(timeout=30)
-    assert launcher.returncode == 128 + signal.SIGKILL
+    assert launcher.returncode == 128 + signal.SIGKILL, stderr
     assert "error: rank 1 was killed by SIGKILL" in stderr
     assert "Traceback" not in stderr
     assert not any(map(is_running, ranks))

@@ -72,15 +72,7 @@ def execute(argv: Sequence[str]) -> int:
     """
     rank = int(os.environ["RANK"]) if launch.in_launched_rank() else 0
     try:
-        command = tyro.cli(
-            _commands(),
-            prog="mindspeed-simpo",
-            description="SimPO and DPO preference training on megatron-core.",
-            args=list(argv),
-            console_outputs=rank == 0,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
-        )
-        return _RUNNERS[type(command).__name__](command, argv)
+        return _run(argv, rank)
     except SimpoError as error:
         _complain(str(error), rank, everywhere=error.everywhere)
         return error.exit_code
@@ -97,6 +89,21 @@ def execute(argv: Sequence[str]) -> int:
             raise
         _complain(_who_is_gone(error), rank, everywhere=False)
         return launch.PEER_LOST_EXIT_CODE
+
+
+def _run(argv: Sequence[str], rank: int) -> int:
+    try:
+        command = tyro.cli(
+            _commands(),
+            prog="mindspeed-simpo",
+            description="SimPO and DPO preference training on megatron-core.",
+            args=list(argv),
+            console_outputs=rank == 0,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+        )
+        return _RUNNERS[type(command).__name__](command, argv)
+    finally:
+        sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
 
 
 def _commands() -> Any:

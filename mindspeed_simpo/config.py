@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from mindspeed_simpo import claims
 from mindspeed_simpo.errors import ConfigError
 
+ContextParallelAlgo = Literal["gathered", "megatron_cp_algo", "ulysses_cp_algo"]
+
 
 class _Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
@@ -137,6 +139,11 @@ class ParallelOptions(_Options):
         None, ge=1, description="Layers of one virtual stage of the interleaved pipeline schedule (VPP). Default: none."
     )
     context_parallel_size: int = Field(1, ge=1, description="Ranks that share each sequence (CP).")
+    context_parallel_algo: ContextParallelAlgo = Field(
+        "gathered",
+        description="How their attention meets: all keys and values gathered (any device), MindSpeed's ring or "
+        "MindSpeed's Ulysses (npu only).",
+    )
     sequence_parallel: bool = Field(
         False, description="Divide the sequence over the tensor-parallel ranks outside of attention and MLP (SP)."
     )
@@ -231,6 +238,11 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
             raise ValueError("dpo_label_smoothing needs dpo_loss_type: sigmoid")
         if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size == 1:
             raise ValueError("num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size of at least 2")
+        if self.context_parallel_algo != "gathered" and self.device in ("cpu", "cuda"):
+            raise ValueError(
+                f"context_parallel_algo: {self.context_parallel_algo} runs on npu alone, and device is {self.device}: "
+                "set context_parallel_algo: gathered"
+            )
         full = self.recompute_granularity == "full"
         if full != (self.recompute_method is not None) or full != (self.recompute_num_layers is not None):
             raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from mindspeed_simpo.device import cpu, npu, older_megatron
+from mindspeed_simpo.device import cpu, megatron_repairs, npu
 from mindspeed_simpo.errors import ConfigError
 
 DeviceName = Literal["npu", "cuda", "cpu"]
@@ -101,11 +101,11 @@ def open_device(name: Literal["auto", "npu", "cuda", "cpu"], local_rank: int = 0
     found = _find() if name == "auto" else name
     if found == "cpu":
         cpu.install_adaptor()
-        older_megatron.repair()
+        megatron_repairs.repair()
         return Device("cpu", torch.device("cpu"))
     if found == "npu":
         npu.install_adaptor()
-    older_megatron.repair()
+    megatron_repairs.repair()
     accelerator = getattr(torch, found, None)
     if accelerator is None or not accelerator.is_available():
         raise ConfigError(f"device: {found} is not available on this host; set device: auto or device: cpu")

@@ -14,8 +14,9 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mindspeed_simpo.config import Config
+from mindspeed_simpo.config import Config, ContextParallelAlgo
 from mindspeed_simpo.device import Device
+from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.model.hf_config import ModelSpec
 from mindspeed_simpo.model.layers import block_spec, transformer_config
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
@@ -38,7 +39,13 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
     """
 
     def __init__(
-        self, spec: ModelSpec, config: TransformerConfig, chunks: list[Chunk], chunk: Chunk, groups: Groups
+        self,
+        spec: ModelSpec,
+        config: TransformerConfig,
+        chunks: list[Chunk],
+        chunk: Chunk,
+        groups: Groups,
+        context_parallel_algo: ContextParallelAlgo,
     ) -> None:
         ranks = groups.tensor.size()
         self.chunk = chunk
@@ -46,7 +53,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         self._enter_virtual_stage()
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(spec, chunk.num_layers, groups),
+            transformer_layer_spec=block_spec(spec, chunk.num_layers, groups, context_parallel_algo),
             vocab_size=spec.padded_vocab_size(ranks),
             max_sequence_length=spec.max_position_embeddings,
             pre_process=chunk.has_embedding,
@@ -136,16 +143,21 @@ def build_model(spec: ModelSpec, config: Config, groups: Groups, device: Device)
     Fill them with :func:`mindspeed_simpo.model.hf_weights.fill_weights` or from a checkpoint.
 
     Raises:
-        ConfigError: where the layout does not divide the model.
+        ConfigError: where the layout does not divide the model, or the device lacks ``context_parallel_algo``.
         ModelError: where ``seq_length`` exceeds the model's sliding window.
     """
     spec.check_layout(config)
+    if config.context_parallel_algo != "gathered" and device.name != "npu":
+        raise ConfigError(
+            f"context_parallel_algo: {config.context_parallel_algo} is MindSpeed's and runs on npu; this is "
+            f"{device.name}: set context_parallel_algo: gathered"
+        )
     megatron_config = transformer_config(spec, config, device)
     virtual_stages = config.virtual_stages(spec.num_layers)
     parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual_stages)
     chunks = pipeline_chunks(spec, groups.pipeline.size(), virtual_stages or 1)
     return [
-        PolicyModel(spec, megatron_config, chunks, chunk, groups)
+        PolicyModel(spec, megatron_config, chunks, chunk, groups, config.context_parallel_algo)
         for chunk in chunks
         if chunk.stage == groups.pipeline.rank()
     ]

@@ -102,11 +102,22 @@ class ModelSpec:
                     f"choose a divisor of {count}"
                 )
         self._check_stages(config)
+        self._check_ulysses(config)
         if self.sliding_window is not None and config.seq_length > self.sliding_window:
             raise ModelError(
                 f"{config.model_name_or_path} attends over a sliding window of {self.sliding_window} tokens, which is "
                 f"not supported beyond that length: set seq_length ({config.seq_length}) to at most "
                 f"{self.sliding_window}"
+            )
+
+    def _check_ulysses(self, config: Config) -> None:
+        ranks, tensor = config.context_parallel_size, config.tensor_model_parallel_size
+        heads, groups = self.num_heads // tensor, self.num_kv_heads // tensor
+        if config.context_parallel_algo == "ulysses_cp_algo" and (heads % ranks or (groups % ranks and ranks % groups)):
+            raise ConfigError(
+                f"context_parallel_algo: ulysses_cp_algo divides the heads of a tensor-parallel rank ({heads} and "
+                f"{groups} of keys) over context_parallel_size {ranks}, which is impossible: choose another size or "
+                "context_parallel_algo: megatron_cp_algo"
             )
 
     def _check_stages(self, config: Config) -> None:

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from mindspeed_simpo.config import Config
+from mindspeed_simpo.config import Config, ContextParallelAlgo
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.model.attention import CausalAttention
 from mindspeed_simpo.model.hf_config import ModelSpec
@@ -118,19 +118,22 @@ def transformer_config(spec: ModelSpec, config: Config, device: Device) -> Trans
         )
 
 
-def block_spec(spec: ModelSpec, num_layers: int, groups: Groups) -> TransformerBlockSubmodules:
+def block_spec(
+    spec: ModelSpec, num_layers: int, groups: Groups, context_parallel_algo: ContextParallelAlgo
+) -> TransformerBlockSubmodules:
     """``num_layers`` layers of this model and the final norm."""
-    return TransformerBlockSubmodules(layer_specs=[_layer_spec(spec, groups)] * num_layers, layer_norm=RMSNorm)
+    layer = _layer_spec(spec, {"context_group": groups.context, "context_parallel_algo": context_parallel_algo})
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def _layer_spec(spec: ModelSpec, groups: Groups) -> ModuleSpec:
+def _layer_spec(spec: ModelSpec, attention_params: dict[str, Any]) -> ModuleSpec:
     qk_norm = RMSNorm if spec.qk_norm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=ModuleSpec(module=CausalAttention, params={"context_group": groups.context}),
+            core_attention=ModuleSpec(module=CausalAttention, params=attention_params),
             linear_proj=BiasedRowParallelLinear if spec.o_bias else RowParallelLinear,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,

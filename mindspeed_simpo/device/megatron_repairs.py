@@ -70,8 +70,9 @@ def _start_tied_embeddings_at_a_bucket() -> None:
 
 
 def _collect_write_results_in_process() -> None:
-    # dist_checkpointing/strategies/filesystem_async.py spawns a process of the whole program, on every rank, to hold a
-    # queue that another process could read; a save that is not asynchronous puts and gets in this one
+    # 0.16: dist_checkpointing/strategies/filesystem_async.py spawns a process of the whole program, on every rank, to
+    # hold a queue that another process could read; a save that is not asynchronous puts and gets in this one
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    filesystem_async._results_queue = queue.Queue()
+    if '"spawn"' in inspect.getsource(filesystem_async._get_write_results_queue):
+        filesystem_async._results_queue = queue.Queue()

@@ -31,6 +31,7 @@ from mindspeed_simpo.optimizer import Stepper
 from mindspeed_simpo.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import fail_together
+from mindspeed_simpo.parallel.roll_call import lost_a_peer
 
 _NAME = re.compile(r"iter_(\d{7,})")
 _STATE = "state.json"
@@ -226,9 +227,13 @@ def _naming(folder: Path, hint: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, KeyError, ValueError, CheckpointingException) as error:
+        if lost_a_peer(error):
+            raise
         raise CheckpointError(f"{folder}: {type(error).__name__}: {error}{hint}") from error
     except CheckpointException as error:  # not an Exception: what each rank's part of the work raised
         cause = next((failure[0] for failure in error.failures.values()), error)
+        if lost_a_peer(cause):
+            raise cause from error
         raise CheckpointError(f"{folder}: {type(cause).__name__}: {cause}{hint}") from error
 
 

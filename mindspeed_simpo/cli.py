@@ -84,11 +84,6 @@ def execute(argv: Sequence[str]) -> int:
     except OSError as error:  # a full disk, a folder that cannot be written: the message names it
         _complain(str(error), rank, everywhere=False)
         return 1
-    except RuntimeError as error:
-        if not _lost_a_peer(error):
-            raise
-        _complain(_who_is_gone(error), rank, everywhere=False)
-        return launch.PEER_LOST_EXIT_CODE
 
 
 def _run(argv: Sequence[str], rank: int) -> int:
@@ -261,21 +256,3 @@ def _complain(message: str, rank: int, *, everywhere: bool) -> None:
     prefix = f"rank {rank}: " if rank else ""
     sys.stderr.write("".join(f"error: {prefix}{line}\n" for line in message.splitlines()))
     sys.stderr.flush()
-
-
-def _who_is_gone(error: RuntimeError) -> str:
-    from mindspeed_simpo.parallel.roll_call import silent_ranks
-
-    silent = silent_ranks()
-    reason = str(error).splitlines()[0]
-    if not silent:
-        return f"the ranks lost each other: {reason}"
-    names = ", ".join(map(str, silent))
-    return f"rank {names} does not answer (dead, or hanging for longer than distributed_timeout_minutes): {reason}"
-
-
-def _lost_a_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank ended (gloo says so only in its message)."""
-    from torch.distributed import DistError
-
-    return isinstance(error, DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)

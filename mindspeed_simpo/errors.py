@@ -31,3 +31,16 @@ class CheckpointError(SimpoError):
 
 class TrainingError(SimpoError):
     """Training cannot go on: a non-finite loss, a lost rank."""
+
+
+class PeerLostError(SimpoError):
+    """Another rank died or hangs; the launcher tells by the exit code that this rank is not the cause."""
+
+    exit_code = 70
+    exit_code_of_silence = 71
+    """Where the other rank was waited for in vain: the launcher itself then has to kill it."""
+
+    def __init__(self, message: str, *, waited: bool) -> None:
+        super().__init__(message)
+        if waited:
+            self.exit_code = self.exit_code_of_silence

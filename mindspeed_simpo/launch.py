@@ -8,14 +8,14 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import FrameType
+
+from mindspeed_simpo.errors import PeerLostError
 
 _LAUNCHER_PID = "MINDSPEED_SIMPO_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
-
-PEER_LOST_EXIT_CODE = 70
-"""Exit code of a rank that failed only because another one is gone; the launcher reports the other one."""
+_LOST_A_PEER = (PeerLostError.exit_code, PeerLostError.exit_code_of_silence)
 
 
 def in_launched_rank() -> bool:
@@ -81,9 +81,9 @@ def launch(nproc: int, argv: Sequence[str]) -> int:
 
 
 def _report(exit_codes: dict[int, int]) -> int:
-    rank = min(exit_codes, key=lambda rank: (_remoteness(exit_codes[rank]), rank))
+    rank = min(exit_codes, key=lambda rank: (_remoteness(exit_codes[rank], exit_codes.values()), rank))
     code = exit_codes[rank]
-    if code == PEER_LOST_EXIT_CODE:
+    if code in _LOST_A_PEER:
         return 1
     if code >= 0:
         return code
@@ -93,12 +93,14 @@ def _report(exit_codes: dict[int, int]) -> int:
     return 128 - code
 
 
-def _remoteness(exit_code: int) -> int:
-    """How far an exit code is from the cause: an error, a signal, a launcher that ends the others, a lost peer."""
-    if exit_code == PEER_LOST_EXIT_CODE:
-        return 3
-    if exit_code == -signal.SIGTERM:
+def _remoteness(exit_code: int, others: Collection[int]) -> int:
+    """How far an exit code is from the cause: an error, a signal, a lost peer, a launcher that ends the others."""
+    if exit_code in _LOST_A_PEER:
         return 2
+    # torch's launcher ends the others by SIGTERM, and by SIGKILL where that is of no effect
+    by_launcher = {-signal.SIGTERM} | ({-signal.SIGKILL} if PeerLostError.exit_code_of_silence in others else set())
+    if exit_code in by_launcher:
+        return 3
     return 1 if exit_code < 0 else 0
 
 

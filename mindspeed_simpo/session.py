@@ -32,6 +32,7 @@ from mindspeed_simpo.objectives import make_objective
 from mindspeed_simpo.optimizer import wrap_precision
 from mindspeed_simpo.parallel import Groups, initialize, seed_model_ranks, shutdown
 from mindspeed_simpo.parallel.collectives import fail_together
+from mindspeed_simpo.parallel.roll_call import naming_lost_ranks
 from mindspeed_simpo.progress import counting, set_up_logging
 from mindspeed_simpo.reference import ReferenceTable
 from mindspeed_simpo.schedule import PairSchedule
@@ -143,21 +144,26 @@ def open_session(config: Config, device: Device) -> Iterator[Session]:
         SimpoError: on every rank.
     """
     layout = config.layout(int(os.environ.get("WORLD_SIZE", "1")))
-    groups = initialize(layout, device, config.distributed_timeout_minutes)
-    set_up_logging(is_main=groups.world.rank() == 0)
     try:
-        device.seed(config.seed)
-        seed_model_ranks(config.seed)
-        with fail_together(groups.world):
-            spec = read_model_spec(config.model_name_or_path)
-            spec.check_layout(config)
-            tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
-        with fail_together(groups.world):
-            models = build_model(spec, config, groups, device)
-            fill_weights(models, spec, config, groups)
-        yield Session(config, layout, device, groups, tokenizer, spec, models)
+        with naming_lost_ranks():
+            groups = initialize(layout, device, config.distributed_timeout_minutes)
+            set_up_logging(is_main=groups.world.rank() == 0)
+            yield _build_session(config, layout, device, groups)
     finally:
         shutdown()
+
+
+def _build_session(config: Config, layout: Layout, device: Device, groups: Groups) -> Session:
+    device.seed(config.seed)
+    seed_model_ranks(config.seed)
+    with fail_together(groups.world):
+        spec = read_model_spec(config.model_name_or_path)
+        spec.check_layout(config)
+        tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
+    with fail_together(groups.world):
+        models = build_model(spec, config, groups, device)
+        fill_weights(models, spec, config, groups)
+    return Session(config, layout, device, groups, tokenizer, spec, models)
 
 
 def reference_tables(session: Session, datasets: Sequence[PairDataset | None]) -> list[ReferenceTable | None]:

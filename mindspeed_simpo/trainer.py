@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: Config, device: Device) -> None:
-    """Train as ``config`` says and leave in ``output_dir`` what DESIGN promises of a run.
+    """Train as ``config`` says and leave its metrics, checkpoints and model in ``output_dir``.
 
     Raises:
         SimpoError: on every rank; what was written before stays whole.

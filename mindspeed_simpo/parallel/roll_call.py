@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
+
+from mindspeed_simpo.errors import PeerLostError
 
 GRACE_S = 5.0
 """How long ranks that wait in other collectives may take to fail too."""
@@ -29,3 +33,30 @@ def silent_ranks(grace_s: float = GRACE_S) -> list[int]:
     except (RuntimeError, ValueError):  # the store went with the rank that held it
         return []
     return silent
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank ended or hangs (gloo says so only in its message)."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("gloo", "Connection closed by peer"))
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Turn a collective's failure into a message that names the missing ranks; inside, the ranks must still be joined.
+
+    Raises:
+        PeerLostError: in place of the collective's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not lost_a_peer(error):
+            raise
+        reason = str(error).splitlines()[0]
+        waited = "timed out" in reason.lower() or "timeout" in reason.lower()
+        silent = ", ".join(map(str, silent_ranks()))
+        how = "hangs for longer than distributed_timeout_minutes" if waited else "is gone"
+        what = f"rank {silent} {how}" if silent else "the ranks lost each other"
+        raise PeerLostError(f"{what}: {reason}", waited=waited) from error

@@ -101,6 +101,29 @@ def test_a_killed_rank_brings_the_run_down(training):
     assert not any(map(is_running, ranks))
 
 
+def test_a_rank_that_hangs_is_named_and_ends_the_run(config_file, tmp_path):
+    timeout_s, grace_s, launcher_s = 5, 5, 30  # ours, the roll call's, torch's before it kills what ignores SIGTERM
+    flags = ("--distributed-timeout-minutes", timeout_s / 60)
+    launcher = start("train", config_file, "--nproc-per-node", 2, *flags)
+    try:
+        wait_for(lambda: launcher.poll() is not None or _steps(tmp_path / "out" / "metrics.jsonl") >= 3)
+        ranks = children(launcher.pid)
+        begin = time.monotonic()
+        os.kill(ranks[1], signal.SIGSTOP)
+        _, stderr = launcher.communicate(timeout=90)
+        seconds = time.monotonic() - begin
+    finally:
+        launcher.kill()
+        launcher.communicate()
+    assert launcher.returncode == 1, stderr
+    messages = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1, stderr
+    assert "rank 1 hangs for longer than distributed_timeout_minutes" in messages[0]
+    assert "Traceback" not in stderr
+    assert seconds < timeout_s + grace_s + launcher_s + 10
+    wait_for(lambda: not any(map(is_running, ranks)), seconds=10)
+
+
 def test_no_rank_outlives_a_killed_launcher(training):
     launcher, ranks = training
     launcher.kill()

@@ -9,6 +9,7 @@ import pytest
 
 from mindspeed_simpo import cli, flags, launch
 from mindspeed_simpo.config import Config
+from mindspeed_simpo.errors import PeerLostError
 
 HEAVY = ("torch", "transformers", "datasets", "megatron", "numpy", "pyarrow")
 CONFIG = "model_name_or_path: model\ndata_path: pairs.jsonl\nglobal_batch_size: 8\n"
@@ -222,13 +223,14 @@ def test_ranks_get_the_command_line_without_nproc_per_node(words, kept):
 @pytest.mark.parametrize(
     ("exit_codes", "code", "said"),
     [
-        ({0: launch.PEER_LOST_EXIT_CODE, 1: 1}, 1, ""),
+        ({0: PeerLostError.exit_code, 1: 1}, 1, ""),
         ({0: 1, 1: 2}, 1, ""),
-        ({0: launch.PEER_LOST_EXIT_CODE, 3: -9}, 137, "error: rank 3 was killed by SIGKILL"),
+        ({0: PeerLostError.exit_code, 3: -9}, 137, "error: rank 3 was killed by SIGKILL"),
         ({2: -11}, 139, "error: rank 2 was killed by SIGSEGV"),
         ({0: -15, 1: -9}, 137, "error: rank 1 was killed by SIGKILL"),
         ({0: -9, 1: 1}, 1, ""),
-        ({0: launch.PEER_LOST_EXIT_CODE}, 1, ""),
+        ({0: PeerLostError.exit_code_of_silence, 1: -9}, 1, ""),
+        ({0: PeerLostError.exit_code}, 1, ""),
     ],
 )
 def test_the_rank_that_failed_of_itself_gives_the_exit_code(exit_codes, code, said, capsys):

@@ -23,6 +23,13 @@ ContextParallelAlgo = Literal["gathered", "megatron_cp_algo", "ulysses_cp_algo"]
 class _Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
+    @field_validator("*")
+    @classmethod
+    def _no_path_has_a_null(cls, value: Any) -> Any:
+        if "\0" in str(value):
+            raise ValueError("expected a text without null characters")
+        return value
+
 
 class TaskOptions(_Options):
     """Objective."""

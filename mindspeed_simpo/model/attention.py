@@ -9,7 +9,9 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from mindspeed_simpo.batch import Documents
 from mindspeed_simpo.model.causal import causal_attention
+from mindspeed_simpo.model.packed import packed_attention
 from mindspeed_simpo.parallel.collectives import gather_along_first
 from mindspeed_simpo.parallel.context import chunks_of, natural_order
 
@@ -17,7 +19,8 @@ from mindspeed_simpo.parallel.context import chunks_of, natural_order
 class CausalAttention(torch.nn.Module):
     """``softmax(q k^T / sqrt(dim)) v`` over the keys up to each query, on the whole sequence.
 
-    Rows are padded on the right, so what follows a token cannot reach it and causality alone is enough.
+    Rows are padded on the right, so what follows a token cannot reach it and causality alone is enough. The documents
+    of a packed row attend apart (:mod:`mindspeed_simpo.model.packed`).
 
     Under context parallelism a rank holds queries, keys and values of its two chunks of the sequence
     (:mod:`mindspeed_simpo.parallel.context`). Keys and values are gathered, and each chunk attends to the keys up to
@@ -43,6 +46,7 @@ class CausalAttention(torch.nn.Module):
         key: Float[Tensor, "seq row groups dim"],
         value: Float[Tensor, "seq row groups dim"],
         attention_mask: Tensor | None = None,
+        attention_bias: Documents | None = None,
         **_: Any,
     ) -> Float[Tensor, "seq row width"]:
         """Attend causally.
@@ -52,9 +56,13 @@ class CausalAttention(torch.nn.Module):
             key: See ``query``.
             value: See ``query``.
             attention_mask: None; causality is the only mask.
+            attention_bias: What a packed row holds, under the name that megatron-core has for what it does not read.
         """
-        assert attention_mask is None, "rows are right-padded: the causal mask suffices"
+        assert attention_mask is None, "the causal mask suffices"
         size = self.context_group.size()
+        if attention_bias is not None:
+            assert size == 1, "a packed row is whole on every rank"
+            return packed_attention(query, key, value, attention_bias, self.softmax_scale)
         if size == 1:
             return causal_attention(query, key, value, self.softmax_scale)
         order = natural_order(size, size * query.shape[0], query.device)

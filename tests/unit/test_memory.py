@@ -100,3 +100,29 @@ def test_two_passes_keep_half_and_chunks_bound_the_logits(spec):
     assert two_pass.logits == concat.logits * 20 // 30
     [fused] = estimate_memory(spec, config(fused_logprob=True, logprob_chunk_tokens=5), layout, BATCH)
     assert fused.logits == concat.logits * 5 // 30
+
+
+def test_packed_rows_are_as_long_as_their_budget(spec):
+    """Of pairs of at most 60 tokens a sequence, 20 and 10 of them of the responses."""
+    layout = Layout(num_microbatches=8)
+    [padded] = estimate_memory(spec, config(), layout, BATCH)
+
+    def activations(name: str, budget: int | None = None, **values) -> float:
+        [packed] = estimate_memory(
+            spec, config(batching=name, max_tokens_per_micro_batch=budget, **values), layout, BATCH
+        )
+        return packed.activations * 120 / padded.activations
+
+    assert activations("packed", 480) == 480
+    assert activations("prefix_shared", 300) == 300
+    assert activations("packed", 480, pair_schedule="two_pass") == 240
+    # the largest pair has a micro-batch of its own, and eight of them are all that there is
+    assert activations("packed", 50) == 120
+    assert activations("prefix_shared", 50) == 70
+    assert activations("packed") == 8 * 120
+    assert activations("prefix_shared") == 8 * 70
+    first, last = estimate_memory(
+        spec, config(batching="packed", max_tokens_per_micro_batch=120), Layout(pipeline=2, num_microbatches=1), BATCH
+    )
+    assert first.activations == 2 * last.activations
+    assert last.logits == 120 * 960 * (8 + 4)

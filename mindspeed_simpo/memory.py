@@ -49,8 +49,9 @@ def estimate_memory(spec: ModelSpec, config: Config, layout: Layout, batch: Batc
       with ``pair_schedule: two_pass``), divided by the context ranks, s the micro-batches in flight
       (``stages - stage``, with virtual stages as many as megatron-core's interleaved schedule warms up, at most all of
       them), and a the values that one layer keeps for its backward: ``4 hidden + (4 queries + 2 keys + 4 ffn) / t``,
-      plus ``(queries + keys) / t`` with query-key norms; ``hidden`` over t too with ``sequence_parallel``. A recomputed
-      layer keeps ``hidden``; one group of layers is whole while it is recomputed;
+      plus ``(queries + keys) / t`` with query-key norms, ``queries / t + 4 head_dim`` in packed rows; ``hidden`` over
+      t too with ``sequence_parallel``. A recomputed layer keeps ``hidden``; one group of layers is whole while it is
+      recomputed;
     - logits ``responses vocabulary / (t x context ranks) (8 + b)`` on the last stage: fp32 probabilities, their
       gradient and the head's own output. Only response tokens reach the head, with ``two_pass`` those of one side, and
       with ``fused_logprob`` at most ``logprob_chunk_tokens`` at a time.
@@ -133,6 +134,8 @@ def _layer_values(spec: ModelSpec, config: Config, layout: Layout, layers: int) 
     split = 4 * queries + 2 * keys + 4 * spec.ffn_size + (queries + keys if spec.qk_norm else 0)
     hidden = spec.hidden_size // (layout.tensor if config.sequence_parallel else 1)
     whole = 4 * hidden + split // layout.tensor
+    if config.batching != "padded":  # the documents' contexts joined, and angles that no two tokens share
+        whole += queries // layout.tensor + 4 * spec.head_dim
     if config.recompute_granularity != "full":
         return layers * whole
     group = min(config.recompute_num_layers or 1, layers)

@@ -67,6 +67,17 @@ def expectation(folder, ref_folder=None):
     return oracle.evaluate(*arguments), oracle.gradients(*arguments)
 
 
+def test_ranks_need_different_numbers_of_micro_batches():
+    """Of the global batch above, under both packed forms: the layouts with two data-parallel ranks then have them."""
+    from mindspeed_simpo.batch import TokenizedPair
+    from mindspeed_simpo.data.batching import Batching
+
+    for name in ("packed", "prefix_shared"):
+        batching = Batching(name, 2, BUDGET["max_tokens_per_micro_batch"])
+        own = [[TokenizedPair(*map(list, pair), source="") for pair in pairs()[rank::2]] for rank in (0, 1)]
+        assert {len(batching.micro_batches(part, list(range(6)))) for part in own} == {2, 3}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_and_metrics_are_the_oracles(checkpoint, layout):
     folder = checkpoint(tied=layout != "pp2")

@@ -64,6 +64,10 @@ class Documents:
     """Each attends to its prefix, and causally to itself."""
 
 
+ONE_A_ROW = Documents(())
+"""Where nothing is packed: each row is one right-padded document."""
+
+
 @dataclass(frozen=True)
 class Packing:
     """What a packed row is made of."""

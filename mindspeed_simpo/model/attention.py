@@ -56,11 +56,12 @@ class CausalAttention(torch.nn.Module):
             key: See ``query``.
             value: See ``query``.
             attention_mask: None; causality is the only mask.
-            attention_bias: What a packed row holds, under the name that megatron-core has for what it does not read.
+            attention_bias: What a row holds, under the name that megatron-core has for what it does not read.
         """
         assert attention_mask is None, "the causal mask suffices"
+        assert attention_bias is not None, "what a row holds was lost on the way: the rows would run into each other"
         size = self.context_group.size()
-        if attention_bias is not None:
+        if attention_bias.wholes:
             assert size == 1, "a packed row is whole on every rank"
             return packed_attention(query, key, value, attention_bias, self.softmax_scale)
         if size == 1:

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mindspeed_simpo.batch import Documents
+from mindspeed_simpo.batch import ONE_A_ROW, Documents
 from mindspeed_simpo.config import Config
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.model.hf_config import ModelSpec
@@ -90,7 +90,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         position_ids: Int[Tensor, " seq"] | Int[Tensor, "row seq"] | None = None,
         attention_mask: None = None,
         head: Head | None = None,
-        documents: Documents | None = None,
+        documents: Documents = ONE_A_ROW,
     ) -> Tensor:
         """Hidden states of this stage, or on the last stage the head's result or the logits.
 
@@ -101,7 +101,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
             head: Called with the final hidden states ``[seq, row, hidden]`` and this rank's output weight
                 ``[padded vocabulary / tensor ranks, hidden]``. Rows beyond ``spec.vocab_size`` are padding, and the
                 head must give them no probability.
-            documents: What a packed row holds; None where each row is one right-padded sequence.
+            documents: What a packed row holds.
 
         Returns:
             Before the last stage hidden states ``[seq, row, hidden]``. On the last, what ``head`` returns, or

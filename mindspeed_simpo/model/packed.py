@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -127,5 +126,6 @@ def _branch_keys(documents: Documents, device: torch.device) -> Int[Tensor, " ke
 
 
 @functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
-def _bounds(lengths: tuple[int, ...], device: torch.device) -> Any:
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Int[Tensor, " bound"]:
+    """Where each document begins, and where the last one ends."""
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)

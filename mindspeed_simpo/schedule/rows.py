@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mindspeed_simpo.batch import IGNORE_INDEX, Documents, Packing, PairBatch
+from mindspeed_simpo.batch import IGNORE_INDEX, ONE_A_ROW, Documents, Packing, PairBatch
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Rows:
         return cls(batch.tokens, batch.targets, batch.packing)
 
     @property
-    def documents(self) -> Documents | None:
-        """What attends to what; None where each row is one document."""
-        return self.packing.documents if self.packing is not None else None
+    def documents(self) -> Documents:
+        """What attends to what."""
+        return self.packing.documents if self.packing is not None else ONE_A_ROW
 
     def position_ids(self, held: Int[Tensor, " held"]) -> Int[Tensor, " held"]:
         """Place in its sequence of each token that this rank holds, ``held`` by its place in the row."""

@@ -91,8 +91,6 @@ def test_layouts_and_micro_batches_train_alike(program, expected, tmp_path, rank
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
-        (1, {"batching": "packed"}),
-        (1, {"batching": "prefix_shared", "max_tokens_per_micro_batch": 900}),
         (2, {"batching": "prefix_shared", "max_tokens_per_micro_batch": 700, PP: 2}),
         (2, {"batching": "packed", "max_tokens_per_micro_batch": 900, "pair_schedule": "two_pass"}),
         (4, {"batching": "prefix_shared", TP: 2, "sequence_parallel": True, "use_distributed_optimizer": True}),

@@ -1,8 +1,9 @@
-"""How one rank's pairs of a global batch become micro-batches."""
+"""How the pairs of a global batch are dealt to ranks, and one rank's pairs become micro-batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mindspeed_simpo.batch import PairBatch, TokenizedPair
@@ -26,6 +27,25 @@ class Batching:
     def of(cls, config: Config) -> Batching:
         """As configured."""
         return cls(config.batching, config.micro_batch_size, config.token_budget, config.sequence_multiple)
+
+    def deal(self, number: int, size_at: Callable[[int], int], ranks: int) -> list[list[int]]:
+        """Which pairs of a global batch each data-parallel rank gets; the same on every rank.
+
+        ``padded`` deals ``micro_batch_size`` after ``micro_batch_size`` in turn. The packed forms deal by
+        :func:`spread`, so that the ranks, which wait for each other after every step, have about equally many tokens.
+
+        Args:
+            number: Pairs of the global batch.
+            size_at: :meth:`size_of` the pair with a number from 0; padded does not ask.
+            ranks: Data-parallel ranks; no more than pairs.
+
+        Returns:
+            The numbers of each rank's pairs, ascending.
+        """
+        if self.name == "padded":
+            turns = [index // self.micro_batch_size % ranks for index in range(number)]
+            return [[index for index in range(number) if turns[index] == rank] for rank in range(ranks)]
+        return spread([size_at(index) for index in range(number)], ranks)
 
     def micro_batches(self, pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int]) -> list[PairBatch]:
         """Micro-batches of one rank's pairs of a global batch; a function of these pairs alone.
@@ -54,6 +74,25 @@ class Batching:
         if pair is None:
             return 0
         return shared_length(pair) + (len(pair.prompt_ids) if self.name == "packed" else 0)
+
+
+def spread(sizes: Sequence[int], bins: int) -> list[list[int]]:
+    """Put every item into the bin that has least, the largest item first; where several have, the one of fewest items.
+
+    Args:
+        sizes: Of the items, each at least 0.
+        bins: Their number; none stays empty where there are enough items.
+
+    Returns:
+        The items of each bin by number, ascending.
+    """
+    members: list[list[int]] = [[] for _ in range(bins)]
+    load = [(0, 0, number) for number in range(bins)]
+    for item in sorted(range(len(sizes)), key=lambda item: (-sizes[item], item)):
+        size, count, number = load[0]
+        members[number].append(item)
+        heapq.heapreplace(load, (size + sizes[item], count + 1, number))
+    return [sorted(items) for items in members]
 
 
 def fill(sizes: Sequence[int], capacity: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -25,17 +26,16 @@ class PairLoader:
     """One data-parallel rank's micro-batches of each global batch.
 
     The pairs form an endless stream, epoch after epoch, each epoch shuffled by a generator that ``(seed, epoch)``
-    seeds; a global batch is ``global_batch_size`` pairs of it and may straddle epochs. Within it, part ``m`` of rank
-    ``d`` holds the pairs ``(m * data_parallel_size + d) * micro_batch_size`` and following: set and order of a global
-    batch do not depend on the number of ranks or the size of a micro-batch. Padded, each part is a micro-batch; packed,
-    a rank fills its micro-batches with the pairs of all its parts. Nothing is remembered between steps, so that a
-    resumed run needs ``consumed_pairs`` and no more.
+    seeds; a global batch is ``global_batch_size`` pairs of it and may straddle epochs. Which pairs it has depends
+    neither on the number of ranks nor on how ``batching`` deals them to ranks and micro-batches; padded, micro-batch
+    ``m`` of rank ``d`` holds the pairs ``(m * data_parallel_size + d) * micro_batch_size`` and following. Nothing is
+    remembered between steps, so that a resumed run needs ``consumed_pairs`` and no more.
 
     Args:
         dataset: At least one pair.
         seed: Of the order; ``None`` keeps row order in every epoch.
         global_batch_size: Pairs of one optimizer step, over all ranks.
-        batching: How a rank's pairs become micro-batches.
+        batching: How its pairs are dealt to ranks and micro-batches.
         data_parallel_rank: This rank, from 0.
         data_parallel_size: Number of data-parallel ranks.
 
@@ -99,11 +99,12 @@ class PairLoader:
         return self._last_order[1]
 
     def _micro_batches(self, pair_ids: Sequence[int]) -> list[PairBatch]:
-        size = self._batching.micro_batch_size
-        own = [
-            pair_id
-            for start in range(self._rank * size, len(pair_ids), self._ranks * size)
-            for pair_id in pair_ids[start : start + size]
-        ]
-        pairs = [None if pair_id == FILLER_PAIR else self._dataset[pair_id] for pair_id in own]
-        return self._batching.micro_batches(pairs, own)
+        @functools.cache
+        def read(index: int) -> TokenizedPair | None:
+            return None if pair_ids[index] == FILLER_PAIR else self._dataset[pair_ids[index]]
+
+        def size_at(index: int) -> int:
+            return self._batching.size_of(read(index))
+
+        own = self._batching.deal(len(pair_ids), size_at, self._ranks)[self._rank]
+        return self._batching.micro_batches([read(index) for index in own], [pair_ids[index] for index in own])

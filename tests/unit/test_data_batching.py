@@ -9,8 +9,9 @@ import torch
 
 from mindspeed_simpo.batch import FILLER_PAIR, IGNORE_INDEX, Branch, Documents, TokenizedPair
 from mindspeed_simpo.config import Config
-from mindspeed_simpo.data.batching import Batching, fill
+from mindspeed_simpo.data.batching import Batching, fill, spread
 from mindspeed_simpo.data.collate import COLLATE, collate_packed, collate_padded, collate_prefix_shared
+from mindspeed_simpo.data.loader import PairLoader
 from mindspeed_simpo.errors import ConfigError
 
 N = IGNORE_INDEX
@@ -108,6 +109,47 @@ def test_fill_loses_nothing_overfills_nothing_and_is_not_wasteful():
         assert sorted(item for members in bins for item in members) == list(range(len(sizes)))
         assert all(len(members) == 1 or sum(sizes[item] for item in members) <= 50 for members in bins)
         assert sum(2 * sum(sizes[item] for item in members) <= 50 for members in bins) <= 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bins", "expected"),
+    [
+        ([1, 9, 5, 4], 2, [[0, 1], [2, 3]]),
+        ([3, 3, 3], 3, [[0], [1], [2]]),
+        ([7, 0, 0, 0], 4, [[0], [1], [2], [3]]),
+        ([0, 0, 0, 0], 2, [[0, 2], [1, 3]]),
+    ],
+)
+def test_spread_by_hand(sizes, bins, expected):
+    assert spread(sizes, bins) == expected
+
+
+def test_spread_is_even_and_leaves_no_bin_empty():
+    draw = random.Random(0)
+    for _ in range(200):
+        sizes = [draw.choice((0, draw.randint(1, 60))) for _ in range(draw.randint(8, 40))]
+        bins = spread(sizes, 8)
+        assert all(bins)
+        assert sorted(item for members in bins for item in members) == list(range(len(sizes)))
+        loads = [sum(sizes[item] for item in members) for members in bins]
+        assert max(loads) - min(loads) <= max(sizes)
+
+
+@pytest.mark.parametrize("name", COLLATE)
+def test_all_ranks_together_have_every_pair_of_a_global_batch_once(name):
+    draw = random.Random(1)
+    pairs = [TokenizedPair([1] * draw.randint(1, 90), [2] * 3, [3], "") for _ in range(22)]
+    shared = {"seed": 3, "global_batch_size": 8, "batching": Batching(name, 2, 60), "data_parallel_size": 4}
+    loaders = [PairLoader(pairs, data_parallel_rank=rank, **shared) for rank in range(4)]
+    whole = PairLoader(pairs, data_parallel_rank=0, **shared | {"data_parallel_size": 1})
+    for steps in (
+        zip(*([loader.train_step(16)] for loader in [whole, *loaders]), strict=True),
+        zip(*(loader.eval_steps() for loader in [whole, *loaders]), strict=True),
+    ):
+        for expected, *dealt in steps:
+            assert all(dealt)
+            found = sorted(i for part in dealt for batch in part for i in batch.pair_ids.tolist() if i != FILLER_PAIR)
+            assert found == sorted(i for batch in expected for i in batch.pair_ids.tolist() if i != FILLER_PAIR)
 
 
 def batching(name, **options):

@@ -143,6 +143,12 @@ _WHOLE_ROWS = (
 )
 """Packed rows are cut by tokens, not by context ranks, and differ in length, which virtual stages cannot exchange."""
 
+# a budget that gives several micro-batches, and not equally many to all ranks
+_BUDGET = {"max_tokens_per_micro_batch": 60}
+_SPLIT, _TWO_PASS = ("pair_schedule", "split"), ("pair_schedule", "two_pass")
+_PACKED = Option("batching", "packed", _WHOLE_ROWS, _BUDGET, excludes=(_SPLIT,))
+_PREFIX_SHARED = Option("batching", "prefix_shared", _WHOLE_ROWS, _BUDGET, excludes=(_SPLIT, _TWO_PASS))
+
 OPTIONS: tuple[Option, ...] = (
     Option("pair_schedule", "split", _PAIRS_OF_AXES),
     Option("pair_schedule", "two_pass", _PAIRS_OF_AXES),
@@ -151,22 +157,15 @@ OPTIONS: tuple[Option, ...] = (
     Option("overlap_grad_reduce", True, _PAIRS_OF_AXES),
     Option("recompute_granularity", "full", _PAIRS_OF_AXES, {"recompute_method": "uniform", "recompute_num_layers": 1}),
     Option("recompute_granularity", "selective", _PAIRS_OF_AXES),
-    # a budget that gives several micro-batches, and not equally many to all ranks
-    Option("batching", "packed", _WHOLE_ROWS, {"max_tokens_per_micro_batch": 60}, (("pair_schedule", "split"),)),
-    Option(
-        "batching",
-        "prefix_shared",
-        _WHOLE_ROWS,
-        {"max_tokens_per_micro_batch": 60},
-        (("pair_schedule", "split"), ("pair_schedule", "two_pass")),
-    ),
+    _PACKED,
+    _PREFIX_SHARED,
 )
 """Values of keys that the matrix holds beside the defaults; any other value of these keys is refused."""
 
 OPTIONS_TOGETHER: tuple[tuple[Option, ...], ...] = (
     OPTIONS[1:5],
-    (OPTIONS[6], *OPTIONS[1:5]),
-    (OPTIONS[7], *OPTIONS[2:5]),
+    (_PACKED, *OPTIONS[1:5]),
+    (_PREFIX_SHARED, *OPTIONS[2:5]),
 )
 """Options that the matrix also has all at once: without packing, packed, and with shared prompts."""
 

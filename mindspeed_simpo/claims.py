@@ -70,6 +70,8 @@ class Option:
     """Where the matrix has it; their axes are those that it may be combined with."""
     companions: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Keys that have to be set with it."""
+    excludes: tuple[tuple[str, object], ...] = ()
+    """Other options that it cannot be combined with."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.value}"
@@ -131,6 +133,22 @@ COVERING: tuple[Topology, ...] = (
 
 _PAIRS_OF_AXES = COVERING[-3:]
 
+_WHOLE_ROWS = (
+    Topology(),
+    Topology(tensor=4),
+    Topology(tensor=2, data=2, sequence_parallel=True, distributed_optimizer=True),
+    Topology(tensor=2, pipeline=2, sequence_parallel=True),
+    Topology(pipeline=3, data=2),
+    Topology(2, 1, 2, 2, sequence_parallel=True, distributed_optimizer=True),
+)
+"""Packed rows are cut by tokens, not by context ranks, and differ in length, which virtual stages cannot exchange."""
+
+# a budget that gives several micro-batches, and not equally many to all ranks
+_BUDGET = {"max_tokens_per_micro_batch": 60}
+_SPLIT, _TWO_PASS = ("pair_schedule", "split"), ("pair_schedule", "two_pass")
+_PACKED = Option("batching", "packed", _WHOLE_ROWS, _BUDGET, excludes=(_SPLIT,))
+_PREFIX_SHARED = Option("batching", "prefix_shared", _WHOLE_ROWS, _BUDGET, excludes=(_SPLIT, _TWO_PASS))
+
 OPTIONS: tuple[Option, ...] = (
     Option("pair_schedule", "split", _PAIRS_OF_AXES),
     Option("pair_schedule", "two_pass", _PAIRS_OF_AXES),
@@ -139,11 +157,17 @@ OPTIONS: tuple[Option, ...] = (
     Option("overlap_grad_reduce", True, _PAIRS_OF_AXES),
     Option("recompute_granularity", "full", _PAIRS_OF_AXES, {"recompute_method": "uniform", "recompute_num_layers": 1}),
     Option("recompute_granularity", "selective", _PAIRS_OF_AXES),
+    _PACKED,
+    _PREFIX_SHARED,
 )
 """Values of keys that the matrix holds beside the defaults; any other value of these keys is refused."""
 
-OPTIONS_TOGETHER: tuple[Option, ...] = OPTIONS[1:5]
-"""Options that the matrix also has all at once."""
+OPTIONS_TOGETHER: tuple[tuple[Option, ...], ...] = (
+    OPTIONS[1:5],
+    (_PACKED, *OPTIONS[1:5]),
+    (_PREFIX_SHARED, *OPTIONS[2:5]),
+)
+"""Options that the matrix also has all at once: without packing, packed, and with shared prompts."""
 
 
 def refusal(topology: Topology, options: Mapping[str, object]) -> str | None:
@@ -157,12 +181,15 @@ def refusal(topology: Topology, options: Mapping[str, object]) -> str | None:
     if not any(row.axes == topology.axes for row in MATRIX):
         return f"{_named(topology.axes)} together are not claimed to be exact: {where}; turn one of them off"
     for key, value in options.items():
-        covered = next((option.axes for option in OPTIONS if (option.key, option.value) == (key, value)), None)
-        if covered is None:
+        claimed = next((option for option in OPTIONS if (option.key, option.value) == (key, value)), None)
+        if claimed is None:
             return f"{key}: {value} is not claimed to be exact: {where}; remove it"
-        if not topology.axes <= covered:
+        others = [f"{other}: {excluded}" for other, excluded in claimed.excludes if options.get(other) == excluded]
+        if not topology.axes <= claimed.axes:
+            others.append(_named(topology.axes - claimed.axes))
+        if others:
             return (
-                f"{key}: {value} is not claimed to be exact with {_named(topology.axes - covered)}: {where}; "
+                f"{key}: {value} is not claimed to be exact with {', '.join(others)}: {where}; "
                 f"remove {key} or turn the other off"
             )
     return None

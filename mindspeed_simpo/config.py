@@ -18,6 +18,7 @@ from mindspeed_simpo import claims
 from mindspeed_simpo.errors import ConfigError
 
 ContextParallelAlgo = Literal["gathered", "megatron_cp_algo", "ulysses_cp_algo"]
+BatchingName = Literal["padded", "packed", "prefix_shared"]
 
 
 class _Options(BaseModel):
@@ -100,8 +101,21 @@ class DataOptions(_Options):
 class TrainingOptions(_Options):
     """Training."""
 
-    micro_batch_size: int = Field(1, ge=1, description="Pairs of one forward and backward on one data-parallel rank.")
+    micro_batch_size: int = Field(
+        1, ge=1, description="Pairs of one forward and backward on one data-parallel rank; packed rows have a budget."
+    )
     global_batch_size: int = Field(128, ge=1, description="Pairs of one optimizer step, over all ranks.")
+    batching: BatchingName = Field(
+        "padded",
+        description="Sequences in rows of one length; end to end without padding; or that with each prompt once for "
+        "chosen and rejected. The gradients are the same.",
+    )
+    max_tokens_per_micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="With packed and prefix_shared: tokens up to which pairs fill a micro-batch; a pair with more has "
+        "its own. Default: 2 x micro_batch_size x seq_length.",
+    )
     train_iters: int | None = Field(None, ge=0, description="Optimizer steps. Default: one pass over the data.")
     lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
@@ -237,6 +251,11 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
                 f"global_batch_size ({self.global_batch_size}) is not a multiple of "
                 f"micro_batch_size ({self.micro_batch_size})"
             )
+        if self.max_tokens_per_micro_batch is not None and self.batching == "padded":
+            raise ValueError(
+                "max_tokens_per_micro_batch needs batching: packed or prefix_shared; padded micro-batches hold "
+                "micro_batch_size pairs"
+            )
         if self.stage == "simpo" and self.ref_model is not None:
             raise ValueError("ref_model is DPO's; SimPO has no reference model: remove it or set stage: dpo")
         if self.simpo_label_smoothing and self.simpo_loss_type != "sigmoid":
@@ -261,6 +280,13 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
     def prompt_limit(self) -> int:
         """``max_prompt_length`` with its default, tokens."""
         return self.max_prompt_length if self.max_prompt_length is not None else self.seq_length // 2
+
+    @property
+    def token_budget(self) -> int:
+        """``max_tokens_per_micro_batch`` with its default: ``micro_batch_size`` pairs of the longest sequences."""
+        if self.max_tokens_per_micro_batch is not None:
+            return self.max_tokens_per_micro_batch
+        return 2 * self.micro_batch_size * self.seq_length
 
     def virtual_stages(self, num_layers: int) -> int | None:
         """Virtual stages of each pipeline stage of a model with ``num_layers`` layers; None where stages are whole."""
@@ -396,6 +422,7 @@ _OTHER_NAMES = {
     "learning_rate": "lr",
     "max_length": "seq_length",
     "max_steps": "train_iters",
+    "packing": "batching",
     "train_file": "data_path",
     "per_device_train_batch_size": "micro_batch_size",
 }

@@ -84,9 +84,19 @@ def _literals(annotation):
     return values
 
 
-def test_options_are_claimed_with_every_axis():
+def test_options_are_claimed_with_every_axis_but_packed_rows():
     for option in claims.OPTIONS:
-        assert option.axes == set(claims.AXES), option
+        missing = {"CP", "VPP"} if option.key == "batching" else set()
+        assert option.axes == set(claims.AXES) - missing, option
+
+
+def test_options_that_do_not_go_together_are_refused(monkeypatch):
+    rows = (Topology(tensor=2),)
+    refused = Option("batching", "packed", rows, excludes=(("pair_schedule", "two_pass"),))
+    monkeypatch.setattr(claims, "OPTIONS", (Option("pair_schedule", "two_pass", rows), refused))
+    assert config(batching="packed", tensor_model_parallel_size=2).layout(2).tensor == 2
+    with pytest.raises(ConfigError, match=r"batching: packed .* with pair_schedule: two_pass: .* remove batching"):
+        config(batching="packed", pair_schedule="two_pass").layout(1)
 
 
 @pytest.mark.parametrize(

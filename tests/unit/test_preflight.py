@@ -49,6 +49,15 @@ def test_a_good_run_is_ready(tmp_path):
     assert "optimizer" in report
 
 
+def test_packed_rows_and_pairs_above_their_budget(tmp_path):
+    _, report = run(tmp_path, batching="prefix_shared")
+    assert "2 pairs, prefix_shared to 128 tokens, a step on each data rank" in report
+    assert "max_tokens_per_micro_batch" not in report
+    verdict, report = run(tmp_path, batching="packed", max_tokens_per_micro_batch=20)
+    assert verdict
+    assert "train: 2 of 2 inspected pairs have more than max_tokens_per_micro_batch 20 tokens, up to" in report
+
+
 def test_layout_of_several_ranks(tmp_path):
     _, report = run(tmp_path, world_size=8, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     assert "tensor 2 x pipeline 2 x context 1 x data 2" in report

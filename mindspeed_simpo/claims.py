@@ -23,6 +23,16 @@ AXES = {
 """The configuration key that turns each axis on."""
 
 
+PLAIN: dict[str, object] = {
+    "pair_schedule": "concat",
+    "batching": "padded",
+    "fused_logprob": False,
+    "overlap_grad_reduce": False,
+    "recompute_granularity": None,
+}
+"""The keys that change how the same numbers are computed, at the values that the matrix starts from."""
+
+
 @dataclass(frozen=True)
 class Topology:
     """Sizes of the parallel axes, and the switches that change what is exchanged along them."""
@@ -62,7 +72,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Option:
-    """A value, other than the default, of a key that changes how the same numbers are computed."""
+    """A value of a key of ``PLAIN``, other than the one there."""
 
     key: str
     value: object
@@ -111,7 +121,7 @@ _FOUR_AXES = tuple(
 )
 
 MATRIX: tuple[Topology, ...] = (*_products((1, 2, 4), most_ranks=8), *_ODD_SIZES, *_FOUR_AXES)
-"""The rows of the matrix in which every option has its default."""
+"""The rows of the matrix in which every option is plain."""
 
 COVERING: tuple[Topology, ...] = (
     Topology(tensor=2),
@@ -160,7 +170,7 @@ OPTIONS: tuple[Option, ...] = (
     _PACKED,
     _PREFIX_SHARED,
 )
-"""Values of keys that the matrix holds beside the defaults; any other value of these keys is refused."""
+"""Values of keys that the matrix holds beside the plain ones; any other value of these keys is refused."""
 
 OPTIONS_TOGETHER: tuple[tuple[Option, ...], ...] = (
     OPTIONS[1:5],
@@ -175,12 +185,14 @@ def refusal(topology: Topology, options: Mapping[str, object]) -> str | None:
 
     Args:
         topology: What the configuration and the number of ranks ask for.
-        options: Every key of ``OPTIONS`` that is not at its default, with its value.
+        options: Keys of ``PLAIN`` with their values.
     """
     where = "what no row of the parity matrix checks (docs/numerics.md) is refused"
     if not any(row.axes == topology.axes for row in MATRIX):
         return f"{_named(topology.axes)} together are not claimed to be exact: {where}; turn one of them off"
     for key, value in options.items():
+        if value == PLAIN[key]:
+            continue
         claimed = next((option for option in OPTIONS if (option.key, option.value) == (key, value)), None)
         if claimed is None:
             return f"{key}: {value} is not claimed to be exact: {where}; remove it"

@@ -43,8 +43,8 @@ def estimate_memory(spec: ModelSpec, config: Config, layout: Layout, batch: Batc
     With P parameters on the rank, b bytes of the compute dtype (2 in bf16, else 4), t tensor ranks, d data ranks:
 
     - parameters ``P b``; gradients ``4 P``, accumulated in fp32;
-    - optimizer ``8 P`` (Adam's moments), and ``4 P`` more for the fp32 parameters of bf16; divided by d with
-      ``use_distributed_optimizer``;
+    - optimizer ``8 P`` (Adam's moments), and ``4 P`` more for the fp32 parameters of bf16; divided by the data and
+      context ranks with ``use_distributed_optimizer``;
     - activations ``b n s (layers a + hidden)`` with n the tokens of a micro-batch (see :func:`_tokens`; half of them
       with ``pair_schedule: two_pass``), divided by the context ranks, s the micro-batches in flight
       (``stages - stage``, with virtual stages as many as megatron-core's interleaved schedule warms up, at most all of
@@ -85,7 +85,7 @@ def _of_stage(
 ) -> MemoryEstimate:
     width = 2 if config.bf16 else 4
     count = count_parameters(spec, chunks, layout.tensor)
-    shards = layout.data if config.use_distributed_optimizer else 1
+    shards = layout.data * layout.context if config.use_distributed_optimizer else 1
     tokens, responses = (number // layout.context for number in _tokens(config, layout, batch))
     if config.pair_schedule == "two_pass":
         tokens //= 2
@@ -110,9 +110,9 @@ def _tokens(config: Config, layout: Layout, batch: BatchShape) -> tuple[int, int
     than the pairs of its rank can make it, and no smaller than the largest pair.
     """
     responses = batch.chosen + batch.rejected
-    if config.batching == "padded":
+    if config.batching_in_use == "padded":
         return 2 * config.micro_batch_size * batch.pair, config.micro_batch_size * responses
-    shared = config.batching == "prefix_shared"
+    shared = config.batching_in_use == "prefix_shared"
     pair = batch.pair + min(batch.chosen, batch.rejected) if shared else 2 * batch.pair
     pairs = config.global_batch_size // layout.data
     tokens = max(pair, min(config.token_budget, pairs * pair))
@@ -122,7 +122,7 @@ def _tokens(config: Config, layout: Layout, batch: BatchShape) -> tuple[int, int
 def _chunks_in_flight(config: Config, layout: Layout, chunks: Sequence[Chunk]) -> int:
     """Micro-batches of one chunk each whose backward is still to come, at most."""
     pairs = config.global_batch_size // layout.data
-    micro_batches = layout.num_microbatches if config.batching == "padded" else pairs
+    micro_batches = layout.num_microbatches if config.batching_in_use == "padded" else pairs
     behind = layout.pipeline - chunks[0].stage - 1
     warm_up = behind if len(chunks) == 1 else 2 * behind + (len(chunks) - 1) * layout.pipeline
     return min(micro_batches * len(chunks), warm_up + 1)
@@ -134,7 +134,7 @@ def _layer_values(spec: ModelSpec, config: Config, layout: Layout, layers: int) 
     split = 4 * queries + 2 * keys + 4 * spec.ffn_size + (queries + keys if spec.qk_norm else 0)
     hidden = spec.hidden_size // (layout.tensor if config.sequence_parallel else 1)
     whole = 4 * hidden + split // layout.tensor
-    if config.batching != "padded":  # the documents' contexts joined, and angles that no two tokens share
+    if config.batching_in_use != "padded":  # the documents' contexts joined, and angles that no two tokens share
         whole += queries // layout.tensor + 4 * spec.head_dim
     if config.recompute_granularity != "full":
         return layers * whole

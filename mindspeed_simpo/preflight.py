@@ -118,7 +118,7 @@ def judge_length(config: Config, num_pairs: int) -> Iterator[str]:
 
 def judge_budget(config: Config, parts: dict[str, PairDataset]) -> Iterator[str]:
     """Pairs that need a micro-batch of more tokens than was asked for."""
-    if config.batching == "padded":
+    if config.batching_in_use == "padded":
         return
     batching = Batching.of(config)
     for part, dataset in parts.items():
@@ -235,8 +235,9 @@ def _print_layout(
     axes = ("tensor", "pipeline", "context", "data")
     degrees = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in axes)
     batches = f"{layout.num_microbatches} x {config.micro_batch_size} pairs"
-    if config.batching != "padded":
-        batches = f"{config.global_batch_size // layout.data} pairs, {config.batching} to {config.token_budget} tokens,"
+    if config.batching_in_use != "padded":
+        form = f"{config.batching_in_use} to {config.token_budget} tokens,"
+        batches = f"{config.global_batch_size // layout.data} pairs, {form}"
     console.print(f"{spec.family}, {total:,} parameters; {degrees}; {batches} a step on each data rank", soft_wrap=True)
     table = Table("GiB on one rank of", *(f"stage {estimate.stage}" for estimate in estimates))
     for name in ("parameters", "gradients", "optimizer", "activations", "logits", "total"):

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo import checkpoint, reference
-from mindspeed_simpo.config import Config, Layout, validate
+from mindspeed_simpo.config import Config, Layout
+from mindspeed_simpo.config_file import validate
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.cache import cache_folder
 from mindspeed_simpo.data.dataset import PairDataset, prepare_pairs

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mindspeed_simpo.batch import PairBatch, TokenizedPair
-from mindspeed_simpo.config import BatchingName, Config
+from mindspeed_simpo.config import Config
 from mindspeed_simpo.data.collate import COLLATE, shared_length
+from mindspeed_simpo.options import BatchingName
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Batching:
     @classmethod
     def of(cls, config: Config) -> Batching:
         """As configured."""
-        return cls(config.batching, config.micro_batch_size, config.token_budget, config.sequence_multiple)
+        return cls(config.batching_in_use, config.micro_batch_size, config.token_budget, config.sequence_multiple)
 
     def deal(self, number: int, size_at: Callable[[int], int], ranks: int) -> list[list[int]]:
         """Which pairs of a global batch each data-parallel rank gets; the same on every rank.

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mindspeed_simpo.batch import Documents
-from mindspeed_simpo.config import ContextParallelAlgo
 from mindspeed_simpo.device import npu_context
 from mindspeed_simpo.model.causal import causal_attention
 from mindspeed_simpo.model.packed import packed_attention
+from mindspeed_simpo.options import ContextParallelAlgo
 from mindspeed_simpo.parallel.collectives import gather_along_first
 from mindspeed_simpo.parallel.context import chunks_of, natural_order
 

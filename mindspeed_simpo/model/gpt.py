@@ -15,13 +15,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mindspeed_simpo.batch import ONE_A_ROW, Documents
-from mindspeed_simpo.config import Config, ContextParallelAlgo
+from mindspeed_simpo.config import Config
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.model.hf_config import ModelSpec
 from mindspeed_simpo.model.layers import block_spec, transformer_config
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 from mindspeed_simpo.model.rotary import inverse_frequencies, rotation_angles
+from mindspeed_simpo.options import ContextParallelAlgo
 from mindspeed_simpo.parallel import Groups
 
 Head = Callable[[Tensor, Tensor], Tensor]

@@ -41,7 +41,7 @@ _LONGEST = 18
 
 @dataclass(frozen=True)
 class Row:
-    """A topology, with the options that are off their defaults, for a family of models."""
+    """A topology, with the options that are not plain, for a family of models."""
 
     topology: Topology
     options: tuple[Option, ...] = ()

@@ -71,6 +71,7 @@ def engine_runs(folder, batches, runs, prepare: Callable[[], None] | None = None
 def _rank(folder, batches, runs, prepare, layout_options):
     import torch.distributed as dist
 
+    from mindspeed_simpo import claims
     from mindspeed_simpo.config import Config
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
@@ -83,7 +84,7 @@ def _rank(folder, batches, runs, prepare, layout_options):
     configs = [
         Config(
             **{"model_name_or_path": folder, "data_path": "unused", "lr_warmup_fraction": 0},
-            **{"global_batch_size": len(batches[0]), **layout_options, **run.options},
+            **{**claims.PLAIN, "global_batch_size": len(batches[0]), **layout_options, **run.options},
         )
         for run in runs
     ]

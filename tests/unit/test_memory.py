@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mindspeed_simpo import claims
 from mindspeed_simpo.config import Config, Layout
 from mindspeed_simpo.memory import BatchShape, MemoryEstimate, count_parameters, estimate_memory
 from mindspeed_simpo.model.hf_config import read_model_spec
@@ -15,7 +16,7 @@ BATCH = BatchShape(pair=60, chosen=20, rejected=10)
 
 
 def config(**values) -> Config:
-    return Config(model_name_or_path=QUICKSTART, data_path="x", global_batch_size=8, **values)
+    return Config(model_name_or_path=QUICKSTART, data_path="x", global_batch_size=8, **claims.PLAIN | values)
 
 
 @pytest.fixture(scope="module")

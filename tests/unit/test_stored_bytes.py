@@ -46,7 +46,7 @@ def _stored_on_rank(folder, pairs, schedules):
     peaks = []
     for schedule in schedules:
         config = Config(
-            **{"model_name_or_path": folder, "data_path": "x", "fused_logprob": True, **schedule},
+            **{"model_name_or_path": folder, "data_path": "x", "batching": "padded", **schedule},
             global_batch_size=len(pairs),
             micro_batch_size=len(pairs),
         )

@@ -234,15 +234,26 @@ def _print_layout(
     total = count_parameters(spec, pipeline_chunks(spec, 1))
     axes = ("tensor", "pipeline", "context", "data")
     degrees = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in axes)
-    batches = f"{layout.num_microbatches} x {config.micro_batch_size} pairs"
-    if config.batching_in_use != "padded":
-        form = f"{config.batching_in_use} to {config.token_budget} tokens,"
-        batches = f"{config.global_batch_size // layout.data} pairs, {form}"
-    console.print(f"{spec.family}, {total:,} parameters; {degrees}; {batches} a step on each data rank", soft_wrap=True)
+    pairs = config.global_batch_size // layout.data
+    console.print(
+        f"{spec.family}, {total:,} parameters; {degrees}; {pairs} pairs a step on each data rank", soft_wrap=True
+    )
+    console.print(_levers(config), soft_wrap=True)
     table = Table("GiB on one rank of", *(f"stage {estimate.stage}" for estimate in estimates))
     for name in ("parameters", "gradients", "optimizer", "activations", "logits", "total"):
         table.add_row(name, *(_gib(getattr(estimate, name)) for estimate in estimates))
     console.print(table)
+
+
+def _levers(config: Config) -> str:
+    """What is on of all that changes the memory and the time of a step, and not its result."""
+    form = config.batching_in_use
+    size = f"{config.micro_batch_size} pairs" if form == "padded" else f"up to {config.token_budget} tokens"
+    fused = "on" if config.fused_logprob else "off"
+    return (
+        f"batching: {form}, {size}; pair_schedule: {config.pair_schedule}; fused_logprob: {fused}; "
+        f"recompute: {config.recompute_granularity or 'off'}"
+    )
 
 
 def _gib(size: int) -> str:

@@ -54,7 +54,7 @@ def test_a_good_run_is_ready(tmp_path):
 
 def test_packed_rows_and_pairs_above_their_budget(tmp_path):
     _, report = run(tmp_path, batching="prefix_shared")
-    assert "2 pairs, prefix_shared to 128 tokens, a step on each data rank" in report
+    assert "batching: prefix_shared, up to 128 tokens" in report
     assert "max_tokens_per_micro_batch" not in report
     verdict, report = run(tmp_path, batching="packed", max_tokens_per_micro_batch=20)
     assert verdict

@@ -1,12 +1,14 @@
 """The typed records that travel between rooms.
 
-Shape legend: ``pair`` = P preference pairs, ``row`` = 2P sequences (chosen rows 0..P-1, then rejected rows P..2P-1, in
-the same pair order), ``seq`` = padded sequence length.
+Shape legend: ``pair`` = P preference pairs, ``sequence`` = their 2P sequences (chosen 0..P-1, then rejected P..2P-1, in
+the same pair order), ``row`` = rows of the model's input (2P right-padded ones, or 1 that is packed), ``seq`` = their
+length.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,23 +40,79 @@ class TokenizedPair:
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
+class Branch(NamedTuple):
+    """Tokens that go on from tokens which lie elsewhere in the row."""
+
+    prefix_start: int
+    """Where in the row the tokens lie that it goes on from."""
+    prefix_length: int
+    """Their number; 0 where it goes on from nothing."""
+    length: int
+    """Its own tokens."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What attends to what in a packed row: nothing but this is needed, and no mask is ever made of it.
+
+    The row is ``wholes``, end to end, then ``branches``, end to end.
+    """
+
+    wholes: tuple[int, ...]
+    """Tokens of each document that attends causally to itself."""
+    branches: tuple[Branch, ...] = ()
+    """Each attends to its prefix, and causally to itself."""
+
+
+ONE_A_ROW = Documents(())
+"""Where nothing is packed: each row is one right-padded document."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a packed row is made of."""
+
+    documents: Documents
+    positions: Int[Tensor, " seq"]
+    """int64 place of each token in its own sequence."""
+    pair_of: Int[Tensor, " seq"]
+    """int64 number of the pair that each token is of; 0 for padding, which has no target."""
+    num_pairs: int
+
+    def to(self, device: torch.device) -> Packing:
+        """The same with its tensors on ``device``."""
+        return Packing(self.documents, self.positions.to(device), self.pair_of.to(device), self.num_pairs)
+
+
 @dataclass(frozen=True)
 class PairBatch:
-    """One micro-batch of pairs, right-padded, with targets already shifted on the whole sequence."""
+    """One micro-batch of pairs, with targets already shifted on the whole sequence."""
 
     tokens: Int[Tensor, "row seq"]
     """int64 token ids; padding repeats id 0 and is never a target."""
-    targets: Int[Tensor, "row seq"]
-    """int64 id of the next token where that is a response token, else ``IGNORE_INDEX``."""
-    lengths: Int[Tensor, " row"]
-    """int64 tokens of each row without its padding; 0 for the rows of a filler pair."""
+    targets: Int[Tensor, "target_row seq"]
+    """int64 id of the next token where that is a response token, else ``IGNORE_INDEX``. One row for each row of tokens;
+    two for a packed one: of the chosen responses, of the rejected ones. A token that both go on from has two."""
+    lengths: Int[Tensor, " sequence"]
+    """int64 tokens of each sequence, a shared prompt counted in both; 0 for those of a filler pair."""
     pair_ids: Int[Tensor, " pair"]
     """int64 row number in the dataset, or ``FILLER_PAIR``."""
+    packing: Packing | None = None
+    """Set where one row holds all sequences; None where each has a row of its own."""
 
     @property
     def num_pairs(self) -> int:
         """Pairs in this micro-batch, fillers included."""
         return self.pair_ids.numel()
+
+    @property
+    def response_tokens(self) -> Int[Tensor, " sequence"]:
+        """Targets of each sequence."""
+        scored = (self.targets != IGNORE_INDEX).long()
+        if self.packing is None:
+            return scored.sum(dim=1)
+        counts = scored.new_zeros(len(scored), self.num_pairs)
+        return counts.index_add_(1, self.packing.pair_of, scored).flatten()
 
     def to(self, device: torch.device) -> PairBatch:
         """The same micro-batch with its tensors on ``device``."""
@@ -63,6 +121,7 @@ class PairBatch:
             targets=self.targets.to(device),
             lengths=self.lengths.to(device),
             pair_ids=self.pair_ids.to(device),
+            packing=self.packing.to(device) if self.packing is not None else None,
         )
 
 

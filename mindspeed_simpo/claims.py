@@ -23,6 +23,16 @@ AXES = {
 """The configuration key that turns each axis on."""
 
 
+PLAIN: dict[str, object] = {
+    "pair_schedule": "concat",
+    "batching": "padded",
+    "fused_logprob": False,
+    "overlap_grad_reduce": False,
+    "recompute_granularity": None,
+}
+"""The keys that change how the same numbers are computed, at the values that the matrix starts from."""
+
+
 @dataclass(frozen=True)
 class Topology:
     """Sizes of the parallel axes, and the switches that change what is exchanged along them."""
@@ -62,7 +72,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Option:
-    """A value, other than the default, of a key that changes how the same numbers are computed."""
+    """A value of a key of ``PLAIN``, other than the one there."""
 
     key: str
     value: object
@@ -70,6 +80,8 @@ class Option:
     """Where the matrix has it; their axes are those that it may be combined with."""
     companions: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Keys that have to be set with it."""
+    excludes: tuple[tuple[str, object], ...] = ()
+    """Other options that it cannot be combined with."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.value}"
@@ -109,7 +121,7 @@ _FOUR_AXES = tuple(
 )
 
 MATRIX: tuple[Topology, ...] = (*_products((1, 2, 4), most_ranks=8), *_ODD_SIZES, *_FOUR_AXES)
-"""The rows of the matrix in which every option has its default."""
+"""The rows of the matrix in which every option is plain."""
 
 COVERING: tuple[Topology, ...] = (
     Topology(tensor=2),
@@ -131,6 +143,22 @@ COVERING: tuple[Topology, ...] = (
 
 _PAIRS_OF_AXES = COVERING[-3:]
 
+_WHOLE_ROWS = (
+    Topology(),
+    Topology(tensor=4),
+    Topology(tensor=2, data=2, sequence_parallel=True, distributed_optimizer=True),
+    Topology(tensor=2, pipeline=2, sequence_parallel=True),
+    Topology(pipeline=3, data=2),
+    Topology(2, 1, 2, 2, sequence_parallel=True, distributed_optimizer=True),
+)
+"""Packed rows are cut by tokens, not by context ranks, and differ in length, which virtual stages cannot exchange."""
+
+# a budget that gives several micro-batches, and not equally many to all ranks
+_BUDGET = {"max_tokens_per_micro_batch": 60}
+_SPLIT, _TWO_PASS = ("pair_schedule", "split"), ("pair_schedule", "two_pass")
+_PACKED = Option("batching", "packed", _WHOLE_ROWS, _BUDGET, excludes=(_SPLIT,))
+_PREFIX_SHARED = Option("batching", "prefix_shared", _WHOLE_ROWS, _BUDGET, excludes=(_SPLIT, _TWO_PASS))
+
 OPTIONS: tuple[Option, ...] = (
     Option("pair_schedule", "split", _PAIRS_OF_AXES),
     Option("pair_schedule", "two_pass", _PAIRS_OF_AXES),
@@ -139,11 +167,17 @@ OPTIONS: tuple[Option, ...] = (
     Option("overlap_grad_reduce", True, _PAIRS_OF_AXES),
     Option("recompute_granularity", "full", _PAIRS_OF_AXES, {"recompute_method": "uniform", "recompute_num_layers": 1}),
     Option("recompute_granularity", "selective", _PAIRS_OF_AXES),
+    _PACKED,
+    _PREFIX_SHARED,
 )
-"""Values of keys that the matrix holds beside the defaults; any other value of these keys is refused."""
+"""Values of keys that the matrix holds beside the plain ones; any other value of these keys is refused."""
 
-OPTIONS_TOGETHER: tuple[Option, ...] = OPTIONS[1:5]
-"""Options that the matrix also has all at once."""
+OPTIONS_TOGETHER: tuple[tuple[Option, ...], ...] = (
+    OPTIONS[1:5],
+    (_PACKED, *OPTIONS[1:5]),
+    (_PREFIX_SHARED, *OPTIONS[2:5]),
+)
+"""Options that the matrix also has all at once: without packing, packed, and with shared prompts."""
 
 
 def refusal(topology: Topology, options: Mapping[str, object]) -> str | None:
@@ -151,18 +185,23 @@ def refusal(topology: Topology, options: Mapping[str, object]) -> str | None:
 
     Args:
         topology: What the configuration and the number of ranks ask for.
-        options: Every key of ``OPTIONS`` that is not at its default, with its value.
+        options: Keys of ``PLAIN`` with their values.
     """
     where = "what no row of the parity matrix checks (docs/numerics.md) is refused"
     if not any(row.axes == topology.axes for row in MATRIX):
         return f"{_named(topology.axes)} together are not claimed to be exact: {where}; turn one of them off"
     for key, value in options.items():
-        covered = next((option.axes for option in OPTIONS if (option.key, option.value) == (key, value)), None)
-        if covered is None:
+        if value == PLAIN[key]:
+            continue
+        claimed = next((option for option in OPTIONS if (option.key, option.value) == (key, value)), None)
+        if claimed is None:
             return f"{key}: {value} is not claimed to be exact: {where}; remove it"
-        if not topology.axes <= covered:
+        others = [f"{other}: {excluded}" for other, excluded in claimed.excludes if options.get(other) == excluded]
+        if not topology.axes <= claimed.axes:
+            others.append(_named(topology.axes - claimed.axes))
+        if others:
             return (
-                f"{key}: {value} is not claimed to be exact with {_named(topology.axes - covered)}: {where}; "
+                f"{key}: {value} is not claimed to be exact with {', '.join(others)}: {where}; "
                 f"remove {key} or turn the other off"
             )
     return None

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import tyro
 
 from mindspeed_simpo import flags, launch
-from mindspeed_simpo.config import Config, load_config
+from mindspeed_simpo.config import Config
+from mindspeed_simpo.config_file import load_config
 from mindspeed_simpo.errors import ConfigError, SimpoError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import tyro
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from mindspeed_simpo.config import OPTION_GROUPS
+from mindspeed_simpo.options import OPTION_GROUPS
 
 _SIGNS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR"}

@@ -1,6 +1,7 @@
 """Log-probabilities of responses, from hidden states, under tensor and context parallelism.
 
-Shape legend: ``row`` = 2P sequences, ``seq`` = positions on this rank, ``token`` = response tokens among them,
+Shape legend: ``row`` = rows of the model's input, ``seq`` = positions on this rank, ``sequence`` = what is scored: each
+row, or all that a packed one holds, ``token`` = response tokens of them,
 ``hidden`` = model width, ``shard`` = this tensor-parallel rank's slice of the vocabulary.
 """
 
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_simpo.batch import IGNORE_INDEX
+from mindspeed_simpo.batch import IGNORE_INDEX, Packing
 from mindspeed_simpo.config import Config
 from mindspeed_simpo.device import reduction_dtype
 from mindspeed_simpo.parallel import Groups
@@ -48,13 +49,14 @@ def sequence_logprobs(
     hidden: Float[Tensor, "hidden_seq row hidden"],
     weight: Float[Tensor, "shard hidden"],
     *,
-    targets: Int[Tensor, "row seq"],
+    targets: Int[Tensor, "target_row seq"],
     groups: Groups,
     vocab_size: int,
     sequence_parallel: bool = False,
     fused: FusedHead | None = None,
-) -> Float[Tensor, " row"]:
-    r"""``sum_t log softmax(W h_t)[y_t]`` over the response tokens of each row.
+    packing: Packing | None = None,
+) -> Float[Tensor, " sequence"]:
+    r"""``sum_t log softmax(W h_t)[y_t]`` over the response tokens of each sequence.
 
     Only hidden states that predict a response token reach the head, so no ``[seq, vocabulary]`` tensor of prompt or
     padding positions exists.
@@ -64,24 +66,32 @@ def sequence_logprobs(
             ``sequence_parallel`` only this tensor-parallel rank's part of them.
         weight: This rank's rows of the output embedding.
         targets: Next-token ids of the whole vocabulary, ``IGNORE_INDEX`` where nothing is scored; shifted on the whole
-            sequence before it was sliced.
+            sequence before it was sliced. Each row of hidden states has one row of targets, which is a sequence. With
+            ``packing`` every row of targets is of the one row of hidden states, and has a sequence of each pair.
         groups: Sums run over ``groups.context``; the vocabulary is divided over ``groups.tensor``.
         vocab_size: Ids that exist; the padding above it has probability zero.
         sequence_parallel: Whether the ranks of ``groups.tensor`` hold different positions of ``hidden``.
         fused: Set where logits are to exist for a chunk of tokens only.
+        packing: Set where hidden states are of one row that holds many sequences; not with several context ranks.
 
     Returns:
-        Nats, summed in fp64 (fp32 on NPUs); 0 for a row without response tokens.
+        Nats, summed in fp64 (fp32 on NPUs); 0 for a sequence without response tokens.
     """
-    scored = targets != IGNORE_INDEX
-    if sequence_parallel:
-        selected = gather_along_first(hidden, groups.tensor).transpose(0, 1)[scored]
+    row, place = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+    if packing is None:
+        state, sequence, sequences = place * hidden.shape[1] + row, row, len(targets)
     else:
-        selected = copy_to(hidden.transpose(0, 1)[scored], groups.tensor)
+        sequences = len(targets) * packing.num_pairs
+        state, sequence = place, row * packing.num_pairs + packing.pair_of[place]
+    if sequence_parallel:
+        hidden = gather_along_first(hidden, groups.tensor)
+    selected = hidden.flatten(0, 1).index_select(0, state)
+    if not sequence_parallel:
+        selected = copy_to(selected, groups.tensor)
     token_logprobs = vocab_parallel_logprobs(
-        selected, weight, targets[scored], groups=groups, vocab_size=vocab_size, fused=fused
+        selected, weight, targets[row, place], groups=groups, vocab_size=vocab_size, fused=fused
     )
-    spread = token_logprobs.new_zeros(targets.shape).masked_scatter(scored, token_logprobs)
+    spread = token_logprobs.new_zeros(sequences, targets.shape[1]).index_put((sequence, place), token_logprobs)
     return sum_over(spread.sum(dim=1, dtype=reduction_dtype(spread.device)), groups.context)
 
 

@@ -43,17 +43,18 @@ def estimate_memory(spec: ModelSpec, config: Config, layout: Layout, batch: Batc
     With P parameters on the rank, b bytes of the compute dtype (2 in bf16, else 4), t tensor ranks, d data ranks:
 
     - parameters ``P b``; gradients ``4 P``, accumulated in fp32;
-    - optimizer ``8 P`` (Adam's moments), and ``4 P`` more for the fp32 parameters of bf16; divided by d with
-      ``use_distributed_optimizer``;
-    - activations ``b n s (layers a + hidden)`` with n the tokens ``2 micro_batch_size x`` longest pair (half of that
+    - optimizer ``8 P`` (Adam's moments), and ``4 P`` more for the fp32 parameters of bf16; divided by the data and
+      context ranks with ``use_distributed_optimizer``;
+    - activations ``b n s (layers a + hidden)`` with n the tokens of a micro-batch (see :func:`_tokens`; half of them
       with ``pair_schedule: two_pass``), divided by the context ranks, s the micro-batches in flight
       (``stages - stage``, with virtual stages as many as megatron-core's interleaved schedule warms up, at most all of
       them), and a the values that one layer keeps for its backward: ``4 hidden + (4 queries + 2 keys + 4 ffn) / t``,
-      plus ``(queries + keys) / t`` with query-key norms; ``hidden`` over t too with ``sequence_parallel``. A recomputed
-      layer keeps ``hidden``; one group of layers is whole while it is recomputed;
-    - logits ``micro_batch_size (chosen + rejected) vocabulary / (t x context ranks) (8 + b)`` on the last stage: fp32
-      probabilities, their gradient and the head's own output. Only response tokens reach the head, with ``two_pass``
-      those of one side, and with ``fused_logprob`` at most ``logprob_chunk_tokens`` at a time.
+      plus ``(queries + keys) / t`` with query-key norms, ``queries / t + 4 head_dim`` in packed rows; ``hidden`` over
+      t too with ``sequence_parallel``. A recomputed layer keeps ``hidden``; one group of layers is whole while it is
+      recomputed;
+    - logits ``responses vocabulary / (t x context ranks) (8 + b)`` on the last stage: fp32 probabilities, their
+      gradient and the head's own output. Only response tokens reach the head, with ``two_pass`` those of one side, and
+      with ``fused_logprob`` at most ``logprob_chunk_tokens`` at a time.
 
     Args:
         spec: Shape of the model.
@@ -84,11 +85,11 @@ def _of_stage(
 ) -> MemoryEstimate:
     width = 2 if config.bf16 else 4
     count = count_parameters(spec, chunks, layout.tensor)
-    shards = layout.data if config.use_distributed_optimizer else 1
-    one_side = config.pair_schedule == "two_pass"
-    tokens = (1 if one_side else 2) * config.micro_batch_size * batch.pair // layout.context
-    longest = max(batch.chosen, batch.rejected) if one_side else batch.chosen + batch.rejected
-    responses = config.micro_batch_size * longest // layout.context
+    shards = layout.data * layout.context if config.use_distributed_optimizer else 1
+    tokens, responses = (number // layout.context for number in _tokens(config, layout, batch))
+    if config.pair_schedule == "two_pass":
+        tokens //= 2
+        responses = responses * max(batch.chosen, batch.rejected) // max(1, batch.chosen + batch.rejected)
     if config.fused_logprob:
         responses = min(responses, config.logprob_chunk_tokens)
     kept = sum(_layer_values(spec, config, layout, chunk.num_layers) + spec.hidden_size for chunk in chunks)
@@ -97,16 +98,34 @@ def _of_stage(
         parameters=width * count,
         gradients=4 * count,
         optimizer=(12 if config.bf16 else 8) * count // shards,
-        activations=width * tokens * kept * _chunks_in_flight(layout, chunks) // len(chunks),
+        activations=width * tokens * kept * _chunks_in_flight(config, layout, chunks) // len(chunks),
         logits=responses * spec.vocab_size // layout.tensor * (8 + width) if chunks[-1].has_head else 0,
     )
 
 
-def _chunks_in_flight(layout: Layout, chunks: Sequence[Chunk]) -> int:
+def _tokens(config: Config, layout: Layout, batch: BatchShape) -> tuple[int, int]:
+    """Tokens of the largest micro-batch, and those of its responses.
+
+    Padded, every sequence is taken to be the longest. Packed, a micro-batch is as large as its budget, but no larger
+    than the pairs of its rank can make it, and no smaller than the largest pair.
+    """
+    responses = batch.chosen + batch.rejected
+    if config.batching_in_use == "padded":
+        return 2 * config.micro_batch_size * batch.pair, config.micro_batch_size * responses
+    shared = config.batching_in_use == "prefix_shared"
+    pair = batch.pair + min(batch.chosen, batch.rejected) if shared else 2 * batch.pair
+    pairs = config.global_batch_size // layout.data
+    tokens = max(pair, min(config.token_budget, pairs * pair))
+    return tokens, min(tokens, pairs * responses)
+
+
+def _chunks_in_flight(config: Config, layout: Layout, chunks: Sequence[Chunk]) -> int:
     """Micro-batches of one chunk each whose backward is still to come, at most."""
+    pairs = config.global_batch_size // layout.data
+    micro_batches = layout.num_microbatches if config.batching_in_use == "padded" else pairs
     behind = layout.pipeline - chunks[0].stage - 1
     warm_up = behind if len(chunks) == 1 else 2 * behind + (len(chunks) - 1) * layout.pipeline
-    return min(layout.num_microbatches * len(chunks), warm_up + 1)
+    return min(micro_batches * len(chunks), warm_up + 1)
 
 
 def _layer_values(spec: ModelSpec, config: Config, layout: Layout, layers: int) -> int:
@@ -115,6 +134,8 @@ def _layer_values(spec: ModelSpec, config: Config, layout: Layout, layers: int) 
     split = 4 * queries + 2 * keys + 4 * spec.ffn_size + (queries + keys if spec.qk_norm else 0)
     hidden = spec.hidden_size // (layout.tensor if config.sequence_parallel else 1)
     whole = 4 * hidden + split // layout.tensor
+    if config.batching_in_use != "padded":  # the documents' contexts joined, and angles that no two tokens share
+        whole += queries // layout.tensor + 4 * spec.head_dim
     if config.recompute_granularity != "full":
         return layers * whole
     group = min(config.recompute_num_layers or 1, layers)

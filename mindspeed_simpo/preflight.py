@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.config import Config, Layout
+from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data, prepare_pairs
 from mindspeed_simpo.data.template import ChatFormat
 from mindspeed_simpo.data.tokenizer import load_tokenizer
@@ -71,6 +72,7 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
             _print_sample(console, parts["train"][0], tokenizer)
     if "train" in parts:
         findings.warnings += judge_length(config, len(parts["train"]))
+    findings.warnings += judge_budget(config, parts)
     findings.warnings += judge_settings(config)
     if spec is not None:
         layout = config.layout(world_size)
@@ -114,6 +116,20 @@ def judge_length(config: Config, num_pairs: int) -> Iterator[str]:
         yield f"train_iters {config.train_iters} makes {passes:.1f} passes over the pairs; the paper's runs make one"
 
 
+def judge_budget(config: Config, parts: dict[str, PairDataset]) -> Iterator[str]:
+    """Pairs that need a micro-batch of more tokens than was asked for."""
+    if config.batching_in_use == "padded":
+        return
+    batching = Batching.of(config)
+    for part, dataset in parts.items():
+        sizes = [batching.size_of(pair) for pair in _inspected(dataset)]
+        if above := [size for size in sizes if size > batching.max_tokens]:
+            yield (
+                f"{part}: {len(above)} of {len(sizes)} inspected pairs have more than max_tokens_per_micro_batch "
+                f"{batching.max_tokens} tokens, up to {max(above)}: each is a micro-batch of its own"
+            )
+
+
 def judge_memory(config: Config, layout: Layout, estimates: Sequence[MemoryEstimate]) -> Iterator[str]:
     """A run on the CPU that needs more than the memory of this host."""
     needed = layout.tensor * layout.context * layout.data * sum(estimate.total for estimate in estimates)
@@ -128,7 +144,7 @@ def inspect_pairs(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizerB
     adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
     prompts: dict[str, set[tuple[int, ...]]] = {}
     for part, dataset in parts.items():
-        pairs = [dataset[index] for index in range(0, len(dataset), -(-len(dataset) // INSPECTED_PAIRS))]
+        pairs = _inspected(dataset)
         prompts[part] = {tuple(pair.prompt_ids) for pair in pairs}
         problems: dict[str, Callable[[TokenizedPair], bool]] = {
             "begin with two BOS tokens": lambda pair: bos is not None and pair.prompt_ids[:2] == [bos, bos],
@@ -144,6 +160,10 @@ def inspect_pairs(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizerB
                 yield f"{part}: {len(found)} of {len(pairs)} inspected pairs {problem}, first {found[0].source}"
     if shared := prompts.get("eval", set()) & prompts.get("train", set()):
         yield f"eval: {len(shared)} of {len(prompts['eval'])} inspected prompts are training prompts too"
+
+
+def _inspected(dataset: PairDataset) -> list[TokenizedPair]:
+    return [dataset[index] for index in range(0, len(dataset), -(-len(dataset) // INSPECTED_PAIRS))]
 
 
 def _model(config: Config) -> ModelSpec:
@@ -214,12 +234,26 @@ def _print_layout(
     total = count_parameters(spec, pipeline_chunks(spec, 1))
     axes = ("tensor", "pipeline", "context", "data")
     degrees = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in axes)
-    batches = f"{layout.num_microbatches} x {config.micro_batch_size} pairs a step on each data rank"
-    console.print(f"{spec.family}, {total:,} parameters; {degrees}; {batches}", soft_wrap=True)
+    pairs = config.global_batch_size // layout.data
+    console.print(
+        f"{spec.family}, {total:,} parameters; {degrees}; {pairs} pairs a step on each data rank", soft_wrap=True
+    )
+    console.print(_levers(config), soft_wrap=True)
     table = Table("GiB on one rank of", *(f"stage {estimate.stage}" for estimate in estimates))
     for name in ("parameters", "gradients", "optimizer", "activations", "logits", "total"):
         table.add_row(name, *(_gib(getattr(estimate, name)) for estimate in estimates))
     console.print(table)
+
+
+def _levers(config: Config) -> str:
+    """What is on of all that changes the memory and the time of a step, and not its result."""
+    form = config.batching_in_use
+    size = f"{config.micro_batch_size} pairs" if form == "padded" else f"up to {config.token_budget} tokens"
+    fused = "on" if config.fused_logprob else "off"
+    return (
+        f"batching: {form}, {size}; pair_schedule: {config.pair_schedule}; fused_logprob: {fused}; "
+        f"recompute: {config.recompute_granularity or 'off'}"
+    )
 
 
 def _gib(size: int) -> str:

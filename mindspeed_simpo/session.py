@@ -16,7 +16,9 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo import checkpoint, reference
-from mindspeed_simpo.config import Config, Layout, validate
+from mindspeed_simpo.config import Config, Layout
+from mindspeed_simpo.config_file import validate
+from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.cache import cache_folder
 from mindspeed_simpo.data.dataset import PairDataset, prepare_pairs
 from mindspeed_simpo.data.loader import PairLoader
@@ -77,10 +79,9 @@ class Session:
             dataset,
             seed=self.config.seed,
             global_batch_size=self.config.global_batch_size,
-            micro_batch_size=self.config.micro_batch_size,
+            batching=Batching.of(self.config),
             data_parallel_rank=self.groups.data.rank(),
             data_parallel_size=self.groups.data.size(),
-            multiple_of=self.config.sequence_multiple,
         )
 
     def schedule(self, models: list[torch.nn.Module], table: reference.ReferenceTable | None) -> PairSchedule:

@@ -127,10 +127,14 @@ def logits(params: Params, config: Mapping[str, Any], tokens: Sequence[int]) -> 
 def sequence_logprob(
     params: Params, config: Mapping[str, Any], prompt_ids: Sequence[int], response_ids: Sequence[int]
 ) -> tuple[Tensor, int]:
-    """Sum of the response tokens' log-probabilities given all tokens before each (nats), and their number."""
+    """Sum of the response tokens' log-probabilities given all tokens before each (nats), and their number.
+
+    A token with nothing before it has no probability: the first one of a response without a prompt is not scored.
+    """
     tokens = [*prompt_ids, *response_ids]
-    logprobs = logits(params, config, tokens[:-1]).log_softmax(-1)[len(prompt_ids) - 1 :]
-    return logprobs.gather(1, torch.as_tensor(list(response_ids))[:, None]).sum(), len(response_ids)
+    scored = tokens[max(1, len(prompt_ids)) :]
+    logprobs = logits(params, config, tokens[:-1]).log_softmax(-1)[-len(scored) :]
+    return logprobs.gather(1, torch.as_tensor(scored)[:, None]).sum(), len(scored)
 
 
 def _preference_loss(margin: Tensor, beta: float, loss_type: str, smoothing: float) -> Tensor:

@@ -1,20 +1,26 @@
-"""Pairs of token ids to one padded micro-batch."""
+"""Pairs of token ids to one micro-batch: a row for each sequence, or one row for all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from mindspeed_simpo.batch import FILLER_PAIR, IGNORE_INDEX, PairBatch, TokenizedPair
+from mindspeed_simpo.batch import FILLER_PAIR, IGNORE_INDEX, Branch, Documents, Packing, PairBatch, TokenizedPair
 
 _PADDING_ID = 0
+_CHOSEN, _REJECTED = 0, 1
+
+Collate = Callable[..., PairBatch]
 
 
 def collate_padded(
     pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int], *, multiple_of: int = 1
 ) -> PairBatch:
     """Chosen rows, then rejected rows, right-padded; ``targets[t]`` is token ``t + 1`` where that is a response token.
+
+    The first token of a sequence is never a target, for nothing predicts it: where the prompt is empty that is the
+    first token of the response.
 
     Args:
         pairs: ``P >= 1`` pairs; ``None`` is a filler pair: one padding token a row and no target.
@@ -28,29 +34,183 @@ def collate_padded(
     Raises:
         ValueError: where there is no pair, or the numbers of pairs and ids differ.
     """
-    if not pairs or len(pairs) != len(pair_ids):
-        raise ValueError(f"{len(pairs)} pairs and {len(pair_ids)} ids")
+    _check(pairs, pair_ids)
     rows: list[tuple[list[int], list[int]]] = [
         ([_PADDING_ID], []) if pair is None else (pair.prompt_ids, getattr(pair, side))
         for side in ("chosen_ids", "rejected_ids")
         for pair in pairs
     ]
-    longest = max(len(prompt) + len(response) for prompt, response in rows)
-    length = -(-longest // multiple_of) * multiple_of
-    lengths = [
-        0 if pair is None else len(prompt) + len(response)
-        for (prompt, response), pair in zip(rows, [*pairs, *pairs], strict=True)
-    ]
+    length = _rounded(max(len(prompt) + len(response) for prompt, response in rows), multiple_of)
     tokens = torch.full((len(rows), length), _PADDING_ID, dtype=torch.int64)
     targets = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.int64)
     for row, (prompt, response) in enumerate(rows):
-        ids = torch.tensor([*prompt, *response], dtype=torch.int64)
-        tokens[row, : len(ids)] = ids
-        targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
-    ids_of_pairs = [FILLER_PAIR if pair is None else pair_id for pair, pair_id in zip(pairs, pair_ids, strict=True)]
-    return PairBatch(
-        tokens=tokens,
-        targets=targets,
-        lengths=torch.tensor(lengths, dtype=torch.int64),
-        pair_ids=torch.tensor(ids_of_pairs, dtype=torch.int64),
-    )
+        end = len(prompt) + len(response)
+        tokens[row, :end] = torch.tensor([*prompt, *response])
+        targets[row, :end] = torch.tensor(_shifted(len(prompt), response))
+    ids = [FILLER_PAIR if pair is None else pair_id for pair, pair_id in zip(pairs, pair_ids, strict=True)]
+    return PairBatch(tokens, targets, _lengths(pairs), torch.tensor(ids, dtype=torch.int64))
+
+
+def collate_packed(
+    pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int], *, multiple_of: int = 1
+) -> PairBatch:
+    """All sequences end to end in one row: ``prompt chosen`` of every pair, ``prompt rejected`` of every pair, padding.
+
+    Filler pairs are left out, unless there is nothing else: then one is left.
+
+    Args:
+        pairs: See :func:`collate_padded`; ``pair_ids`` and ``multiple_of`` likewise.
+        pair_ids: See ``pairs``.
+        multiple_of: See ``pairs``; what is missing is a document of padding.
+
+    Returns:
+        ``tokens`` int64 ``[1, seq]``, ``targets`` int64 ``[2, seq]``, the rest by the pairs that are left.
+
+    Raises:
+        ValueError: see :func:`collate_padded`.
+    """
+    kept, ids = _without_fillers(pairs, pair_ids)
+    row = _Row(sum(_lengths(kept).tolist()), multiple_of)
+    for side, name in ((_CHOSEN, "chosen_ids"), (_REJECTED, "rejected_ids")):
+        for number, pair in enumerate(kept):
+            if pair is not None:
+                response = getattr(pair, name)
+                row.put([*pair.prompt_ids, *response], number, {side: _shifted(len(pair.prompt_ids), response)})
+    row.pad()
+    return row.batch(kept, ids)
+
+
+def collate_prefix_shared(
+    pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int], *, multiple_of: int = 1
+) -> PairBatch:
+    """Each prompt once, in one row: ``prompt chosen`` of every pair, padding, ``rejected`` of every pair.
+
+    A rejected response is a branch: it goes on from the prompt that lies before the chosen one, in attention and in its
+    positions. The last token of a prompt predicts the first token of both.
+
+    Args:
+        pairs: See :func:`collate_padded`; ``pair_ids`` and ``multiple_of`` likewise.
+        pair_ids: See ``pairs``.
+        multiple_of: See ``pairs``; what is missing is a document of padding.
+
+    Returns:
+        As :func:`collate_packed`.
+
+    Raises:
+        ValueError: see :func:`collate_padded`.
+    """
+    kept, ids = _without_fillers(pairs, pair_ids)
+    real = [(number, pair) for number, pair in enumerate(kept) if pair is not None]
+    row = _Row(sum(shared_length(pair) for _, pair in real), multiple_of)
+    starts = []
+    for number, pair in real:
+        prompt = len(pair.prompt_ids)
+        first_rejected = [IGNORE_INDEX] * (prompt - 1) + pair.rejected_ids[: min(prompt, 1)]
+        targets = {_CHOSEN: _shifted(prompt, pair.chosen_ids), _REJECTED: first_rejected}
+        starts.append(row.put([*pair.prompt_ids, *pair.chosen_ids], number, targets))
+    row.pad()
+    for (number, pair), start in zip(real, starts, strict=True):
+        targets = {_REJECTED: [*pair.rejected_ids[1:], IGNORE_INDEX]}
+        row.put(pair.rejected_ids, number, targets, prefix=(start, len(pair.prompt_ids)))
+    return row.batch(kept, ids)
+
+
+COLLATE: dict[str, Collate] = {
+    "padded": collate_padded,
+    "packed": collate_packed,
+    "prefix_shared": collate_prefix_shared,
+}
+"""By the values of ``batching``."""
+
+
+def shared_length(pair: TokenizedPair) -> int:
+    """Tokens of a pair whose prompt is there once."""
+    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+
+
+class _Row:
+    """A packed row that is being written, document by document."""
+
+    def __init__(self, tokens: int, multiple_of: int) -> None:
+        length = _rounded(max(1, tokens), multiple_of)
+        self._padding = length - tokens
+        self._tokens = torch.full((1, length), _PADDING_ID, dtype=torch.int64)
+        self._targets = torch.full((2, length), IGNORE_INDEX, dtype=torch.int64)
+        self._positions = torch.zeros(length, dtype=torch.int64)
+        self._pair_of = torch.zeros(length, dtype=torch.int64)
+        self._wholes: list[int] = []
+        self._branches: list[Branch] = []
+        self._end = 0
+
+    def put(
+        self, ids: list[int], pair: int, targets: dict[int, list[int]], prefix: tuple[int, int] | None = None
+    ) -> int:
+        """Write a document, or a branch of the ``(start, length)`` that is its prefix; targets by side, from its start.
+
+        Returns:
+            Where it starts.
+        """
+        start, self._end = self._end, self._end + len(ids)
+        first = 0
+        if prefix is None:
+            self._wholes.append(len(ids))
+        else:
+            self._branches.append(Branch(*prefix, len(ids)))
+            first = prefix[1]
+        self._tokens[0, start : self._end] = torch.tensor(ids)
+        self._positions[start : self._end] = torch.arange(first, first + len(ids))
+        self._pair_of[start : self._end] = pair
+        for side, wanted in targets.items():
+            self._targets[side, start : start + len(wanted)] = torch.tensor(wanted, dtype=torch.int64)
+        return start
+
+    def pad(self) -> None:
+        """Write the document of padding that rounds the row's length up."""
+        if self._padding:
+            self.put([_PADDING_ID] * self._padding, 0, {})
+
+    def batch(self, pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int]) -> PairBatch:
+        """What was written."""
+        documents = Documents(tuple(self._wholes), tuple(self._branches))
+        return PairBatch(
+            tokens=self._tokens,
+            targets=self._targets,
+            lengths=_lengths(pairs),
+            pair_ids=torch.tensor(pair_ids, dtype=torch.int64),
+            packing=Packing(documents, self._positions, self._pair_of, len(pairs)),
+        )
+
+
+def _shifted(prompt: int, response: Sequence[int]) -> list[int]:
+    """Targets of a sequence: the response moved one place to the front, ``IGNORE_INDEX`` over the rest."""
+    wanted = response if prompt else response[1:]
+    ignored = [IGNORE_INDEX] * (prompt + len(response) - len(wanted) - 1)
+    return [*ignored, *wanted, IGNORE_INDEX]
+
+
+def _lengths(pairs: Sequence[TokenizedPair | None]) -> torch.Tensor:
+    lengths = [
+        0 if pair is None else len(pair.prompt_ids) + len(getattr(pair, side))
+        for side in ("chosen_ids", "rejected_ids")
+        for pair in pairs
+    ]
+    return torch.tensor(lengths, dtype=torch.int64)
+
+
+def _without_fillers(
+    pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int]
+) -> tuple[Sequence[TokenizedPair | None], list[int]]:
+    _check(pairs, pair_ids)
+    kept = [(pair, pair_id) for pair, pair_id in zip(pairs, pair_ids, strict=True) if pair is not None]
+    if not kept:
+        return [None], [FILLER_PAIR]
+    return [pair for pair, _ in kept], [pair_id for _, pair_id in kept]
+
+
+def _check(pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int]) -> None:
+    if not pairs or len(pairs) != len(pair_ids):
+        raise ValueError(f"{len(pairs)} pairs and {len(pair_ids)} ids")
+
+
+def _rounded(length: int, multiple_of: int) -> int:
+    return -(-length // multiple_of) * multiple_of

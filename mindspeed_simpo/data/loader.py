@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from mindspeed_simpo.batch import FILLER_PAIR, PairBatch, TokenizedPair
-from mindspeed_simpo.data.collate import collate_padded
+from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.errors import DataError
 
 
@@ -25,19 +26,18 @@ class PairLoader:
     """One data-parallel rank's micro-batches of each global batch.
 
     The pairs form an endless stream, epoch after epoch, each epoch shuffled by a generator that ``(seed, epoch)``
-    seeds; a global batch is ``global_batch_size`` pairs of it and may straddle epochs. Within it, micro-batch ``m`` of
-    rank ``d`` holds the pairs ``(m * data_parallel_size + d) * micro_batch_size`` and following: set and order of a
-    global batch do not depend on the number of ranks or the size of a micro-batch. Nothing is remembered between
-    steps, so that a resumed run needs ``consumed_pairs`` and no more.
+    seeds; a global batch is ``global_batch_size`` pairs of it and may straddle epochs. Which pairs it has depends
+    neither on the number of ranks nor on how ``batching`` deals them to ranks and micro-batches; padded, micro-batch
+    ``m`` of rank ``d`` holds the pairs ``(m * data_parallel_size + d) * micro_batch_size`` and following. Nothing is
+    remembered between steps, so that a resumed run needs ``consumed_pairs`` and no more.
 
     Args:
         dataset: At least one pair.
         seed: Of the order; ``None`` keeps row order in every epoch.
         global_batch_size: Pairs of one optimizer step, over all ranks.
-        micro_batch_size: Pairs of one micro-batch.
+        batching: How its pairs are dealt to ranks and micro-batches.
         data_parallel_rank: This rank, from 0.
         data_parallel_size: Number of data-parallel ranks.
-        multiple_of: The padded length is rounded up to a multiple of it.
 
     Raises:
         DataError: where the dataset is empty.
@@ -50,26 +50,23 @@ class PairLoader:
         *,
         seed: int | None,
         global_batch_size: int,
-        micro_batch_size: int,
+        batching: Batching,
         data_parallel_rank: int,
         data_parallel_size: int,
-        multiple_of: int = 1,
     ) -> None:
         if not len(dataset):
             raise DataError("the dataset has no pair")
-        if global_batch_size % (micro_batch_size * data_parallel_size):
-            raise ValueError(
-                f"{global_batch_size} pairs do not divide into {data_parallel_size} ranks x {micro_batch_size} pairs"
-            )
+        size = batching.micro_batch_size
+        if global_batch_size % (size * data_parallel_size):
+            raise ValueError(f"{global_batch_size} pairs do not divide into {data_parallel_size} ranks x {size} pairs")
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"rank {data_parallel_rank} of {data_parallel_size}")
         self._dataset = dataset
         self._seed = seed
         self._global_batch_size = global_batch_size
-        self._micro_batch_size = micro_batch_size
+        self._batching = batching
         self._rank = data_parallel_rank
         self._ranks = data_parallel_size
-        self._multiple_of = multiple_of
         self._last_order: tuple[int, list[int]] | None = None
 
     def train_step(self, consumed_pairs: int) -> list[PairBatch]:
@@ -83,7 +80,7 @@ class PairLoader:
     def eval_steps(self, max_global_batches: int | None = None) -> Iterator[list[PairBatch]]:
         """This rank's micro-batches of each global batch of one pass in row order.
 
-        The last global batch is filled up with filler pairs, so that all ranks have the same number of micro-batches.
+        The last global batch is filled up with filler pairs, so that every rank has at least one micro-batch.
         """
         total = -(-len(self._dataset) // self._global_batch_size)
         for step in range(total if max_global_batches is None else min(total, max_global_batches)):
@@ -102,10 +99,12 @@ class PairLoader:
         return self._last_order[1]
 
     def _micro_batches(self, pair_ids: Sequence[int]) -> list[PairBatch]:
-        size = self._micro_batch_size
-        batches = []
-        for start in range(self._rank * size, len(pair_ids), self._ranks * size):
-            ids = pair_ids[start : start + size]
-            pairs = [None if pair_id == FILLER_PAIR else self._dataset[pair_id] for pair_id in ids]
-            batches.append(collate_padded(pairs, ids, multiple_of=self._multiple_of))
-        return batches
+        @functools.cache
+        def read(index: int) -> TokenizedPair | None:
+            return None if pair_ids[index] == FILLER_PAIR else self._dataset[pair_ids[index]]
+
+        def size_at(index: int) -> int:
+            return self._batching.size_of(read(index))
+
+        own = self._batching.deal(len(pair_ids), size_at, self._ranks)[self._rank]
+        return self._batching.micro_batches([read(index) for index in own], [pair_ids[index] for index in own])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -67,6 +69,41 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         sparse_mode=_RIGHT_DOWN_CAUSAL,
     )[0]
     return context
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_lengths: Sequence[int], key_lengths: Sequence[int], scale: float
+) -> Tensor:
+    """Causal attention of many documents, end to end, by ``npu_fusion_attention`` in the layout TND.
+
+    Args:
+        query: ``[queries, 1, heads, dim]``, of all documents.
+        key: ``[keys, 1, groups, dim]``; each serves ``heads / groups`` consecutive heads.
+        value: As ``key``.
+        query_lengths: Queries of each document, the last positions of its keys; the operator takes their running sum.
+        key_lengths: Keys of each document.
+        scale: Of the scores.
+
+    Returns:
+        ``[queries, 1, heads x dim]``.
+
+    Source: as :func:`causal_attention`. Not run on an NPU yet.
+    """
+    import torch_npu
+
+    context: Tensor = torch_npu.npu_fusion_attention(
+        query[:, 0],
+        key[:, 0],
+        value[:, 0],
+        query.shape[2],
+        "TND",
+        atten_mask=_compressed_mask(query.device),
+        scale=scale,
+        actual_seq_qlen=list(itertools.accumulate(query_lengths)),
+        actual_seq_kvlen=list(itertools.accumulate(key_lengths)),
+        sparse_mode=_RIGHT_DOWN_CAUSAL,
+    )[0]
+    return context.flatten(1)[:, None]
 
 
 @functools.cache

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from mindspeed_simpo.config import ContextParallelAlgo
+from mindspeed_simpo.batch import Documents
 from mindspeed_simpo.device import npu_context
 from mindspeed_simpo.model.causal import causal_attention
+from mindspeed_simpo.model.packed import packed_attention
+from mindspeed_simpo.options import ContextParallelAlgo
 from mindspeed_simpo.parallel.collectives import gather_along_first
 from mindspeed_simpo.parallel.context import chunks_of, natural_order
 
@@ -20,7 +22,8 @@ from mindspeed_simpo.parallel.context import chunks_of, natural_order
 class CausalAttention(torch.nn.Module):
     """``softmax(q k^T / sqrt(dim)) v`` over the keys up to each query, on the whole sequence.
 
-    Rows are padded on the right, so what follows a token cannot reach it and causality alone is enough.
+    Rows are padded on the right, so what follows a token cannot reach it and causality alone is enough. The documents
+    of a packed row attend apart (:mod:`mindspeed_simpo.model.packed`).
 
     Under context parallelism a rank holds queries, keys and values of its two chunks of the sequence
     (:mod:`mindspeed_simpo.parallel.context`), and ``context_parallel_algo`` says how they meet:
@@ -39,7 +42,8 @@ class CausalAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.layer_number = layer_number
-        scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.context_group = context_group
+        self.softmax_scale = scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         if context_group.size() == 1:
             self._attend = partial(causal_attention, scale=scale)
         else:
@@ -56,6 +60,7 @@ class CausalAttention(torch.nn.Module):
         key: Float[Tensor, "seq row groups dim"],
         value: Float[Tensor, "seq row groups dim"],
         attention_mask: Tensor | None = None,
+        attention_bias: Documents | None = None,
         **_: Any,
     ) -> Float[Tensor, "seq row width"]:
         """Attend causally.
@@ -65,8 +70,13 @@ class CausalAttention(torch.nn.Module):
             key: See ``query``.
             value: See ``query``.
             attention_mask: None; causality is the only mask.
+            attention_bias: What a row holds, under the name that megatron-core has for what it does not read.
         """
-        assert attention_mask is None, "rows are right-padded: the causal mask suffices"
+        assert attention_mask is None, "the causal mask suffices"
+        assert attention_bias is not None, "what a row holds was lost on the way: the rows would run into each other"
+        if attention_bias.wholes:
+            assert self.context_group.size() == 1, "a packed row is whole on every rank"
+            return packed_attention(query, key, value, attention_bias, self.softmax_scale)
         return self._attend(query, key, value)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -53,4 +56,11 @@ def _lower_right(query: Tensor, key: Tensor) -> Tensor:
     queries, keys = query.shape[0], key.shape[0]
     if query.is_cuda:
         return causal_lower_right(queries, keys)  # flash attention knows it without a mask in memory
-    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    # a mask is kept for the backward, of every layer: parts of one tensor are kept once
+    return _future(1 << (keys - 1).bit_length(), query.dtype)[keys - queries : keys, :keys]
+
+
+@functools.lru_cache(16)
+def _future(size: int, dtype: torch.dtype) -> Float[Tensor, "size size"]:
+    """Minus infinity above the diagonal, else 0; not booleans, of which the kernel would make numbers in each call."""
+    return torch.full((size, size), -math.inf, dtype=dtype).triu(1)

@@ -14,13 +14,15 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mindspeed_simpo.config import Config, ContextParallelAlgo
+from mindspeed_simpo.batch import ONE_A_ROW, Documents
+from mindspeed_simpo.config import Config
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.model.hf_config import ModelSpec
 from mindspeed_simpo.model.layers import block_spec, transformer_config
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 from mindspeed_simpo.model.rotary import inverse_frequencies, rotation_angles
+from mindspeed_simpo.options import ContextParallelAlgo
 from mindspeed_simpo.parallel import Groups
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -96,6 +98,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         position_ids: Int[Tensor, " seq"] | Int[Tensor, "row seq"] | None = None,
         attention_mask: None = None,
         head: Head | None = None,
+        documents: Documents = ONE_A_ROW,
     ) -> Tensor:
         """Hidden states of this stage, or on the last stage the head's result or the logits.
 
@@ -106,12 +109,13 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
             head: Called with the final hidden states ``[seq, row, hidden]`` and this rank's output weight
                 ``[padded vocabulary / tensor ranks, hidden]``. Rows beyond ``spec.vocab_size`` are padding, and the
                 head must give them no probability.
+            documents: What a packed row holds.
 
         Returns:
             Before the last stage hidden states ``[seq, row, hidden]``. On the last, what ``head`` returns, or
             ``[row, seq, padded vocabulary / tensor ranks]`` logits of this rank's shard, minus infinity on padding.
         """
-        assert attention_mask is None, "rows are right-padded: attention is causal and takes no mask"
+        assert attention_mask is None, "attention is causal and takes no mask"
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         self._frequencies = self._frequencies.to(input_ids.device)
@@ -119,6 +123,8 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
             hidden_states=self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None,
             attention_mask=None,
             rotary_pos_emb=rotation_angles(self._frequencies, position_ids),
+            # the one argument that megatron-core hands to the attention as it is, also when it recomputes a layer
+            attention_bias=documents,
         )
         if not self.post_process:
             return hidden  # type: ignore[no-any-return]

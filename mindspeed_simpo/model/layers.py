@@ -21,11 +21,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from mindspeed_simpo.config import Config, ContextParallelAlgo
+from mindspeed_simpo.config import Config
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.model.attention import CausalAttention
 from mindspeed_simpo.model.hf_config import ModelSpec
 from mindspeed_simpo.model.naming import layers_by_stage
+from mindspeed_simpo.options import ContextParallelAlgo
 from mindspeed_simpo.parallel import Groups
 
 

@@ -27,7 +27,7 @@ class SimpoArguments(MindSpeedFeature):  # type: ignore[misc]
             _add(group, name, type=float)
         _add(group, "simpo_loss_type", type=str, choices=["sigmoid", "hinge", "ipo"])
         _add(group, "pair_schedule", type=str, choices=["concat", "two_pass"])
-        _add(group, "fused_logprob", action="store_true")
+        _add(group, "fused_logprob", action="store_true", default=False)
         _add(group, "logprob_chunk_tokens", type=int)
         if "--dpo-exact" not in group._option_string_actions:
             group.add_argument(
@@ -72,4 +72,4 @@ def _add(group: _ArgumentGroup, name: str, **options: Any) -> None:
     flag = "--" + name.replace("_", "-")
     if flag not in group._option_string_actions:
         field = Config.model_fields[name]
-        group.add_argument(flag, default=field.default, help=field.description, **options)
+        group.add_argument(flag, **{"default": field.default, "help": field.description} | options)

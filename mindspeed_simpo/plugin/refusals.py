@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 from pydantic import ValidationError
 
-from mindspeed_simpo.config import TaskOptions
 from mindspeed_simpo.errors import ConfigError
+from mindspeed_simpo.options import TaskOptions
 
 _TASK_FLAGS = {
     "simpo": ("simpo_beta", "gamma_beta_ratio", "simpo_loss_type", "simpo_label_smoothing", "pref_ftx"),

@@ -30,8 +30,8 @@ class Pass:
     """One forward, and where gradients are wanted one backward, of some rows through the whole pipeline."""
 
     rows: Rows
-    loss: Callable[[Float[Tensor, " row"]], tuple[Tensor, Any]]
-    """On the last stage: the rows' log-probability sums -> what the backward starts from, and a record."""
+    loss: Callable[[Float[Tensor, " sequence"]], tuple[Tensor, Any]]
+    """On the last stage: the sequences' log-probability sums -> what the backward starts from, and a record."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class PairSchedule:
         return [Pass(Rows.of(batch), partial(self._joint_loss, batch, weight)) for batch in micro_batches]
 
     def _joint_loss(
-        self, batch: PairBatch, weight: float, logprobs: Float[Tensor, " row"]
+        self, batch: PairBatch, weight: float, logprobs: Float[Tensor, " sequence"]
     ) -> tuple[Tensor, ScoredBatch]:
         loss, scored = self._scorer(batch.to(self.device), *logprobs.chunk(2))
         return loss * weight, scored
@@ -128,7 +128,7 @@ class PairSchedule:
         apart = self.pair_schedule == "split" and not forward_only
         output = self._score_apart(model, rows) if apart else self._score(model, rows)
 
-        def loss(logprobs: Float[Tensor, " row"]) -> tuple[Tensor, Any]:
+        def loss(logprobs: Float[Tensor, " sequence"]) -> tuple[Tensor, Any]:
             value, record = current.loss(logprobs)
             # the schedule divides each loss by their number
             return value * num_passes, record
@@ -136,18 +136,21 @@ class PairSchedule:
         return output, loss
 
     def _score(self, model: torch.nn.Module, rows: Rows) -> Tensor:
-        """Log-probability sums of the rows on the last stage, hidden states ``[seq, row, hidden]`` before it."""
+        """Log-probability sums of the sequences on the last stage, hidden states ``[seq, row, hidden]`` before it."""
         context = self.groups.context
-        positions = positions_of(context.rank(), context.size(), rows.tokens.shape[1], self.device)
+        held = positions_of(context.rank(), context.size(), rows.tokens.shape[1], self.device)
         head = partial(
             sequence_logprobs,
-            targets=rows.targets[:, positions],
+            targets=rows.targets[:, held],
+            packing=rows.packing,
             groups=self.groups,
             vocab_size=self.vocab_size,
             sequence_parallel=self.sequence_parallel,
             fused=self.fused,
         )
-        output: Tensor = model(rows.tokens[:, positions], position_ids=positions, head=head)
+        output: Tensor = model(
+            rows.tokens[:, held], position_ids=rows.position_ids(held), documents=rows.documents, head=head
+        )
         return output
 
     def _score_apart(self, model: torch.nn.Module, rows: Rows) -> Tensor:
@@ -196,5 +199,5 @@ class _LossInTwo:
         return rejected @ (self.rejected_grad * self.weight), None
 
 
-def _record(logprobs: Float[Tensor, " row"]) -> tuple[Tensor, Float[Tensor, " row"]]:
+def _record(logprobs: Float[Tensor, " sequence"]) -> tuple[Tensor, Float[Tensor, " sequence"]]:
     return logprobs.sum(), logprobs

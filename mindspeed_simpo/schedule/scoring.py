@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mindspeed_simpo.batch import IGNORE_INDEX, LossInputs, LossOutput, PairBatch
+from mindspeed_simpo.batch import LossInputs, LossOutput, PairBatch
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.objectives import Objective
 
@@ -43,7 +43,7 @@ class PairScorer:
             chosen: Sums of response-token log-probabilities, whole-sequence and whole-vocabulary, nats.
             rejected: See ``chosen``.
         """
-        counts = (batch.targets != IGNORE_INDEX).sum(dim=1).chunk(2)
+        counts = batch.response_tokens.chunk(2)
         references = self.reference(batch.pair_ids) if self.reference is not None else ()
         output = self.objective(LossInputs(chosen, rejected, *counts, *references))
         detached = LossInputs(chosen.detach(), rejected.detach(), *counts, *references)

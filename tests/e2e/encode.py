@@ -5,6 +5,7 @@ import json
 from transformers import AutoTokenizer
 
 from mindspeed_simpo.batch import TokenizedPair
+from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.loader import PairLoader
 
 
@@ -40,7 +41,7 @@ def order_of(program, num_pairs):
         [TokenizedPair([0], [0], [0], source="")] * num_pairs,
         seed=config["seed"],
         global_batch_size=config["global_batch_size"],
-        micro_batch_size=config["global_batch_size"],
+        batching=Batching("padded", config["global_batch_size"], max_tokens=0),
         data_parallel_rank=0,
         data_parallel_size=1,
     )

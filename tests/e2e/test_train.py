@@ -7,10 +7,12 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mindspeed_simpo.config import Config, load_config
+from mindspeed_simpo.config import Config
+from mindspeed_simpo.config_file import load_config
 from tests import oracle
 from tests.e2e.cli import lines_of
 from tests.e2e.encode import encode_file, order_of
+from tests.hf import make_pairs
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 KEYS = {
@@ -87,6 +89,28 @@ def test_layouts_and_micro_batches_train_alike(program, expected, tmp_path, rank
     assert curve(tmp_path / "out") == pytest.approx(expected, rel=EXACT)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, {"batching": "prefix_shared", "max_tokens_per_micro_batch": 700, PP: 2}),
+        (2, {"batching": "packed", "max_tokens_per_micro_batch": 900, "pair_schedule": "two_pass"}),
+        (4, {"batching": "prefix_shared", TP: 2, "sequence_parallel": True, "use_distributed_optimizer": True}),
+    ],
+    ids=str,
+)
+def test_packed_micro_batches_train_and_evaluate_alike(program, model, expected, tmp_path, ranks, options):
+    # in global batches of 8 pairs, the last is one pair and 7 of weight zero: one rank of two has nothing else
+    eval_pairs = make_pairs(tmp_path / "nine.jsonl", 9, seed=1)
+    program.config["eval_data_path"] = str(eval_pairs)
+    done = program.run("train", ranks, **options)
+    assert done.code == 0, done.stderr
+    assert curve(tmp_path / "out") == pytest.approx(expected, rel=EXACT)
+    held_out = lines_of(tmp_path / "out", "eval")
+    assert [line["step"] for line in held_out] == [0, 3]
+    first = oracle.evaluate(model, encode_file(model, eval_pairs), oracle.Options())
+    assert {key: held_out[0][key] for key in first} == pytest.approx(first, rel=EXACT, abs=EXACT)
+
+
 def test_what_a_run_leaves(program, tmp_path, eval_pairs, caplog):
     caplog.set_level(logging.WARNING, "tensorboard")
     program.config |= {"eval_data_path": str(eval_pairs), "save_interval": 2, "bf16": True}
@@ -150,6 +174,16 @@ def test_dpo_takes_its_reference_from_the_cache(program, model, train_pairs, tmp
     history, _ = oracle.train(model, batches, learning_rates(program), options)
     for output in ("out", "again"):
         assert curve(tmp_path / output) == pytest.approx([x for step in history for x in step], rel=EXACT)
+
+
+def test_dpo_with_shared_prompts(program, model, train_pairs, tmp_path):
+    program.config |= {"stage": "dpo", "lr": 1e-4, "batching": "prefix_shared", "max_tokens_per_micro_batch": 600}
+    done = program.run("train", 2)
+    assert done.code == 0, done.stderr
+    pairs = encode_file(model, train_pairs)
+    batches = [[pairs[i] for i in batch] for batch in order_of(program, len(pairs))]
+    history, _ = oracle.train(model, batches, learning_rates(program), oracle.Options(stage="dpo"))
+    assert curve(tmp_path / "out") == pytest.approx([x for step in history for x in step], rel=EXACT)
 
 
 def test_metrics_lines_are_strict_json(program, tmp_path):

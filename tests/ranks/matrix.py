@@ -41,7 +41,7 @@ _LONGEST = 18
 
 @dataclass(frozen=True)
 class Row:
-    """A topology, with the options that are off their defaults, for a family of models."""
+    """A topology, with the options that are not plain, for a family of models."""
 
     topology: Topology
     options: tuple[Option, ...] = ()
@@ -76,7 +76,7 @@ def all_rows() -> list[Row]:
     """Everything that is claimed, by rising number of ranks."""
     most_axes = claims.COVERING[-3:]
     options = [Row(topology, (option,)) for option in claims.OPTIONS for topology in option.rows]
-    together = [Row(topology, claims.OPTIONS_TOGETHER) for topology in most_axes]
+    together = [Row(topology, options) for options in claims.OPTIONS_TOGETHER for topology in _rows_of_all(options)]
     families = [Row(topology, family=family) for family in FAMILIES for topology in most_axes]
     rows = [*map(Row, claims.MATRIX), *options, *together, *families]
     return sorted(dict.fromkeys(rows), key=lambda row: row.topology.ranks)
@@ -86,7 +86,14 @@ def quick_rows() -> list[Row]:
     """What continuous integration runs: every pair of axes, all options at once, and each family."""
     most_axes = claims.COVERING[-1]
     families = [Row(most_axes, family=family) for family in FAMILIES]
-    return list(dict.fromkeys([*map(Row, claims.COVERING), Row(most_axes, claims.OPTIONS_TOGETHER), *families]))
+    together = [Row(_rows_of_all(options)[-1], options) for options in claims.OPTIONS_TOGETHER]
+    return list(dict.fromkeys([*map(Row, claims.COVERING), *together, *families]))
+
+
+def _rows_of_all(options: tuple[Option, ...]) -> list[Topology]:
+    """The topologies of the option that has the fewest axes; every one of them claims these axes."""
+    narrowest = min(options, key=lambda option: len(option.axes))
+    return [topology for topology in narrowest.rows if all(topology.axes <= option.axes for option in options)]
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def engine_runs(folder, batches, runs, prepare: Callable[[], None] | None = None
 def _rank(folder, batches, runs, prepare, layout_options):
     import torch.distributed as dist
 
+    from mindspeed_simpo import claims
     from mindspeed_simpo.config import Config
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
@@ -83,7 +84,7 @@ def _rank(folder, batches, runs, prepare, layout_options):
     configs = [
         Config(
             **{"model_name_or_path": folder, "data_path": "unused", "lr_warmup_fraction": 0},
-            **{"global_batch_size": len(batches[0]), **layout_options, **run.options},
+            **{**claims.PLAIN, "global_batch_size": len(batches[0]), **layout_options, **run.options},
         )
         for run in runs
     ]
@@ -119,7 +120,7 @@ def _train(batches, run, config, layout, groups, device):
         for model in wrapped:
             model.zero_grad_buffer()
         stepper.optimizer.zero_grad()
-        micro_batches = _micro_batches(pairs, step * len(pairs), config, groups, layout)
+        micro_batches = _micro_batches(pairs, step * len(pairs), config, groups)
         scored = schedule.forward_backward(micro_batches, sum(pair is not None for pair in pairs))
         sums = metrics.reduce_sums(metrics.local_sums(scored, groups, device), groups)
         if step == 0:
@@ -154,18 +155,13 @@ def _complete_sharded_gradients(models, config):
                 dist.all_gather(parts, parts[group.rank()].clone(), group=group)
 
 
-def _micro_batches(pairs, first_row, config, groups, layout):
+def _micro_batches(pairs, first_row, config, groups):
+    """As a loader without shuffling would deal them, but with every pair on the rank of its number."""
     from mindspeed_simpo.batch import TokenizedPair
-    from mindspeed_simpo.data.collate import collate_padded
+    from mindspeed_simpo.data.batching import Batching
 
     own = range(groups.data.rank(), len(pairs), groups.data.size())
-    parts = [list(own)[i : i + config.micro_batch_size] for i in range(0, len(own), config.micro_batch_size)]
-    assert len(parts) == layout.num_microbatches
-    return [
-        collate_padded(
-            [pairs[i] and TokenizedPair(*map(list, pairs[i]), source=f"pair {i}") for i in part],
-            [first_row + i for i in part],
-            multiple_of=config.sequence_multiple,
-        )
-        for part in parts
-    ]
+    return Batching.of(config).micro_batches(
+        [pairs[i] and TokenizedPair(*map(list, pairs[i]), source=f"pair {i}") for i in own],
+        [first_row + i for i in own],
+    )

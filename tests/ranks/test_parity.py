@@ -112,11 +112,19 @@ def test_objectives(checkpoints, objective):
     check(checkpoints("qwen2"), "qwen2", objective, reference, **{TP: 2, "micro_batch_size": 4})
 
 
-def test_bf16_computes_the_same_to_its_precision(checkpoints):
+@pytest.mark.parametrize("batching", ["padded", "prefix_shared"])
+def test_bf16_computes_the_same_to_its_precision(checkpoints, batching):
     folder = checkpoints("qwen2", dtype="bfloat16")
     history, grads, params = expectation(folder, "qwen2", "sigmoid")
     result = engine_steps(
-        folder, batches_of("qwen2"), lr=LR, lr_decay_style="constant", bf16=True, **ADAM, **{TP: 2, DP: 2}
+        folder,
+        batches_of("qwen2"),
+        lr=LR,
+        lr_decay_style="constant",
+        bf16=True,
+        batching=batching,
+        **ADAM,
+        **{TP: 2, DP: 2},
     )
     assert result["losses"] == pytest.approx([loss for loss, _ in history], rel=0.02)
     assert result["grad_norms"] == pytest.approx([norm for _, norm in history], rel=0.05)

@@ -54,33 +54,34 @@ def checkpoint(tmp_path_factory):
 
 
 @functools.cache
-def pairs():
+def all_pairs():
     return make_token_pairs(PAIRS, VOCAB)
 
 
 @functools.cache
 def expectation(folder, ref_folder):
-    arguments = folder, pairs(), oracle.Options(stage="dpo" if ref_folder else "simpo"), ref_folder
+    arguments = folder, all_pairs(), oracle.Options(stage="dpo" if ref_folder else "simpo"), ref_folder
     return oracle.evaluate(*arguments), oracle.gradients(*arguments)
 
 
-@functools.cache
-def reference_sums(folder):
+def sums_of(folder, token_pairs):
+    """Reference sums by the oracle."""
     params, config = oracle.load(folder)
     return [
         [oracle.sequence_logprob(params, config, prompt, ids)[0].item() for ids in responses]
-        for prompt, *responses in pairs()
+        for prompt, *responses in token_pairs
     ]
 
 
-def engine_modes(folder, modes, references=None, **options):
+def engine_modes(folder, modes, references=None, pairs=None, **options):
     """``(metrics, gradients)`` of one global batch in each mode, all modes in the same ranks."""
+    token_pairs = pairs or all_pairs()
     data = options.pop(DP, 1)
     ranks = data
     for key in (TP, PP, CP):
         ranks *= options.get(key, 1)
-    options = {"micro_batch_size": 2, "global_batch_size": PAIRS, **options}
-    results = run_ranks(_rank, ranks, str(folder), pairs(), references, options, modes)
+    options = {"micro_batch_size": 2, "global_batch_size": len(token_pairs), **options}
+    results = run_ranks(_rank, ranks, str(folder), token_pairs, references, options, modes)
     return [
         (metrics, {name: torch.from_numpy(array) for name, array in grads.items()}) for metrics, grads in results[0]
     ]
@@ -137,7 +138,7 @@ def _one_mode(config, token_pairs, references, device, groups, layout):
         pair_schedule=config.pair_schedule,
         fused=fused_head(config),
     )
-    micro_batches = _micro_batches(token_pairs, 0, config, groups, layout)
+    micro_batches = _micro_batches(token_pairs, 0, config, groups)
     scored = schedule.forward_backward(micro_batches, len(token_pairs))
     sums = metrics.reduce_sums(metrics.local_sums(scored, groups, device), groups)
     _complete_sharded_gradients(wrapped, config)
@@ -145,9 +146,8 @@ def _one_mode(config, token_pairs, references, device, groups, layout):
     return metrics.means(sums), {name: tensor.clone().numpy() for name, tensor in gathered}
 
 
-def check(folder, results, ref_folder=None):
-    expected_metrics, expected_grads = expectation(folder, ref_folder)
-    for mode, (metrics, grads) in zip(MODES, results, strict=True):
+def compare(modes, results, expected_metrics, expected_grads):
+    for mode, (metrics, grads) in zip(modes, results, strict=True):
         for key, value in expected_metrics.items():
             assert metrics[key] == pytest.approx(value, rel=2e-6, abs=1e-6), f"{key} in {mode}"
         error, name = worst_error(grads, expected_grads)
@@ -157,10 +157,10 @@ def check(folder, results, ref_folder=None):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_and_metrics_are_the_oracles(checkpoint, layout):
     folder = checkpoint(layout not in UNTIED, 4 if "virtual" in layout else 2)
-    check(folder, engine_modes(folder, MODES, **LAYOUTS[layout]))
+    compare(MODES, engine_modes(folder, MODES, **LAYOUTS[layout]), *expectation(folder, None))
 
 
 def test_dpo(checkpoint):
     folder, reference = checkpoint(True, 2), checkpoint(True, 2, seed=1)
-    results = engine_modes(folder, MODES, reference_sums(reference), stage="dpo", **{TP: 2, DP: 2})
-    check(folder, results, reference)
+    results = engine_modes(folder, MODES, sums_of(reference, all_pairs()), stage="dpo", **{TP: 2, DP: 2})
+    compare(MODES, results, *expectation(folder, reference))

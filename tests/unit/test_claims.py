@@ -1,6 +1,7 @@
 """One list says what is claimed: the configuration refuses the rest, and the parity matrix is made of it."""
 
 import itertools
+import math
 from typing import get_args
 
 import pytest
@@ -12,7 +13,7 @@ from mindspeed_simpo.errors import ConfigError
 
 
 def config(**options):
-    return Config(model_name_or_path="model", data_path="pairs", **options)
+    return Config(model_name_or_path="model", data_path="pairs", **{"fused_logprob": False} | options)
 
 
 EVERY_AXIS = {
@@ -69,12 +70,13 @@ def test_an_option_is_refused_with_an_axis_that_its_rows_lack(monkeypatch):
     assert config(pair_schedule="concat", context_parallel_size=2).layout(2).context == 2
 
 
-def test_every_value_of_a_listed_option_is_a_default_or_has_rows():
-    for key in {option.key for option in claims.OPTIONS}:
+def test_every_value_of_a_listed_option_is_plain_or_has_rows():
+    assert {option.key for option in claims.OPTIONS} == claims.PLAIN.keys()
+    for key, plain in claims.PLAIN.items():
         field = Config.model_fields[key]
         accepted = {True, False} if field.annotation is bool else _literals(field.annotation)
         listed = {option.value for option in claims.OPTIONS if option.key == key}
-        assert listed == accepted - {field.default}, key
+        assert listed == accepted - {plain, "auto"}, key
 
 
 def _literals(annotation):
@@ -84,9 +86,41 @@ def _literals(annotation):
     return values
 
 
-def test_options_are_claimed_with_every_axis():
+def test_options_are_claimed_with_every_axis_but_packed_rows():
     for option in claims.OPTIONS:
-        assert option.axes == set(claims.AXES), option
+        missing = {"CP", "VPP"} if option.key == "batching" else set()
+        assert option.axes == set(claims.AXES) - missing, option
+
+
+def test_options_that_do_not_go_together_are_refused(monkeypatch):
+    rows = (Topology(tensor=2),)
+    refused = Option("batching", "packed", rows, excludes=(("pair_schedule", "two_pass"),))
+    monkeypatch.setattr(claims, "OPTIONS", (Option("pair_schedule", "two_pass", rows), refused))
+    assert config(batching="packed", tensor_model_parallel_size=2).layout(2).tensor == 2
+    with pytest.raises(ConfigError, match=r"batching: packed .* with pair_schedule: two_pass: .* remove batching"):
+        config(batching="packed", pair_schedule="two_pass").layout(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({}, "prefix_shared"),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, "prefix_shared"),
+        ({"pair_schedule": "two_pass"}, "packed"),
+        ({"pair_schedule": "split"}, "padded"),
+        ({"context_parallel_size": 2}, "padded"),
+        ({"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}, "padded"),
+        ({"batching": "padded"}, "padded"),
+    ],
+)
+def test_auto_is_the_form_with_the_fewest_tokens_that_the_layout_allows(options, form):
+    chosen = config(**options)
+    assert chosen.batching_in_use == form
+    sizes = (chosen.tensor_model_parallel_size, chosen.pipeline_model_parallel_size, chosen.context_parallel_size)
+    assert chosen.layout(math.prod(sizes)).data == 1
+    if form == "padded":
+        with pytest.raises(ValueError, match="max_tokens_per_micro_batch needs"):
+            config(**options, max_tokens_per_micro_batch=100)
 
 
 @pytest.mark.parametrize(

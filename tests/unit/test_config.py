@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mindspeed_simpo.config import OPTION_GROUPS, Config, load_config
+from mindspeed_simpo.config import Config
+from mindspeed_simpo.config_file import load_config
 from mindspeed_simpo.errors import ConfigError
+from mindspeed_simpo.options import OPTION_GROUPS
 
 REPO = Path(__file__).parents[2]
 REQUIRED = {"model_name_or_path": "model", "data_path": "pairs.jsonl"}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mindspeed_simpo.batch import FILLER_PAIR, IGNORE_INDEX, TokenizedPair
+from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.collate import collate_padded
 from mindspeed_simpo.data.loader import PairLoader
 from mindspeed_simpo.errors import DataError
@@ -52,7 +53,8 @@ class Numbers:
 
 
 def loaders(size, ranks, micro, *, batch=8, seed=7):
-    shared = {"seed": seed, "global_batch_size": batch, "micro_batch_size": micro, "data_parallel_size": ranks}
+    batching = Batching("padded", micro, max_tokens=0)
+    shared = {"seed": seed, "global_batch_size": batch, "batching": batching, "data_parallel_size": ranks}
     return [PairLoader(Numbers(size), data_parallel_rank=rank, **shared) for rank in range(ranks)]
 
 

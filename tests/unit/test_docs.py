@@ -13,7 +13,8 @@ import yaml
 from rich.table import Table
 
 from mindspeed_simpo import cli, flags
-from mindspeed_simpo.config import Config, load_config, validate
+from mindspeed_simpo.config import Config
+from mindspeed_simpo.config_file import load_config, validate
 from mindspeed_simpo.errors import ConfigError
 
 REPO = Path(__file__).parents[2]

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mindspeed_simpo import claims
 from mindspeed_simpo.config import Config, Layout
-from mindspeed_simpo.memory import BatchShape, count_parameters, estimate_memory
+from mindspeed_simpo.memory import BatchShape, MemoryEstimate, count_parameters, estimate_memory
 from mindspeed_simpo.model.hf_config import read_model_spec
 from mindspeed_simpo.model.naming import pipeline_chunks
 
@@ -15,7 +16,7 @@ BATCH = BatchShape(pair=60, chosen=20, rejected=10)
 
 
 def config(**values) -> Config:
-    return Config(model_name_or_path=QUICKSTART, data_path="x", global_batch_size=8, **values)
+    return Config(model_name_or_path=QUICKSTART, data_path="x", global_batch_size=8, **claims.PLAIN | values)
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,30 @@ def test_two_passes_keep_half_and_chunks_bound_the_logits(spec):
     assert two_pass.logits == concat.logits * 20 // 30
     [fused] = estimate_memory(spec, config(fused_logprob=True, logprob_chunk_tokens=5), layout, BATCH)
     assert fused.logits == concat.logits * 5 // 30
+
+
+def test_packed_rows_are_as_long_as_their_budget(spec):
+    """Of pairs of at most 60 tokens a sequence, 20 and 10 of them of the responses."""
+    layout = Layout(num_microbatches=8)
+
+    def estimate(name: str, budget: int | None = None, layout: Layout = layout, **values) -> list[MemoryEstimate]:
+        return estimate_memory(spec, config(batching=name, max_tokens_per_micro_batch=budget, **values), layout, BATCH)
+
+    [packed] = estimate("packed", 240)
+    [padded] = estimate("padded")
+    # 4 heads of 32: what a token keeps more of in each of 4 layers
+    assert packed.activations - 2 * padded.activations == 240 * 4 * 4 * (128 + 4 * 32)
+
+    def tokens(*arguments, **values) -> float:
+        return estimate(*arguments, **values)[0].activations * 240 / packed.activations
+
+    assert tokens("prefix_shared", 300) == 300
+    assert tokens("packed", 240, pair_schedule="two_pass") == 120
+    # the largest pair has a micro-batch of its own, and eight of them are all that there is
+    assert tokens("packed", 50) == 120
+    assert tokens("prefix_shared", 50) == 70
+    assert tokens("packed") == 8 * 120
+    assert tokens("prefix_shared") == 8 * 70
+    first, last = estimate("packed", 120, Layout(pipeline=2, num_microbatches=1))
+    assert first.activations == 2 * last.activations
+    assert last.logits == 120 * 960 * (8 + 4)

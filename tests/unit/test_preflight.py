@@ -45,8 +45,20 @@ def test_a_good_run_is_ready(tmp_path):
     assert "│ rows                                         │ 2 " in report
     assert "│ 90 " in report
     assert "<|im_start|>user\nName the capital of Peru.<|im_end|>\n<|im_start|>assistant\nHappy to help!" in report
-    assert "qwen3, 1,033,600 parameters; tensor 1 x pipeline 1 x context 1 x data 1; 2 x 1 pairs a step" in report
+    assert "qwen3, 1,033,600 parameters; tensor 1 x pipeline 1 x context 1 x data 1; 2 pairs a step" in report
+    assert (
+        "batching: prefix_shared, up to 128 tokens; pair_schedule: concat; fused_logprob: on; recompute: off" in report
+    )
     assert "optimizer" in report
+
+
+def test_packed_rows_and_pairs_above_their_budget(tmp_path):
+    _, report = run(tmp_path, batching="prefix_shared")
+    assert "batching: prefix_shared, up to 128 tokens" in report
+    assert "max_tokens_per_micro_batch" not in report
+    verdict, report = run(tmp_path, batching="packed", max_tokens_per_micro_batch=20)
+    assert verdict
+    assert "train: 2 of 2 inspected pairs have more than max_tokens_per_micro_batch 20 tokens, up to" in report
 
 
 def test_layout_of_several_ranks(tmp_path):

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from mindspeed_simpo.batch import IGNORE_INDEX, LossOutput, PairBatch
+from mindspeed_simpo.batch import IGNORE_INDEX, LossOutput, PairBatch, TokenizedPair
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.objectives import simpo
 from tests.ranks.launcher import run_ranks
+
+N = IGNORE_INDEX
 
 
 def batch(*lengths, seq=12):
@@ -82,6 +84,28 @@ def _halves_lose_the_padding_that_only_the_other_needs():
             assert (padded.targets[:, length:] == IGNORE_INDEX).all()
 
 
+def _halves_of_a_packed_row_are_rows_of_their_own():
+    from mindspeed_simpo.batch import Documents
+    from mindspeed_simpo.data.collate import collate_packed
+    from mindspeed_simpo.schedule.rows import Rows
+
+    pairs = [TokenizedPair([1, 2], [3], [4, 5, 6], ""), TokenizedPair([7], [8, 9], [10], "")]
+    batch = collate_packed(pairs, [0, 1], multiple_of=4)
+    chosen, rejected = Rows.of(batch).trimmed_halves(batch.lengths, 4)
+    assert chosen.tokens.tolist() == [[1, 2, 3, 7, 8, 9, 0, 0]]
+    assert chosen.targets.tolist() == [[N, 3, N, 8, 9, N, N, N]]
+    assert chosen.documents == Documents((3, 3, 2))
+    assert chosen.packing.positions.tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
+    assert rejected.tokens.tolist() == [[1, 2, 4, 5, 6, 7, 10, 0]]
+    assert rejected.targets.tolist() == [[N, 4, 5, 6, N, 10, N, N]]
+    assert rejected.documents == Documents((5, 2, 1))
+    assert rejected.packing.pair_of.tolist() == [0] * 5 + [1] * 2 + [0]
+    fillers = collate_packed([None], [0], multiple_of=4)
+    for half in Rows.of(fillers).trimmed_halves(fillers.lengths, 4):
+        assert half.documents == Documents((4,))
+        assert half.tokens.tolist() == [[0] * 4]
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -89,6 +113,7 @@ def _halves_lose_the_padding_that_only_the_other_needs():
         _an_objective_that_needs_more_than_the_sums_is_refused,
         _an_objective_may_ignore_a_side,
         _halves_lose_the_padding_that_only_the_other_needs,
+        _halves_of_a_packed_row_are_rows_of_their_own,
     ],
     ids=lambda case: case.__name__.strip("_"),
 )

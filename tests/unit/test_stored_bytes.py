@@ -30,7 +30,7 @@ def _stored_on_rank(folder, pairs, schedules):
 
     from mindspeed_simpo.batch import TokenizedPair
     from mindspeed_simpo.config import Config
-    from mindspeed_simpo.data.collate import collate_padded
+    from mindspeed_simpo.data.batching import Batching
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.logprobs import fused_head
     from mindspeed_simpo.model.gpt import build_model
@@ -42,12 +42,15 @@ def _stored_on_rank(folder, pairs, schedules):
     from mindspeed_simpo.schedule import PairSchedule
 
     device = open_device("cpu")
-    batch = collate_padded([TokenizedPair(*pair, source="") for pair in pairs], list(range(len(pairs))))
+    pairs = [TokenizedPair(*pair, source="") for pair in pairs]
     peaks = []
     for schedule in schedules:
         config = Config(
-            model_name_or_path=folder, data_path="x", global_batch_size=len(pairs), fused_logprob=True, **schedule
+            **{"model_name_or_path": folder, "data_path": "x", "batching": "padded", **schedule},
+            global_batch_size=len(pairs),
+            micro_batch_size=len(pairs),
         )
+        [batch] = Batching.of(config).micro_batches(pairs, list(range(len(pairs))))
         if not peaks:
             groups = initialize(config.layout(1), device)
             tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -94,6 +97,18 @@ def test_two_pass_does_not_pad_the_shorter_half(tmp_path):
     short_first = [(prompt_ids, chosen_ids[:1], list(range(100)))]
     [(concat, two_pass)] = run_ranks(_stored_on_rank, 1, str(folder), short_first, schedules)
     assert two_pass <= 0.52 * concat
+
+
+def test_packed_rows_keep_what_their_tokens_need(tmp_path):
+    folder = make_checkpoint(tmp_path, layers=4, vocab_size=512)
+    prompt, short, long = list(range(160)), list(range(32)), list(range(96))
+    # tokens: padded 4 x 256, packed 2 x (160 + 32 + 160 + 96), shared 2 x (160 + 32 + 96)
+    schedules = [{"batching": name} for name in ("padded", "packed", "prefix_shared")]
+    [(padded, packed, shared)] = run_ranks(_stored_on_rank, 1, str(folder), [(prompt, short, long)] * 2, schedules)
+    # a token of a packed row keeps angles of its own, and joined contexts; no mask of any document is among them
+    assert packed / 896 < 1.2 * padded / 1024
+    assert packed < padded
+    assert shared < 0.72 * packed
 
 
 VOCAB, TOKENS, HIDDEN, CHUNK = 152_000, 96, 8, 8

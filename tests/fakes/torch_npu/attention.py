@@ -1,4 +1,4 @@
-"""``npu_fusion_attention`` and its gradient for the layouts SBH, BSH, BSND and BNSD, in plain PyTorch."""
+"""``npu_fusion_attention`` for SBH, BSH, BSND, BNSD and TND, and its gradient for all but the last, in PyTorch."""
 
 import math
 
@@ -44,6 +44,17 @@ def _hidden(mask, sparse_mode, pre, following, query_len, key_len, device):
     return hidden
 
 
+def _documents(query, key, value, head_num, query_ends, key_ends):
+    """Query, key and value [1, S, N, D] of each member of a TND batch."""
+    for tensor, ends in ((query, query_ends), (key, key_ends), (value, key_ends)):
+        if tensor.dim() != 3 or not isinstance(ends, list) or ends != sorted(ends) or ends[-1] != tensor.shape[0]:
+            raise RuntimeError(f"TND: shape {tuple(tensor.shape)} and ends {ends}")
+    if query.shape[1] != head_num or len(query_ends) != len(key_ends):
+        raise RuntimeError(f"TND: {head_num} heads of {tuple(query.shape)}, {len(query_ends)} and {len(key_ends)} ends")
+    for q_start, q_end, k_start, k_end in zip([0, *query_ends], query_ends, [0, *key_ends], key_ends, strict=False):
+        yield query[None, q_start:q_end], key[None, k_start:k_end], value[None, k_start:k_end]
+
+
 def npu_fusion_attention(
     query,
     key,
@@ -67,9 +78,23 @@ def npu_fusion_attention(
     """``softmax(scale * q k^T, masked) v``; returns (out, softmax max, softmax sum, out, seed, offset, numels).
 
     ``atten_mask`` is True (1) where attention is not allowed. The statistics are fp32 [B, N, Sq, 8].
+
+    TND has the tokens of all batch members end to end, [T, N, D]; ``actual_seq_qlen`` and ``actual_seq_kvlen`` are the
+    running sums of their lengths, and sparse_mode 3 aligns the mask to the last query and key of each of them. The
+    statistics are [T, N, 8].
     """
-    if pse is not None or keep_prob != 1.0 or actual_seq_qlen is not None:
-        raise NotImplementedError("pse, dropout and variable lengths")
+    if pse is not None or keep_prob != 1.0:
+        raise NotImplementedError("pse and dropout")
+    if input_layout == "TND":
+        if sparse_mode not in (2, 3) or atten_mask is None or atten_mask.shape != (2048, 2048):
+            raise NotImplementedError("TND without a compressed mask")
+        documents = _documents(query, key, value, head_num, actual_seq_qlen, actual_seq_kvlen)
+        parts = [npu_fusion_attention(*d, head_num, "BSND", scale=scale, sparse_mode=sparse_mode) for d in documents]
+        out = torch.cat([part[0][0] for part in parts])
+        statistics = [torch.cat([part[i][0].transpose(0, 1) for part in parts]) for i in (1, 2)]
+        return out, *statistics, out.detach(), 0, 0, 0
+    if actual_seq_qlen is not None:
+        raise NotImplementedError("variable lengths but with TND")
     q = _to_heads(query, input_layout, head_num)
     kv_heads = key.shape[-1] * head_num // query.shape[-1] if input_layout in ("SBH", "BSH") else None
     k, v = (_to_heads(t, input_layout, kv_heads) for t in (key, value))

@@ -1,0 +1,91 @@
+"""Attention of packed rows against a dense mask over the whole row, in fp64; every kernel that may serve it."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mindspeed_simpo.batch import Branch, Documents
+from mindspeed_simpo.device import npu
+from mindspeed_simpo.model import packed
+
+FAKES = Path(__file__).parent.parent / "fakes"
+
+DOCUMENTS = {
+    "one": Documents((7,)),
+    "several, one of one token": Documents((3, 1, 9)),
+    "a branch of each": Documents((5, 6), (Branch(0, 3, 4), Branch(5, 2, 5))),
+    "branches of one token": Documents((4, 2), (Branch(0, 3, 1), Branch(4, 1, 1))),
+    "long prefix, padding between": Documents((12, 3), (Branch(0, 11, 2),)),
+    "no prefix": Documents((2, 3), (Branch(0, 0, 4), Branch(2, 1, 3))),
+}
+
+
+def visible(documents):
+    """True where the token of a row (first axis) sees the token of the same row (second axis)."""
+    spans = []
+    start = 0
+    for length in documents.wholes:
+        spans.append((start, length, start, 0))
+        start += length
+    for branch in documents.branches:
+        spans.append((start, branch.length, branch.prefix_start, branch.prefix_length))
+        start += branch.length
+    seen = torch.zeros(start, start, dtype=torch.bool)
+    for first, length, prefix, prefix_length in spans:
+        for token in range(first, first + length):
+            seen[token, first : token + 1] = True
+            seen[token, prefix : prefix + prefix_length] = True
+    return seen
+
+
+def dense(query, key, value, documents, scale):
+    shared = query.shape[2] // key.shape[2]
+    key, value = (tensor[:, 0].repeat_interleave(shared, dim=1) for tensor in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query[:, 0], key) * scale
+    weights = scores.masked_fill(~visible(documents), float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)[:, None]
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    for folder in (FAKES, FAKES / "flash"):
+        monkeypatch.syspath_prepend(str(folder))
+    for name in [name for name in sys.modules if name.split(".")[0] == "torch_npu"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch_npu", importlib.import_module("torch_npu.attention"))
+    return monkeypatch
+
+
+KERNELS = {"any device": None, "npu": npu.varlen_attention, "flash": packed.flash_attention}
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_value_and_gradient(kernel, name, groups, fakes):
+    if KERNELS[kernel] is not None:
+        fakes.setattr(packed, "attend_apart", KERNELS[kernel])
+    documents = DOCUMENTS[name]
+    length = sum(documents.wholes) + sum(branch.length for branch in documents.branches)
+    inputs = [
+        torch.randn(length, 1, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, groups, groups)
+    ]
+    context = packed.packed_attention(*inputs, documents, 0.3)
+    expected = dense(*inputs, documents, 0.3)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if kernel == "npu" else {"rtol": 1e-12, "atol": 1e-12}  # fp32 inside
+    torch.testing.assert_close(context, expected, **tolerance)
+    upstream = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(context, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_the_kernel_of_the_device_is_taken(monkeypatch):
+    """Neither the NPU's nor flash-attn's is asked for on a CPU, whatever is installed."""
+    monkeypatch.setattr(packed, "_has_flash_attention", lambda: True)
+    query = torch.randn(5, 1, 2, 8, dtype=torch.bfloat16)
+    assert packed.packed_attention(query, query, query, Documents((2, 3)), 1.0).shape == (5, 1, 16)

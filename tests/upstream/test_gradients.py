@@ -36,6 +36,7 @@ CASES = {
     "two_pass pp2": (2, f"--pair-schedule two_pass {PP2} --micro-batch-size 1"),
     "two_pass pp2 dp2 fused": (4, f"--pair-schedule two_pass --fused-logprob {PP2} {OVERLAP} --micro-batch-size 1"),
     "two_pass pp2 vpp2": (2, f"--pair-schedule two_pass {VPP} --micro-batch-size 1"),
+    "two_pass pp2 vpp2 dp2": (4, f"--pair-schedule two_pass {VPP} {OVERLAP} --micro-batch-size 1"),
     "two_pass recompute": (1, f"--pair-schedule two_pass {RECOMPUTE}"),
     "fused": (1, "--fused-logprob"),
     "fused by chunks of 3 tokens": (1, "--fused-logprob --logprob-chunk-tokens 3"),
@@ -66,6 +67,8 @@ def check(run, pairs, **options):
 @pytest.mark.parametrize("name", CASES)
 def test_topology(tmp_path, name):
     ranks, flags = CASES[name]
+    if "two_pass" in flags and VPP in flags and no_pad_flag() == "--variable-seq-lengths":
+        pytest.skip("2.2.0: two_pass with virtual stages is refused")
     check(train(tmp_path, PAIRS, flags, ranks), PAIRS[:4])
 
 

@@ -1,5 +1,6 @@
 """MindSpeed-LLM's own preference scripts with the entry and the stage changed and the model made small."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from tests.upstream.harness import environment, free_port, make_pairs, needs_upstream, upstream_file, write_data
+from tests.upstream.test_scripts import parsed
 
 pytestmark = needs_upstream
 
@@ -34,26 +36,31 @@ SCRIPTS = {
     "tests/st/shell_scripts/dpo_qwen3_8b_tp2_pp1_cyclic_pairwise.sh": {},
 }
 """Path in MindSpeed-LLM, whatever version has it -> a layout of two ranks in the place of its own."""
+FLAGS_ONLY = (
+    "tests/rlxf/simpo_full_llama3_8b_ptd_tp2pp2vpp2cp2.sh",
+    "tests/rlxf/dpo_full_llama3_8b_ptd_tp2pp2vpp2cp2.sh",
+)
 REFUSED = "examples/mcore/qwen3_moe/dpo_qwen3_30b_a3b_16K_A3_ptd.sh"
+
+
+def filled_in(script, folder, **variables):
+    """The script's text with its paths, and variables given here, set, and the stage changed."""
+    data = write_data(folder / "data", make_pairs(32))
+    values = {"DATA_PATH": data[1], "TOKENIZER_PATH": data[3], "TOKENIZER_MODEL": data[3]}
+    values |= {"CKPT_SAVE_DIR": folder / "saved", "CKPT_LOAD_DIR": folder / "none", "LORA_CKPT_DIR": folder / "lora"}
+    for name, value in (values | variables).items():
+        script = re.sub(rf"(?m)^{name}=.*$", f"{name}={value}", script)
+    return script.replace("--stage dpo", "--stage simpo")
 
 
 def made_small(script, folder, layout):
     """The script's text with the entry, the stage, sizes and paths changed; nothing else."""
     for flag, value in SMALL.items():
         script = re.sub(rf"--{flag} \S+", f"--{flag} {value}", script)
-    data = write_data(folder / "data", make_pairs(32))
-    values = {"NPUS_PER_NODE": 2, "MASTER_PORT": free_port(), "DATA_PATH": data[1], "TOKENIZER_PATH": data[3]}
-    values |= {
-        "TOKENIZER_MODEL": data[3],
-        "CKPT_SAVE_DIR": folder / "saved",
-        "CKPT_LOAD_DIR": folder / "none",
-        "GBS": 2,
-    }
-    for name, value in (values | {"GBS": 2} | layout).items():
-        script = re.sub(rf"(?m)^{name}=.*$", f"{name}={value}", script)
-    # there are no checkpoints
-    script = re.sub(r"--exit-on-missing-checkpoint|--lora-load \S+", "", script)
-    script = script.replace("--stage dpo", "--stage simpo")
+    sizes = {"NPUS_PER_NODE": 2, "NNODES": 1, "MASTER_PORT": free_port(), "GBS": 2}
+    script = filled_in(script, folder, **sizes, **layout)
+    # there are no checkpoints, and no CANN with which MindSpeed would compile its rotary operator
+    script = re.sub(r"--exit-on-missing-checkpoint|--lora-load \S+|--use-fused-rotary-pos-emb", "", script)
     script = script.replace("posttrain_gpt.py", "-m mindspeed_simpo.posttrain_gpt")
     script = script.replace("torchrun", f"{shlex.quote(sys.executable)} -m torch.distributed.run")
     return re.sub(r"\| tee logs/", f"| tee {folder}/", script)
@@ -70,7 +77,7 @@ def run_script(name, folder, layout):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=200,
         check=False,
     )
     return process.stdout
@@ -85,3 +92,16 @@ def test_it_trains(tmp_path, name):
 def test_experts_are_refused(tmp_path):
     text = run_script(REFUSED, tmp_path, {"TP": 1, "PP": 2, "EP": 1, "CP": 1})
     assert "mixture-of-experts models are not in the parity matrix" in text, text[-4000:]
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, *FLAGS_ONLY])
+def test_every_flag_is_accepted(tmp_path, name):
+    """At full size and on its own number of ranks."""
+    script = filled_in(upstream_file(name).read_text(), tmp_path)
+    record = f"{shlex.quote(sys.executable)} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
+    script = re.sub(r"torchrun \$DISTRIBUTED_ARGS \S*posttrain_gpt\.py", lambda _: record, script)
+    process = subprocess.run(
+        ["bash", "-c", re.sub(r"\| tee \S+", "", script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert parsed(json.loads(process.stdout.splitlines()[-1]), ranks=8).startswith("STAGE simpo")

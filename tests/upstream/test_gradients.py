@@ -57,7 +57,8 @@ def check(run, pairs, **options):
     """Compare the last iteration with the oracle."""
     wanted, gradients = expected(pairs, **options)
     found = run.metrics(options.get("stage", "simpo"))[-1]
-    assert found.pop("lm loss") == pytest.approx(wanted.pop("loss"), rel=1e-6)
+    # DPO's is made of differences between sums of many nats
+    assert found.pop("lm loss") == pytest.approx(wanted.pop("loss"), rel=5e-6 if "stage" in options else 1e-6)
     assert found == pytest.approx(wanted, rel=2e-6, abs=5e-6)
     errors = gradient_errors(run, gradients)
     assert max(errors.values()) < 1e-5, errors

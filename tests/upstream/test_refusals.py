@@ -31,7 +31,7 @@ answers = []
 for case in cases:
     sys.argv[1:] = case
     # Megatron's own check of FSDP
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8" if "--use-torch-fsdp2" in case else "1"
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8" if any("fsdp" in word for word in case) else "1"
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -51,7 +51,7 @@ CASES = {
     "--layerwise-disaggregated-training": "--layerwise-disaggregated-training: it has a training loop of its own",
     "--reset-attention-mask": "--reset-attention-mask: pairs are not packed",
     "--reset-position-ids": "--reset-position-ids: pairs are not packed",
-    "--neat-pack --reset-attention-mask": "--neat-pack: pairs are not packed",
+    "--neat-pack --reset-attention-mask --reset-position-ids": "--neat-pack: pairs are not packed",
     "--pack": "--pack: pairs are not packed",
     "--loss-compute-mode chunk": "--loss-compute-mode chunk: chunked loss needs labels inside the model",
     "--mtp-num-layers 1": "--mtp-num-layers 1: multi-token prediction has no preference loss",
@@ -129,7 +129,7 @@ def test_two_pass_with_virtual_stages_is_refused_by_2_2_0_alone(answers):
 
 
 def test_a_refusal_is_one_message_before_the_model(tmp_path):
-    flags = command_line("--reset-attention-mask --calculate-per-token-loss") + write_data(tmp_path / "data", PAIRS)
+    flags = command_line("--reset-position-ids --calculate-per-token-loss") + write_data(tmp_path / "data", PAIRS)
     run = launch(tmp_path / "run", flags, 2, entry=["-m", "mindspeed_simpo.posttrain_gpt"])
     assert run.code != 0
     assert run.text.count("mindspeed_simpo: --stage simpo cannot run like this:") == 1

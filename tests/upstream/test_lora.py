@@ -24,7 +24,6 @@ CASES = {
     "one rank": (1, ""),
     "tp2": (2, TP2),
     "tp2 sp": (2, f"{TP2} --sequence-parallel"),
-    "tp2 sp fusion": (2, f"{TP2} --sequence-parallel --lora-fusion"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "two_pass fused dp2": (2, "--pair-schedule two_pass --fused-logprob --use-distributed-optimizer"),
     "recompute": (1, RECOMPUTE),

@@ -123,10 +123,14 @@ def write_data(folder, pairs):
 
 
 def free_port():
-    """A port of this host that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port of this host that nobody listens on, and that no connection is given by chance before the ranks use it."""
+    while True:
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", random.SystemRandom().randrange(1100, 15000)))
+            except OSError:
+                continue
+            return free.getsockname()[1]
 
 
 def launch(folder, flags, ranks=1, entry=None, timeout_s=600, extra_environment=None):

@@ -40,6 +40,11 @@ class Device:
         return self.name == "cpu"
 
     @property
+    def is_npu(self) -> bool:
+        """Whether torch_npu's fused operators serve; see :mod:`mindspeed_simpo.device.npu`."""
+        return self.name == "npu"
+
+    @property
     def reduction_dtype(self) -> torch.dtype:
         """See :func:`reduction_dtype`."""
         return reduction_dtype(self.torch_device)
@@ -81,7 +86,9 @@ class Device:
 
 def reduction_dtype(device: torch.device) -> torch.dtype:
     """Widest floating type that a device and its collectives add; sums over tokens and pairs are kept in it."""
-    return torch.float32 if device.type == "npu" else torch.float64
+    # MindSpeed's all_reduce adds a copy of an fp64 tensor and leaves the tensor as it was
+    narrow = device.type == "npu" or "mindspeed" in sys.modules
+    return torch.float32 if narrow else torch.float64
 
 
 def open_device(name: Literal["auto", "npu", "cuda", "cpu"], local_rank: int = 0) -> Device:

@@ -1,4 +1,8 @@
-"""Ascend: torch_npu brings the device, MindSpeed's adaptor brings megatron-core to it."""
+"""Ascend: torch_npu brings the device, MindSpeed's adaptor brings megatron-core to it, fused operators bring speed.
+
+Each operator is called as its page in the Ascend Extension for PyTorch documentation says; none has been run on an NPU
+yet.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import importlib
 import importlib.util
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +45,65 @@ def install_adaptor() -> None:
                 f"device: npu needs {package}, which cannot be imported ({error}); install it for your CANN version, "
                 "or set device: cpu"
             ) from None
+    _use_operators()
+
+
+def _use_operators() -> None:
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import mlp
+
+    # neither can be given to megatron-core's layers: attention rotates by the one, an MLP with bias_activation_fusion
+    # computes its activation by the other
+    rope_utils._apply_rotary_pos_emb_bshd = rotate
+    mlp.bias_swiglu_impl = swiglu
+
+
+def holds(tensor: Tensor) -> bool:
+    """Whether a tensor lies on an NPU, so that its operators take it."""
+    return tensor.device.type == "npu"
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * hidden / sqrt(mean(hidden^2) + eps)`` over the last axis, by ``npu_rms_norm``.
+
+    Args:
+        hidden: ``[..., dim]``, of the weight's dtype.
+        weight: ``[dim]``.
+        eps: Added to the mean square.
+    """
+    import torch_npu
+
+    normed: Tensor = torch_npu.npu_rms_norm(hidden, weight, epsilon=eps)[0]
+    return normed
+
+
+def swiglu(gate_up: Tensor, bias: Tensor | None = None, *_: Any) -> Tensor:
+    """``silu(gate) * up`` by ``npu_swiglu``, in the place of megatron-core's ``bias_swiglu_impl``.
+
+    Args:
+        gate_up: ``[..., 2 x dim]``, the gate in the first half.
+        bias: ``[2 x dim]``, added first.
+    """
+    import torch_npu
+
+    activated: Tensor = torch_npu.npu_swiglu(gate_up if bias is None else gate_up + bias, dim=-1)
+    return activated
+
+
+def rotate(heads: Tensor, angles: Tensor, rotary_interleaved: bool = False, *_: Any, **__: Any) -> Tensor:
+    """Rotary embedding by ``npu_rotary_mul``, in the place of megatron-core's ``_apply_rotary_pos_emb_bshd``.
+
+    Args:
+        heads: ``[seq, row, heads, dim]``, fewer than 1000 rows and heads, as the operator wants.
+        angles: Radians ``[seq, 1 or row, 1, dim]``, both halves the same.
+        rotary_interleaved: Whether neighbours are rotated into each other, not halves.
+    """
+    import torch_npu
+
+    cosines, sines = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
+    mode = "interleave" if rotary_interleaved else "half"
+    rotated: Tensor = torch_npu.npu_rotary_mul(heads, cosines, sines, rotary_mode=mode)
+    return rotated
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -53,8 +117,6 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 
     Returns:
         ``[queries, row, heads x dim]``.
-
-    Source: the operator's page in the Ascend Extension for PyTorch documentation. Not run on an NPU yet.
     """
     import torch_npu
 

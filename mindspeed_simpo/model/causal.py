@@ -28,7 +28,7 @@ def causal_attention(
         value: As ``key``.
         scale: Of the scores, usually ``dim ** -0.5``.
     """
-    if query.device.type == "npu":
+    if npu.holds(query):
         return npu.causal_attention(query, key, value, scale)
     repeats = query.shape[2] // key.shape[2]
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
 from mindspeed_simpo.config import Config
-from mindspeed_simpo.device import Device
+from mindspeed_simpo.device import Device, npu
 from mindspeed_simpo.model.attention import CausalAttention
 from mindspeed_simpo.model.hf_config import ModelSpec
 from mindspeed_simpo.model.naming import layers_by_stage
@@ -46,6 +46,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Normalise each vector of the last axis."""
+        if npu.holds(hidden):
+            return npu.rms_norm(hidden, self.weight, self.eps)
         if hidden.dtype in (torch.float32, torch.float64):
             return rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         return self.weight * rms_norm(hidden.float(), self.weight.shape, None, self.eps).to(hidden.dtype)
@@ -66,7 +68,7 @@ class BiasedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
 
 
 def transformer_config(spec: ModelSpec, config: Config, device: Device) -> TransformerConfig:
-    """megatron-core's view of the model and the run: dropout off, no fused kernels, weights left to the loader."""
+    """megatron-core's view of the model and the run: dropout off, weights left to the loader, fused kernels on NPUs."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     stages = config.pipeline_model_parallel_size
     interleaved = config.num_layers_per_virtual_pipeline_stage is not None
@@ -90,7 +92,7 @@ def transformer_config(spec: ModelSpec, config: Config, device: Device) -> Trans
             add_qkv_bias=spec.qkv_bias,
             hidden_dropout=0.0,
             attention_dropout=0.0,
-            bias_activation_fusion=False,
+            bias_activation_fusion=device.is_npu,
             bias_dropout_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,

@@ -66,7 +66,7 @@ def attend_apart(
         key_lengths: Keys of each document, at least as many.
         scale: Of the scores.
     """
-    if query.device.type == "npu":
+    if npu.holds(query):
         return npu.varlen_attention(query, key, value, query_lengths, key_lengths, scale)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_flash_attention():
         return flash_attention(query, key, value, query_lengths, key_lengths, scale)

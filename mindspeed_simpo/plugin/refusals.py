@@ -130,8 +130,10 @@ def _refused_schedule(args: Namespace) -> Iterator[str]:
         yield "--pair-schedule two_pass: for --stage simpo only; remove it"
     if args.stage == "dpo" and args.fused_logprob:
         yield "--fused-logprob: for --stage simpo only; remove it"
-    if two_pass and args.pipeline_model_parallel_size > 1:
-        yield "--pair-schedule two_pass: not under pipeline parallelism; remove it, or --pipeline-model-parallel-size"
+    virtual_stages = getattr(args, "num_layers_per_virtual_pipeline_stage", None)
+    if two_pass and virtual_stages and not hasattr(args, "no_pad_to_seq_lengths"):
+        # 2.2.0's own wrapper of this schedule knows micro-batches of whole pairs only
+        yield "--pair-schedule two_pass: not with virtual stages here; remove --num-layers-per-virtual-pipeline-stage"
     if two_pass and (args.attention_dropout or args.hidden_dropout):
         yield (
             "--pair-schedule two_pass: the rejected forward runs twice and must not differ; "

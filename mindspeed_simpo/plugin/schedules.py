@@ -29,7 +29,9 @@ def pair_rows_wrapper(get_forward_backward_func: Callable[..., Schedule]) -> Cal
 
             rows_per_pair = 2 if get_args().stage == "simpo" else 4
             kwargs["micro_batch_size"] *= rows_per_pair
-            losses = schedule(*args, **kwargs)
+            trainer = getattr(kwargs["forward_step_func"], "__self__", None)
+            sweeps = None if kwargs.get("forward_only") else getattr(trainer, "sweeps", None)
+            losses = sweeps.run(schedule, kwargs) if sweeps else schedule(*args, **kwargs)
             if not kwargs.get("forward_only"):
                 report.add(losses)
             return losses

@@ -26,6 +26,7 @@ from mindspeed_simpo.plugin.pairs import (
 )
 from mindspeed_simpo.plugin.refusals import task_options
 from mindspeed_simpo.plugin.report import Metrics, pair_metrics
+from mindspeed_simpo.plugin.sweeps import Sweeps
 
 Loss = tuple[Tensor, Metrics]
 
@@ -42,7 +43,12 @@ class SimPOTrainer(SFTTrainer):  # type: ignore[misc]
             # a hook of megatron's DDP waits for the weight's gradient where it overlaps its reduction
             fused = FusedHead(args.logprob_chunk_tokens, weight_grad_awaited=args.overlap_grad_reduce)
             self._head = ResponseHead(self._groups, args.padded_vocab_size, args.sequence_parallel, fused)
-        self._two_pass = args.pair_schedule == "two_pass"
+        two_pass, pipelined = args.pair_schedule == "two_pass", args.pipeline_model_parallel_size > 1
+        self._two_pass = two_pass and not pipelined
+        self.sweeps = (
+            Sweeps(self._next, self._logprobs, self._objective, self._groups) if two_pass and pipelined else None
+        )
+        """What the schedule's wrapper runs in its place, or None."""
         super().__init__()
 
     def model_provider(self, pre_process: bool = True, post_process: bool = True) -> Any:
@@ -61,14 +67,10 @@ class SimPOTrainer(SFTTrainer):  # type: ignore[misc]
         self, data_iterator: Iterator[Mapping[str, Any]], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], Loss]]:
         """One micro-batch of pairs: the stage's output and what turns it into the loss and metrics."""
-        timers = get_timers()
-        timers("batch-generator", log_level=2).start()
-        tokens, targets, _, attention_mask, position_ids = self.get_batch(data_iterator)
-        timers("batch-generator").stop()
-        rows = two_pass.Rows(tokens, targets, attention_mask, position_ids)
+        rows = self._read(data_iterator)
         if self._two_pass and torch.is_grad_enabled():
             return two_pass.forward_step(model, rows, self._score, self._objective, self._groups)
-        return self._forward(model, rows), partial(self.loss_func, targets)
+        return self._forward(model, rows), partial(self.loss_func, rows.targets)
 
     def loss_func(self, input_tensor: Int[Tensor, "row seq"], output_tensor: Tensor) -> Loss:
         """Mean loss of the micro-batch's pairs, and their metrics.
@@ -80,6 +82,17 @@ class SimPOTrainer(SFTTrainer):  # type: ignore[misc]
         inputs = pair_inputs(self._logprobs(output_tensor, input_tensor), row_tokens(input_tensor, self._groups))
         output = self._objective(inputs)
         return mean_loss(output), pair_metrics(inputs, output, self._groups.data)
+
+    def _read(self, data_iterator: Iterator[Mapping[str, Any]]) -> two_pass.Rows:
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        tokens, targets, _, attention_mask, position_ids = self.get_batch(data_iterator)
+        timers("batch-generator").stop()
+        return two_pass.Rows(tokens, targets, attention_mask, position_ids)
+
+    def _next(self, data_iterator: Iterator[Mapping[str, Any]], model: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        rows = self._read(data_iterator)
+        return self._forward(model, rows), rows.targets
 
     def _forward(self, model: torch.nn.Module, rows: two_pass.Rows) -> Tensor:
         if self._head is not None:

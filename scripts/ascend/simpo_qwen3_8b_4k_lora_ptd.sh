@@ -112,7 +112,6 @@ SIMPO_ARGS=(
     --pair-schedule two_pass
     --lora-r 16
     --lora-alpha 32
-    --lora-fusion
     --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2
 )
 

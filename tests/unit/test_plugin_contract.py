@@ -47,6 +47,7 @@ print("RESULT " + json.dumps(results))
 """
 SIMPO = ["--stage", "simpo", "--is-pairwise-dataset", "--pref-ftx", "0.3"]
 STILL = ["--attention-dropout", "0", "--hidden-dropout", "0"]
+PIPELINE = ["--pipeline-model-parallel-size", "2"]
 
 
 def execute(command, seams=SEAMS, **extra):
@@ -63,6 +64,8 @@ def runs():
         "two_pass": [*SIMPO, "--pair-schedule", "two_pass", *STILL],
         "fused": [*SIMPO, "--fused-logprob"],
         "fused two_pass": [*SIMPO, "--fused-logprob", "--pair-schedule", "two_pass", *STILL],
+        "two_pass in a pipeline": [*SIMPO, "--pair-schedule", "two_pass", *STILL, *PIPELINE],
+        "fused two_pass in a pipeline": [*SIMPO, "--fused-logprob", "--pair-schedule", "two_pass", *STILL, *PIPELINE],
         "one micro-batch": [*SIMPO, "--micro-batch-size", "4"],
         "dpo exact": ["--stage", "dpo", "--dpo-exact", "--is-pairwise-dataset"],
         "given": [*SIMPO, "--gamma-beta-ratio=1.4", "--simpo-beta", "2"],
@@ -116,7 +119,10 @@ def error(found, wanted):
     return max(((torch.tensor(found[n], dtype=torch.float64) - w).norm() / w.norm()).item() for n, w in wanted.items())
 
 
-@pytest.mark.parametrize("name", ["concat", "two_pass", "fused", "fused two_pass"])
+@pytest.mark.parametrize(
+    "name",
+    ["concat", "two_pass", "fused", "fused two_pass", "two_pass in a pipeline", "fused two_pass in a pipeline"],
+)
 def test_every_schedule_has_the_dense_gradient(runs, name):
     result = runs[0][name]
     loss, gradients = dense_gradients()
@@ -144,6 +150,12 @@ def test_only_the_second_backward_of_two_pass_synchronises(runs):
     assert runs[0]["two_pass"]["sync"] == [False, True] * 2
 
 
+def test_two_pass_in_a_pipeline_is_two_sweeps(runs):
+    result = runs[0]["two_pass in a pipeline"]
+    assert result["rows"] == [4, 2], "whole pairs, then half of their rows at a time"
+    assert len(result["sync"]) == 4, "each of 2 micro-batches has two backwards"
+
+
 def test_the_fused_head_leaves_the_names_of_weights(runs):
     assert runs[0]["fused"]["names"] == runs[0]["concat"]["names"]
 
@@ -161,13 +173,13 @@ def test_metrics_are_exact_sums(runs):
 
 def test_the_line_shows_negative_metrics(runs):
     lines = [line for line in runs[1].splitlines() if line.startswith(" simpo iteration        1/       1 |")]
-    assert len(lines) == 6
+    assert len(lines) == 8
     assert all("| logps/chosen: -" in line and "| rewards/rejected: -" in line for line in lines)
 
 
 def test_the_default_that_differs_is_said_unless_the_flag_is_given(runs):
     lines = [line for line in runs[1].splitlines() if "--gamma-beta-ratio is 0.55" in line]
-    assert len(lines) == 5
+    assert len(lines) == 7
 
 
 def test_upstreams_dpo_is_left_alone_but_warned_of(runs):

@@ -1,6 +1,9 @@
 """Runs of a real MindSpeed-LLM on the CPU, and what they printed."""
 
+import atexit
+import functools
 import importlib.util
+import json
 import os
 import random
 import re
@@ -21,7 +24,7 @@ from tests.upstream.weights import CONFIG, MODEL_FLAGS, VOCABULARY, hf_params, m
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VARIABLES = ("MINDSPEED_LLM_PATH", "MINDSPEED_PATH", "MEGATRON_LM_PATH")
-REQUIRED = ("peft", "accelerate", "einops", "six", "psutil", "sentencepiece", "pybind11")
+REQUIRED = ("peft", "accelerate", "einops", "six", "psutil", "sentencepiece", "pybind11", "scipy")
 BASE_FLAGS = """
     --tokenizer-type PretrainedFromHF --seq-length 48 --split 100,0,0 --is-pairwise-dataset --no-shuffle
     --is-instruction-dataset --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --weight-decay 0.0 --clip-grad 0.0
@@ -119,31 +122,68 @@ def write_data(folder, pairs):
     return ["--data-path", str(folder / "pairs"), "--tokenizer-name-or-path", str(folder / "tokenizer")]
 
 
-def _port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def free_port():
+    """A port of this host that nobody listens on, and that no connection is given by chance before the ranks use it."""
+    while True:
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", random.SystemRandom().randrange(1100, 15000)))
+            except OSError:
+                continue
+            return free.getsockname()[1]
 
 
 def launch(folder, flags, ranks=1, entry=None, timeout_s=600, extra_environment=None):
-    """Run the worker, or ``entry``, under torchrun with these flags, in MindSpeed-LLM's root."""
+    """Run the worker, or ``entry`` under torchrun as a user would, with these flags, in MindSpeed-LLM's root."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = entry if entry else [str(REPOSITORY / "tests" / "upstream" / "worker.py"), str(folder)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--master-port", str(_port()), *target, *flags]
-    process = subprocess.run(
-        command,
-        cwd=os.environ["MINDSPEED_LLM_PATH"],
-        env=environment() | (extra_environment or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    (folder / "log.txt").write_text(process.stdout)
+    if entry is None:
+        code, text = _fork(folder, flags, ranks, timeout_s)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        process = subprocess.run(
+            [*command, "--master-port", str(free_port()), *entry, *flags],
+            cwd=os.environ["MINDSPEED_LLM_PATH"],
+            env=environment() | (extra_environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        code, text = process.returncode, process.stdout
+        (folder / "log.txt").write_text(text)
     outputs = sorted(folder.glob("[0-9].pt"))
-    return Run(process.returncode, process.stdout, folder, [torch.load(path, weights_only=False) for path in outputs])
+    return Run(code, text, folder, [torch.load(path, weights_only=False) for path in outputs])
+
+
+def _fork(folder, flags, ranks, timeout_s):
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    job = {
+        "argv": [str(REPOSITORY / "tests" / "upstream" / "worker.py"), str(folder), *flags],
+        "environments": [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)],
+        "log": str(folder / "log.txt"),
+        "timeout_s": timeout_s,
+    }
+    nursery = _nursery()
+    nursery.stdin.write(json.dumps(job) + "\n")
+    nursery.stdin.flush()
+    code = int(nursery.stdout.readline())
+    return code, (folder / "log.txt").read_text()
+
+
+@functools.cache
+def _nursery():
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "tests" / "upstream" / "nursery.py")],
+        cwd=os.environ["MINDSPEED_LLM_PATH"],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(process.communicate)
+    return process
 
 
 def train(folder, pairs, flags="", ranks=1, global_batch=4, iterations=1, stage="simpo", **options):

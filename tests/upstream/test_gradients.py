@@ -33,12 +33,22 @@ CASES = {
     "two_pass": (1, "--pair-schedule two_pass"),
     "two_pass dp2": (2, f"--pair-schedule two_pass {OVERLAP} --micro-batch-size 1"),
     "two_pass cp2": (2, f"--pair-schedule two_pass {RING}"),
+    "two_pass pp2": (2, f"--pair-schedule two_pass {PP2} --micro-batch-size 1"),
+    "two_pass pp2 dp2 fused": (4, f"--pair-schedule two_pass --fused-logprob {PP2} {OVERLAP} --micro-batch-size 1"),
+    "two_pass pp2 vpp2": (2, f"--pair-schedule two_pass {VPP} --micro-batch-size 1"),
+    "two_pass pp2 vpp2 dp2": (4, f"--pair-schedule two_pass {VPP} {OVERLAP} --micro-batch-size 1"),
     "two_pass recompute": (1, f"--pair-schedule two_pass {RECOMPUTE}"),
     "fused": (1, "--fused-logprob"),
+    "fused by chunks of 3 tokens": (1, "--fused-logprob --logprob-chunk-tokens 3"),
+    "fused by chunks of 5 tokens, tp2 sp dp2": (
+        4,
+        f"--fused-logprob --logprob-chunk-tokens 5 {TP2} --sequence-parallel {OVERLAP} --micro-batch-size 1",
+    ),
     "fused tp2": (2, f"--fused-logprob {TP2}"),
     "fused tp2 sp two_pass": (2, f"--fused-logprob --pair-schedule two_pass {TP2} --sequence-parallel"),
     "fused pp2": (2, f"--fused-logprob {PP2}"),
-    "fused cp2": (2, f"--fused-logprob {ULYSSES}"),
+    "fused cp2 ulysses": (2, f"--fused-logprob {ULYSSES}"),
+    "fused cp2 ring two_pass": (2, f"--fused-logprob --pair-schedule two_pass {RING}"),
 }
 PAIRS = make_pairs(8)
 
@@ -47,16 +57,19 @@ def check(run, pairs, **options):
     """Compare the last iteration with the oracle."""
     wanted, gradients = expected(pairs, **options)
     found = run.metrics(options.get("stage", "simpo"))[-1]
-    assert found.pop("lm loss") == pytest.approx(wanted.pop("loss"), rel=1e-6)
+    # DPO's is made of differences between sums of many nats
+    assert found.pop("lm loss") == pytest.approx(wanted.pop("loss"), rel=5e-6 if "stage" in options else 1e-6)
     assert found == pytest.approx(wanted, rel=2e-6, abs=5e-6)
     errors = gradient_errors(run, gradients)
     assert max(errors.values()) < 1e-5, errors
-    assert run.logged("grad norm")[-1] == pytest.approx(oracle.grad_norm(gradients), abs=6e-4)
+    assert run.logged("grad norm")[-1] == pytest.approx(oracle.grad_norm(gradients), rel=1e-5, abs=6e-4)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_topology(tmp_path, name):
     ranks, flags = CASES[name]
+    if "two_pass" in flags and VPP in flags and no_pad_flag() == "--variable-seq-lengths":
+        pytest.skip("2.2.0: two_pass with virtual stages is refused")
     check(train(tmp_path, PAIRS, flags, ranks), PAIRS[:4])
 
 
@@ -73,6 +86,7 @@ def test_rows_padded_to_the_longest_only(tmp_path, parallel):
             {"pref_ftx": 0.4, "simpo_beta": 2.0, "gamma_beta_ratio": 1.4},
         ),
         ("--simpo-loss-type ipo --simpo-beta 0.7", {"simpo_loss_type": "ipo", "simpo_beta": 0.7}),
+        ("--simpo-loss-type hinge --simpo-beta 0.9", {"simpo_loss_type": "hinge", "simpo_beta": 0.9}),
         ("--simpo-label-smoothing 0.2", {"simpo_label_smoothing": 0.2}),
     ],
 )
@@ -80,10 +94,25 @@ def test_objective_flags_under_tensor_parallelism(tmp_path, flags, options):
     check(train(tmp_path, PAIRS, f"{flags} {TP2} --sequence-parallel", 2), PAIRS[:4], **options)
 
 
-@pytest.mark.parametrize(("ranks", "flags"), [(2, TP2), (2, RING), (2, VPP), (2, PP2), (1, "")])
-def test_dpo_exact(tmp_path, ranks, flags):
-    run = train(tmp_path, PAIRS, f"--dpo-exact --pref-ftx 0.1 {flags}", ranks, stage="dpo")
-    check(run, PAIRS[:4], stage="dpo", pref_ftx=0.1)
+@pytest.mark.parametrize(
+    ("ranks", "flags", "options"),
+    [
+        (1, "", {}),
+        (2, f"{TP2} --sequence-parallel", {}),
+        (2, PP2, {}),
+        (2, VPP, {}),
+        (2, RING, {}),
+        (2, ULYSSES, {}),
+        (2, OVERLAP, {}),
+        (2, TP2, {"dpo_loss_type": "hinge", "dpo_beta": 0.3}),
+        (2, TP2, {"dpo_loss_type": "ipo"}),
+        (1, RECOMPUTE, {"dpo_label_smoothing": 0.2}),
+    ],
+)
+def test_dpo_exact(tmp_path, ranks, flags, options):
+    options = {"pref_ftx": 0.1, **options}
+    given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+    check(train(tmp_path, PAIRS, f"--dpo-exact {given} {flags}", ranks, stage="dpo"), PAIRS[:4], stage="dpo", **options)
 
 
 def test_bf16_is_near(tmp_path):

@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import sys
+import zlib
 from pathlib import Path
 
 from mindspeed_simpo.plugin import hooks
@@ -46,10 +47,14 @@ def whole_gradients(model):
 
 
 def fill(models, hf, tensor):
-    """Give the models these weights; LoRA's own stay as they were initialised."""
+    """Give the models these weights, and LoRA's adapters noise: zeros, as they start, would hide gradients."""
     for model in models:
         for name, layer, parameter in named(model):
-            if "lora_" not in name:
+            if "lora_" in name:
+                shard = tensor[0] if getattr(parameter, "tensor_model_parallel", False) else 0
+                seed = zlib.crc32(f"{name} {layer} {shard}".encode())
+                parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
+            else:
                 parameter.data.copy_(megatron_part(hf, name.replace("base_layer.", ""), layer, *tensor))
 
 

@@ -14,6 +14,7 @@ from torch_npu.attention import npu_fusion_attention, npu_fusion_attention_grad
 from torch_npu.operators import npu_rms_norm, npu_rotary_mul, npu_swiglu
 
 __version__ = "2.7.1"
+unsupported_dtype = ()
 __all__ = [
     "_C",
     "contrib",
@@ -23,6 +24,7 @@ __all__ = [
     "npu_rms_norm",
     "npu_rotary_mul",
     "npu_swiglu",
+    "unsupported_dtype",
     "utils",
 ]
 

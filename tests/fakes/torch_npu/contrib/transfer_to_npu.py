@@ -58,16 +58,16 @@ def _type(original):
     return type_
 
 
-class _Typed:
+class _Typed(type):
     """``torch.cuda.FloatTensor`` and its like: makes CPU tensors, and knows their instances."""
 
-    def __init__(self, dtype):
-        self.dtype = dtype
-
-    def __call__(self, *args):
+    def __call__(cls, *args):
         if len(args) == 1 and isinstance(args[0], (list, tuple)):
-            return torch.tensor(args[0], dtype=self.dtype)
-        return torch.empty(*args, dtype=self.dtype)
+            return torch.tensor(args[0], dtype=cls.dtype)
+        return torch.empty(*args, dtype=cls.dtype)
+
+    def __instancecheck__(cls, value):
+        return isinstance(value, torch.Tensor) and value.dtype == cls.dtype
 
 
 def _gloo(original):
@@ -118,7 +118,8 @@ def _keep_the_sent_alive():
         return works
 
     batch_isend_irecv = torch.distributed.batch_isend_irecv
-    torch.distributed.isend = keep(torch.distributed.isend)
+    # PyTorch checks the operation of a batch against this name
+    torch.distributed.isend = torch.distributed.distributed_c10d.isend = keep(torch.distributed.isend)
     torch.distributed.batch_isend_irecv = batch
 
 
@@ -139,7 +140,7 @@ def _redirect():
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
         setattr(torch.cuda.random, name, getattr(npu, name))
     for name, dtype in DTYPES.items():
-        setattr(torch.cuda, f"{name}Tensor", _Typed(dtype))
+        setattr(torch.cuda, f"{name}Tensor", _Typed(f"{name}Tensor", (), {"dtype": dtype}))
     torch.cuda.get_device_capability = lambda device=None: (8, 0)
     for name in ("init_process_group", "new_group"):
         setattr(torch.distributed, name, _gloo(getattr(torch.distributed, name)))

@@ -1,0 +1,40 @@
+"""The engine with the NPU's operators in place of every device's, computed by a stand-in, against the oracle."""
+
+import pytest
+
+from tests import oracle
+from tests.hf import make_checkpoint, make_token_pairs
+from tests.ranks.parity import engine_steps, worst_error
+
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+
+
+def take_operators():
+    """Only what goes through the operators works."""
+    import sys
+    from pathlib import Path
+
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from mindspeed_simpo import device
+    from mindspeed_simpo.model import causal, layers
+
+    sys.path.insert(0, str(Path(__file__).parent.parent / "fakes"))
+    device.Device.is_npu = property(lambda _: True)
+    device.npu.holds = lambda _: True
+    device.npu._use_operators()
+    rope_utils._rotate_half = layers.rms_norm = causal.scaled_dot_product_attention = None
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("qwen2", {}), ("llama", {TP: 2, "sequence_parallel": True}), ("qwen3", {PP: 2, "recompute_granularity": "full"})],
+)
+def test_gradients(tmp_path, family, layout):
+    if "recompute_granularity" in layout:
+        layout = {**layout, "recompute_method": "uniform", "recompute_num_layers": 1}
+    folder = make_checkpoint(tmp_path, family=family, vocab_size=514, std=0.15)
+    pairs = make_token_pairs(8, 514)
+    result = engine_steps(folder, [pairs], prepare=take_operators, lr=1e-3, **layout)
+    error, name = worst_error(result["grads"], oracle.gradients(folder, pairs, oracle.Options()))
+    assert error < 1e-5, name

@@ -1,0 +1,90 @@
+"""LoRA of a real MindSpeed-LLM under ``--stage simpo``: the gradients of every adapter, against the oracle."""
+
+import re
+
+import pytest
+import torch
+
+from tests import oracle
+from tests.upstream.harness import make_pairs, needs_upstream, train
+from tests.upstream.weights import CONFIG, hf_params, megatron_part
+
+pytestmark = needs_upstream
+
+PAIRS = make_pairs(8)
+ROW_PARALLEL = ("linear_proj", "linear_fc2")
+RANK, ALPHA = 4, 8
+LORA = (
+    f"--transformer-impl local --lora-r {RANK} --lora-alpha {ALPHA} --lr 0.0 --min-lr 0.0 "
+    "--lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2"
+)
+TP2 = "--tensor-model-parallel-size 2"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+CASES = {
+    "one rank": (1, ""),
+    "tp2": (2, TP2),
+    "tp2 sp": (2, f"{TP2} --sequence-parallel"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "two_pass fused dp2": (2, "--pair-schedule two_pass --fused-logprob --use-distributed-optimizer"),
+    "recompute": (1, RECOMPUTE),
+}
+
+
+def adapters(run):
+    """{(base parameter, layer, tensor rank): (tensor size, {A or B: (value, gradient)})}, fp64; lr 0 leaves values."""
+    found = {}
+    for rank in run.ranks:
+        for name, (layer, gradient, value) in rank["parameters"].items():
+            module, kind = re.fullmatch(r"(.*)\.lora_([AB])\.default\.weight", name).groups()
+            place = f"{module}.weight", layer, rank["tensor"][0]
+            found.setdefault(place, (rank["tensor"][1], {}))[1][kind] = value.double(), gradient.double()
+    return found
+
+
+def merged(parts):
+    """The dense weights with the adapters' products added, in Hugging Face's names."""
+    params = {name: value.double().requires_grad_() for name, value in hf_params().items()}
+    # megatron_part moves numbers without changing them, so that its transpose moves them back
+    total = sum(
+        (megatron_part(params, name, layer, rank, size) * (ALPHA / RANK * pair["B"][0] @ pair["A"][0])).sum()
+        for (name, layer, rank), (size, pair) in parts.items()
+    )
+    moved = torch.autograd.grad(total, params.values(), allow_unused=True)
+    return {
+        name: (param.detach() if part is None else param.detach() + part).requires_grad_()
+        for (name, param), part in zip(params.items(), moved, strict=True)
+    }
+
+
+def wanted_gradients(parts, gradients):
+    """{(base parameter, layer, tensor rank): {A or B: gradient}} from those of the dense weights."""
+    wanted = {}
+    for (name, layer, rank), (size, pair) in parts.items():
+        dense = ALPHA / RANK * megatron_part(gradients, name, layer, rank, size)
+        wanted[name, layer, rank] = {"A": pair["B"][0].T @ dense, "B": dense @ pair["A"][0].T}
+    for (name, layer, rank), (size, _) in parts.items():
+        # what every tensor-parallel rank holds whole: the adapter's side that the layer does not shard
+        kind = "B" if name.split(".")[-2] in ROW_PARALLEL else "A"
+        if rank == 0:
+            total = sum(wanted[name, layer, other][kind] for other in range(size))
+            for other in range(size):
+                wanted[name, layer, other][kind] = total
+    return wanted
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_adapters(tmp_path, case):
+    ranks, flags = CASES[case]
+    run = train(tmp_path, PAIRS, f"{LORA} {flags}", ranks)
+    assert all("lora_" in name for rank in run.ranks for name in rank["parameters"])
+    parts = adapters(run)
+    params = merged(parts)
+    metrics, gradients = oracle._backward(params, params, CONFIG, PAIRS[:4], oracle.Options())
+    assert run.metrics()[0]["lm loss"] == pytest.approx(metrics["loss"], rel=1e-6)
+    errors = {
+        (*place, kind): ((parts[place][1][kind][1] - gradient).norm() / gradient.norm()).item()
+        for place, both in wanted_gradients(parts, gradients).items()
+        for kind, gradient in both.items()
+    }
+    assert len({(name, layer) for name, layer, *_ in errors}) == 4 * CONFIG["num_hidden_layers"]
+    assert max(errors.values()) < 1e-5, errors

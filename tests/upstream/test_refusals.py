@@ -1,0 +1,137 @@
+"""Each refusal, with MindSpeed-LLM's own parser and validation: before anything is built, and what the message says."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.upstream.harness import (
+    BASE_FLAGS,
+    MODEL_FLAGS,
+    environment,
+    launch,
+    make_pairs,
+    needs_upstream,
+    no_pad_flag,
+    write_data,
+)
+
+pytestmark = needs_upstream
+
+PROGRAM = """
+import contextlib, io, json, os, sys
+cases = json.loads(sys.argv[1])
+sys.argv[1:] = ["--stage", "simpo"]
+from mindspeed_simpo.plugin import hooks
+hooks.install()
+from mindspeed_llm import megatron_adaptor
+from megatron.training import initialize
+answers = []
+for case in cases:
+    sys.argv[1:] = case
+    # Megatron's own check of FSDP
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8" if any("fsdp" in word for word in case) else "1"
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            initialize.validate_args(initialize.parse_args(None, False), {})
+        answers.append("accepted")
+    except (Exception, SystemExit) as error:
+        answers.append(f"{type(error).__name__}: {error} {printed.getvalue()[-300:]}")
+print("ANSWERS " + json.dumps(answers))
+"""
+MOE = "--num-experts 4 --moe-token-dispatcher-type alltoall"
+CP2 = "--transformer-impl local --context-parallel-size 2 --use-flash-attn"
+CASES = {
+    "": "accepted",
+    "--use-legacy-models --ckpt-format torch": "--use-legacy-models: legacy models return other logits",
+    "--schedules-method dualpipev": "--schedules-method dualpipev: DualPipeV has a forward step of its own",
+    "--moe-fb-overlap": "--moe-fb-overlap: it has a forward step of its own",
+    "--layerwise-disaggregated-training": "--layerwise-disaggregated-training: it has a training loop of its own",
+    "--reset-attention-mask": "--reset-attention-mask: pairs are not packed",
+    "--reset-position-ids": "--reset-position-ids: pairs are not packed",
+    "--neat-pack --reset-attention-mask --reset-position-ids": "--neat-pack: pairs are not packed",
+    "--pack": "--pack: pairs are not packed",
+    "--loss-compute-mode chunk": "--loss-compute-mode chunk: chunked loss needs labels inside the model",
+    "--mtp-num-layers 1": "--mtp-num-layers 1: multi-token prediction has no preference loss",
+    "--calculate-per-token-loss": "--calculate-per-token-loss: the loss is a mean over pairs",
+    "--tokenizer-padding-side left": "--tokenizer-padding-side left: pairs are padded on the right",
+    "--tp-2d": "--tp-2d: not in the parity matrix",
+    "--use-torch-fsdp2": "--use-torch-fsdp2: not in the parity matrix",
+    "--use-custom-fsdp --use-distributed-optimizer": "--use-custom-fsdp: not in the parity matrix",
+    "--enable-elastic-training": "--enable-elastic-training: it averages the loss itself",
+    "--async-log-allreduce": "--async-log-allreduce: it takes the metrics in another form",
+    MOE: "--num-experts 4: mixture-of-experts models are not in the parity matrix",
+    f"{MOE} --expert-model-parallel-size 2": "--expert-model-parallel-size 2: not in the parity matrix",
+    f"{CP2} --context-parallel-algo hybrid_cp_algo": "--context-parallel-algo hybrid_cp_algo: use one of megatron_cp",
+    f"{CP2} --context-parallel-algo kvallgather_cp_algo": "--context-parallel-algo kvallgather_cp_algo: use one of",
+    f"{CP2} --context-parallel-algo adaptive_cp_algo": "--context-parallel-algo adaptive_cp_algo: use one of",
+    f"{CP2} NO_PAD --tensor-model-parallel-size 4 --sequence-parallel": "add --pad-to-multiple-of 16",
+    "--pair-schedule two_pass --hidden-dropout 0.1": "add --attention-dropout 0 --hidden-dropout 0",
+    "--fused-logprob --logprob-chunk-tokens 0": "--logprob-chunk-tokens 0: at least 1",
+    "--fused-logprob --output-logit-softcapping 30": "the head with --output-logit-softcapping 30.0 needs its logits",
+    "--fused-logprob --add-output-layer-bias": "the head with --add-output-layer-bias True needs its logits",
+    "--simpo-beta 0": "--simpo-beta 0.0: Input should be greater than 0",
+    "--simpo-label-smoothing 0.6": "--simpo-label-smoothing 0.6:",
+    "--simpo-loss-type cubic": "invalid choice: 'cubic'",
+    "--stage sft --dpo-exact": "--dpo-exact: only for --stage simpo or --stage dpo --dpo-exact",
+    "--stage sft --pair-schedule two_pass": "--pair-schedule two_pass: only for --stage simpo",
+    "--stage dpo --fused-logprob": "--fused-logprob: only for --stage simpo",
+    "--stage dpo --dpo-exact --pair-schedule two_pass": "--pair-schedule two_pass: for --stage simpo only",
+    "--stage dpo --dpo-exact --fused-logprob": "--fused-logprob: for --stage simpo only",
+}
+TWO_PASS_VPP = (
+    "--pair-schedule two_pass --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+    "--micro-batch-size 1 --global-batch-size 8"
+)
+PAIRS = make_pairs(8)
+
+
+def command_line(flags):
+    sizes = "--micro-batch-size 1 --global-batch-size 8 --train-iters 2 --stage simpo"
+    return f"{MODEL_FLAGS} {BASE_FLAGS} {sizes} {flags}".replace("NO_PAD", no_pad_flag()).split()
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What each command line is answered, in one process of 8 imagined ranks; the first lacks pairs."""
+    data = write_data(tmp_path_factory.mktemp("refusals"), PAIRS)
+    unpaired = [word for word in command_line("") if word != "--is-pairwise-dataset"]
+    lines = [unpaired + data, *(command_line(flags) + data for flags in (TWO_PASS_VPP, *CASES))]
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(lines)],
+        env=environment() | {"RANK": "0", "WORLD_SIZE": "8"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert "ANSWERS " in process.stdout, process.stderr[-3000:]
+    return dict(zip(["unpaired", TWO_PASS_VPP, *CASES], json.loads(process.stdout.split("ANSWERS ")[1]), strict=True))
+
+
+@pytest.mark.parametrize("flags", CASES)
+def test_answer(answers, flags):
+    answer, wanted = answers[flags], CASES[flags]
+    if "unrecognized arguments" in answer or ("invalid choice" in answer and "invalid choice" not in wanted):
+        pytest.skip(f"this MindSpeed-LLM does not know it: {answer[-200:]}")
+    assert wanted in answer
+
+
+def test_data_that_are_not_pairs(answers):
+    assert "add --is-pairwise-dataset" in answers["unpaired"]
+
+
+def test_two_pass_with_virtual_stages_is_refused_by_2_2_0_alone(answers):
+    refused = no_pad_flag() == "--variable-seq-lengths"
+    assert ("two_pass: not with virtual stages here" if refused else "accepted") in answers[TWO_PASS_VPP]
+
+
+def test_a_refusal_is_one_message_before_the_model(tmp_path):
+    flags = command_line("--reset-position-ids --calculate-per-token-loss") + write_data(tmp_path / "data", PAIRS)
+    run = launch(tmp_path / "run", flags, 2, entry=["-m", "mindspeed_simpo.posttrain_gpt"])
+    assert run.code != 0
+    assert run.text.count("mindspeed_simpo: --stage simpo cannot run like this:") == 1
+    assert "building GPT model" not in run.text
+    assert "ConfigError" not in run.text, "a traceback"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from mindspeed_simpo.device import cpu, megatron_repairs, npu
+from mindspeed_simpo.device import cpu, megatron_repairs, npu, operators
 from mindspeed_simpo.errors import ConfigError
 
 DeviceName = Literal["npu", "cuda", "cpu"]
@@ -38,11 +38,6 @@ class Device:
     def is_cpu(self) -> bool:
         """Whether tensors live in host memory and collectives run over gloo."""
         return self.name == "cpu"
-
-    @property
-    def is_npu(self) -> bool:
-        """Whether torch_npu's fused operators serve; see :mod:`mindspeed_simpo.device.npu`."""
-        return self.name == "npu"
 
     @property
     def reduction_dtype(self) -> torch.dtype:
@@ -109,10 +104,12 @@ def open_device(name: Literal["auto", "npu", "cuda", "cpu"], local_rank: int = 0
     if found == "cpu":
         cpu.install_adaptor()
         megatron_repairs.repair()
+        operators.install()
         return Device("cpu", torch.device("cpu"))
     if found == "npu":
         npu.install_adaptor()
     megatron_repairs.repair()
+    operators.install()
     accelerator = getattr(torch, found, None)
     if accelerator is None or not accelerator.is_available():
         raise ConfigError(f"device: {found} is not available on this host; set device: auto or device: cpu")

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,17 +44,6 @@ def install_adaptor() -> None:
                 f"device: npu needs {package}, which cannot be imported ({error}); install it for your CANN version, "
                 "or set device: cpu"
             ) from None
-    _use_operators()
-
-
-def _use_operators() -> None:
-    from megatron.core.models.common.embeddings import rope_utils
-    from megatron.core.transformer import mlp
-
-    # neither can be given to megatron-core's layers: attention rotates by the one, an MLP with bias_activation_fusion
-    # computes its activation by the other
-    rope_utils._apply_rotary_pos_emb_bshd = rotate
-    mlp.bias_swiglu_impl = swiglu
 
 
 def holds(tensor: Tensor) -> bool:
@@ -77,32 +65,29 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed
 
 
-def swiglu(gate_up: Tensor, bias: Tensor | None = None, *_: Any) -> Tensor:
-    """``silu(gate) * up`` by ``npu_swiglu``, in the place of megatron-core's ``bias_swiglu_impl``.
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` by ``npu_swiglu``.
 
     Args:
         gate_up: ``[..., 2 x dim]``, the gate in the first half.
-        bias: ``[2 x dim]``, added first.
     """
     import torch_npu
 
-    activated: Tensor = torch_npu.npu_swiglu(gate_up if bias is None else gate_up + bias, dim=-1)
+    activated: Tensor = torch_npu.npu_swiglu(gate_up, dim=-1)
     return activated
 
 
-def rotate(heads: Tensor, angles: Tensor, rotary_interleaved: bool = False, *_: Any, **__: Any) -> Tensor:
-    """Rotary embedding by ``npu_rotary_mul``, in the place of megatron-core's ``_apply_rotary_pos_emb_bshd``.
+def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """``heads cosines + turned(heads) sines``, ``turned(a, b) = (-b, a)`` of the halves, by ``npu_rotary_mul``.
 
     Args:
         heads: ``[seq, row, heads, dim]``, fewer than 1000 rows and heads, as the operator wants.
-        angles: Radians ``[seq, 1 or row, 1, dim]``, both halves the same.
-        rotary_interleaved: Whether neighbours are rotated into each other, not halves.
+        cosines: ``[seq, 1 or row, 1, dim]``, of the dtype of ``heads``.
+        sines: As ``cosines``.
     """
     import torch_npu
 
-    cosines, sines = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
-    mode = "interleave" if rotary_interleaved else "half"
-    rotated: Tensor = torch_npu.npu_rotary_mul(heads, cosines, sines, rotary_mode=mode)
+    rotated: Tensor = torch_npu.npu_rotary_mul(heads, cosines, sines, rotary_mode="half")
     return rotated
 
 

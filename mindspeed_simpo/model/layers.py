@@ -19,10 +19,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import silu
 
 from mindspeed_simpo.config import Config
-from mindspeed_simpo.device import Device, npu
+from mindspeed_simpo.device import Device, operators
 from mindspeed_simpo.model.attention import CausalAttention
 from mindspeed_simpo.model.hf_config import ModelSpec
 from mindspeed_simpo.model.naming import layers_by_stage
@@ -46,11 +46,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Normalise each vector of the last axis."""
-        if npu.holds(hidden):
-            return npu.rms_norm(hidden, self.weight, self.eps)
-        if hidden.dtype in (torch.float32, torch.float64):
-            return rms_norm(hidden, self.weight.shape, self.weight, self.eps)
-        return self.weight * rms_norm(hidden.float(), self.weight.shape, None, self.eps).to(hidden.dtype)
+        return operators.rms_norm(hidden, self.weight, self.eps)
 
 
 class BiasedColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
@@ -92,7 +88,7 @@ def transformer_config(spec: ModelSpec, config: Config, device: Device) -> Trans
             add_qkv_bias=spec.qkv_bias,
             hidden_dropout=0.0,
             attention_dropout=0.0,
-            bias_activation_fusion=device.is_npu,
+            bias_activation_fusion=True,  # calls device.operators
             bias_dropout_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,

@@ -14,16 +14,12 @@ def take_operators():
     import sys
     from pathlib import Path
 
-    from megatron.core.models.common.embeddings import rope_utils
-
-    from mindspeed_simpo import device
-    from mindspeed_simpo.model import causal, layers
+    from mindspeed_simpo.device import npu, operators
+    from mindspeed_simpo.model import causal
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "fakes"))
-    device.Device.is_npu = property(lambda _: True)
-    device.npu.holds = lambda _: True
-    device.npu._use_operators()
-    rope_utils._rotate_half = layers.rms_norm = causal.scaled_dot_product_attention = None
+    npu.holds = lambda _: True
+    operators._RMSNorm = operators._SwiGLU = operators._Rotation = causal.scaled_dot_product_attention = None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""The operators between the products, the engine's own and the NPU's (by a stand-in), against their formulas."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+from mindspeed_simpo.device import npu, operators, reduction_dtype
+from scripts.tensor_bytes import StoredBytes
+
+FAKES = Path(__file__).parent.parent / "fakes"
+
+
+@pytest.fixture(params=["own", "npu"])
+def tolerance(request, monkeypatch):
+    """Runs a test with either; the stand-in computes in fp32, as the operators do."""
+    if request.param == "own":
+        return {"rtol": 1e-12, "atol": 1e-12}
+    monkeypatch.syspath_prepend(str(FAKES))
+    for name in [name for name in sys.modules if name.split(".")[0] == "torch_npu"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch_npu", importlib.import_module("torch_npu.operators"))
+    monkeypatch.setattr(npu, "holds", lambda _: True)
+    return {"rtol": 1e-5, "atol": 1e-6}
+
+
+def random(*size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, generator=generator, dtype=torch.float64, requires_grad=True)
+
+
+def compare(ours, formula, inputs, tolerance):
+    """Values, and gradients of every input."""
+    found, wanted = ours(*inputs), formula(*inputs)
+    torch.testing.assert_close(found, wanted, **tolerance)
+    upstream = torch.randn_like(wanted)
+    for a, b in zip(*(torch.autograd.grad(value, inputs, upstream) for value in (found, wanted)), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_rms_norm(tolerance):
+    def formula(hidden, weight):
+        return torch.stack(
+            [weight * row / torch.sqrt(torch.dot(row, row) / len(row) + 1e-3) for row in hidden.flatten(0, 1)]
+        ).view_as(hidden)
+
+    inputs = [random(5, 2, 6), random(6, seed=1)]
+    compare(lambda *inputs: operators.rms_norm(*inputs, 1e-3), formula, inputs, tolerance)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_swiglu(biased, tolerance):
+    def formula(gate_up, bias=None):
+        total = gate_up if bias is None else gate_up + bias
+        gate, up = total[..., :3], total[..., 3:]
+        return gate / (1 + torch.exp(-gate)) * up
+
+    inputs = [random(5, 2, 6), *([random(6, seed=1)] if biased else [])]
+    # megatron-core's MLP gives the bias, or None, and flags
+    compare(lambda gate_up, bias=None: operators.swiglu(gate_up, bias, False), formula, inputs, tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rotate(rows, tolerance):
+    positions = torch.arange(7)[:, None] * torch.arange(1, rows + 1)
+    half = positions[..., None].double() * torch.tensor([1.0, 0.1, 0.01])
+    angles = torch.cat((half, half), -1)[:, :, None, :]
+
+    def formula(heads):
+        """Each pair of numbers as a complex one, times the unit of its angle."""
+        turned = torch.complex(*heads.chunk(2, -1)) * torch.polar(torch.ones_like(half), half)[:, :, None]
+        return torch.cat([turned.real, turned.imag], -1)
+
+    def ours(heads):
+        return operators.rotate(heads, angles, False, multi_latent_attention=False, mscale=1.0)
+
+    compare(ours, formula, [random(7, 3, 2, 6)], tolerance)
+
+
+def test_a_norm_in_bfloat16_is_that_of_transformers_bit_by_bit():
+    norm = Qwen2RMSNorm(48, eps=1e-6).to(torch.bfloat16)
+    torch.nn.init.normal_(norm.weight, mean=1.0)
+    hidden = torch.randn(9, 2, 48).to(torch.bfloat16).requires_grad_()
+    found, wanted = operators.rms_norm(hidden, norm.weight, 1e-6), norm(hidden)
+    assert torch.equal(found, wanted)
+    upstream = torch.randn_like(wanted)
+    for a, b in zip(
+        *(torch.autograd.grad(value, (hidden, norm.weight), upstream) for value in (found, wanted)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_what_is_kept_for_the_backward():
+    tokens, hidden, ffn = 64, 32, 80
+    weight = torch.ones(hidden, requires_grad=True)
+    vectors, gate_up = (torch.randn(tokens, size, requires_grad=True) for size in (hidden, 2 * ffn))
+    heads, angles = torch.randn(tokens, 1, 4, 8, requires_grad=True), torch.randn(tokens, 1, 1, 8)
+    for call, numbers in (
+        (lambda: operators.rms_norm(vectors, weight, 1e-6), tokens * (hidden + 1)),
+        (lambda: operators.swiglu(gate_up), tokens * 2 * ffn),
+        (lambda: operators.rotate(heads, angles), tokens * 2 * 8),
+    ):
+        with StoredBytes([weight]) as stored:
+            kept = call()
+        assert stored.peak == 4 * numbers
+        del kept
+
+
+def test_sums_are_narrow_where_mindspeed_reduces_them(monkeypatch):
+    cpu = torch.device("cpu")
+    assert reduction_dtype(cpu) == torch.float64
+    monkeypatch.setitem(sys.modules, "mindspeed", object())
+    assert reduction_dtype(cpu) == torch.float32

@@ -54,7 +54,7 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
         """``max_tokens_per_micro_batch`` with its default: ``micro_batch_size`` pairs of the longest sequences."""
         if self.max_tokens_per_micro_batch is not None:
             return self.max_tokens_per_micro_batch
-        return 2 * self.micro_batch_size * self.seq_length
+        return 2 * self.seq_length
 
     def virtual_stages(self, num_layers: int) -> int | None:
         """Virtual stages of each pipeline stage of a model with ``num_layers`` layers; None where stages are whole."""

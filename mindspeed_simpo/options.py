@@ -135,7 +135,7 @@ class TrainingOptions(_Options):
     """Training."""
 
     micro_batch_size: int = Field(
-        1, ge=1, description="Pairs of one forward and backward on one data-parallel rank; packed rows have a budget."
+        1, ge=1, description="Padded: pairs of one forward and backward on one data-parallel rank; packed rows have a budget."
     )
     global_batch_size: int = Field(128, ge=1, description="Pairs of one optimizer step, over all ranks.")
     batching: BatchingName = Field(
@@ -147,7 +147,7 @@ class TrainingOptions(_Options):
         None,
         ge=1,
         description="With packed and prefix_shared: tokens up to which pairs fill a micro-batch; a pair with more has "
-        "its own. Default: 2 x micro_batch_size x seq_length.",
+        "its own. Default: 2 x seq_length, which the longest pair needs.",
     )
     train_iters: int | None = Field(None, ge=0, description="Optimizer steps. Default: one pass over the data.")
     lr: float = Field(1e-6, gt=0, description="Peak learning rate.")

@@ -135,7 +135,7 @@ class TrainingOptions(_Options):
     """Training."""
 
     micro_batch_size: int = Field(
-        1, ge=1, description="Padded: pairs of one forward and backward on one data-parallel rank; packed rows have a budget."
+        1, ge=1, description="Padded: pairs of one forward and backward on one rank; packed rows have a budget."
     )
     global_batch_size: int = Field(128, ge=1, description="Pairs of one optimizer step, over all ranks.")
     batching: BatchingName = Field(

@@ -161,7 +161,7 @@ def test_the_budget_counts_the_tokens_that_the_model_sees():
     pair = TokenizedPair([1] * 5, [2] * 3, [3] * 4, "")
     assert batching("packed").size_of(pair) == 17
     assert batching("prefix_shared").size_of(pair) == 12
-    assert batching("packed").max_tokens == batching("prefix_shared").max_tokens == 64
+    assert batching("packed").max_tokens == batching("prefix_shared").max_tokens == 32
     for name, budget, expected in [
         ("packed", 34, [2, 2, 1]),
         ("packed", 33, [1] * 5),

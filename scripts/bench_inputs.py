@@ -10,11 +10,19 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
+from mindspeed_simpo.data.loader import epoch_order
 from mindspeed_simpo.data.rows import ConversationPair, RowReader
 from mindspeed_simpo.data.sources import open_sources
 
+SEED = 42
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -42,12 +50,16 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> Inputs:
     tokenizer = AutoTokenizer.from_pretrained(model)
     pairs, sizes = _first_that_fit(arguments, tokenizer)
     count = len(pairs)
-    data = folder / "pairs.jsonl"
-    data.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+    lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
+    data, in_order = folder / "pairs.jsonl", folder / "pairs_in_our_order.jsonl"
+    data.write_text("".join(lines), encoding="utf-8")
+    in_order.write_text("".join(lines[index] for index in epoch_order(count, SEED, 0)), encoding="utf-8")
     return Inputs(
         job={
             "model": str(model),
             "data": str(data),
+            "seed": SEED,
+            "data_in_our_order": str(in_order),
             "seq_length": arguments.seq_length,
             "micro_batch_size": arguments.micro_batch_size,
             "steps": count // arguments.micro_batch_size,

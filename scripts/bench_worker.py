@@ -27,6 +27,7 @@ def engine(job):
     config = {
         "model_name_or_path": job["model"],
         "data_path": job["data"],
+        "seed": job["seed"],
         "output_dir": str(folder / "out"),
         "data_cache_dir": str(folder / "cache"),
         "seq_length": job["seq_length"],
@@ -66,7 +67,7 @@ def trl(job):
         def on_step_end(self, *_args, **_kwargs):
             seconds.append(time.perf_counter() - self.begin)
 
-    rows = [json.loads(line) for line in Path(job["data"]).read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in Path(job["data_in_our_order"]).read_text(encoding="utf-8").splitlines()]
     arguments = CPOConfig(
         output_dir=str(Path(job["folder"]) / "out"),
         per_device_train_batch_size=job["micro_batch_size"],
@@ -120,7 +121,7 @@ def llamafactory(job):
                 losses.append(float(logs["loss"]))
 
     folder = Path(job["folder"])
-    rows = [json.loads(line) for line in Path(job["data"]).read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in Path(job["data_in_our_order"]).read_text(encoding="utf-8").splitlines()]
     flat = [row | {side: row[side][0] for side in ("chosen", "rejected")} for row in rows]
     (folder / "pairs.json").write_text(json.dumps(flat, ensure_ascii=False), encoding="utf-8")
     columns = {"messages": "prompt", "chosen": "chosen", "rejected": "rejected"}

@@ -90,12 +90,7 @@ class PairLoader:
 
     def _order(self, epoch: int) -> list[int]:
         if self._last_order is None or self._last_order[0] != epoch:
-            ids = np.arange(len(self._dataset))
-            if self._seed is not None:
-                # RandomState, not Generator: numpy keeps its streams the same for ever, a resumed run relies on it.
-                seed = np.random.SeedSequence([self._seed, epoch])
-                np.random.RandomState(np.random.MT19937(seed)).shuffle(ids)
-            self._last_order = (epoch, ids.tolist())
+            self._last_order = (epoch, epoch_order(len(self._dataset), self._seed, epoch))
         return self._last_order[1]
 
     def _micro_batches(self, pair_ids: Sequence[int]) -> list[PairBatch]:
@@ -108,3 +103,13 @@ class PairLoader:
 
         own = self._batching.deal(len(pair_ids), size_at, self._ranks)[self._rank]
         return self._batching.micro_batches([read(index) for index in own], [pair_ids[index] for index in own])
+
+
+def epoch_order(num_pairs: int, seed: int | None, epoch: int) -> list[int]:
+    """The order in which an epoch takes the pairs: a function of the seed alone; None takes them as they are."""
+    ids = np.arange(num_pairs)
+    if seed is not None:
+        # RandomState, not Generator: numpy keeps its streams the same for ever, a resumed run relies on it.
+        sequence = np.random.SeedSequence([seed, epoch])
+        np.random.RandomState(np.random.MT19937(sequence)).shuffle(ids)
+    return [int(index) for index in ids]

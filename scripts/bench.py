@@ -6,7 +6,7 @@ the first steps of a run are left out.
 
     python -m scripts.bench --data pairs.json                       # our own variants
     python -m scripts.bench --data pairs.json --trl-python PATH     # and TRL, which that interpreter can import
-    python -m scripts.bench --data pairs.json --packed-tokens 1024 16384   # step time against packed tokens
+    python -m scripts.bench --data pairs.json --name cpu_10m        # and write docs/benchmarks/cpu_10m.{json,md}
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Measure, print and write ``docs/benchmarks/NAME.json``."""
+    """Measure, print and write ``docs/benchmarks/NAME.json`` and ``NAME.md``."""
     arguments = _parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
         inputs = bench_inputs.prepare(Path(folder), arguments)
@@ -73,8 +73,9 @@ def main() -> None:
     _add_ratios(result)
     _print(result)
     if arguments.name:
-        path = DOCS / "benchmarks" / f"{arguments.name}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        path = DOCS / "benchmarks" / arguments.name
+        path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(_markdown(result), encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="*", help="variants, by name")
     parser.add_argument("--trl-python", help="interpreter that can import trl")
     parser.add_argument("--llamafactory-python", help="interpreter that can import llamafactory")
-    parser.add_argument("--name", help="write docs/benchmarks/NAME.json")
+    parser.add_argument("--name", help="write docs/benchmarks/NAME.json and NAME.md")
     return parser
 
 
@@ -176,10 +177,12 @@ def _add_ratios(result: dict[str, Any]) -> None:
         variant["memory_ratio"] = variant["peak_memory_bytes"] / base["peak_memory_bytes"]
 
 
-def _print(result: dict[str, Any]) -> None:
-    table = Table("variant", "pairs/s", "tokens/s", "speed", "peak memory", "memory", "of matmul rate", "first loss")
-    for name, variant in result["variants"].items():
-        table.add_row(
+HEADER = ("variant", "pairs/s", "tokens/s", "speed", "peak memory", "memory", "of matmul rate", "first loss")
+
+
+def _rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
             name,
             f"{variant['pairs_per_second']:.2f}",
             f"{variant['tokens_per_second']:.0f}",
@@ -189,7 +192,30 @@ def _print(result: dict[str, Any]) -> None:
             f"{variant['fraction_of_matmul_rate']:.0%}",
             f"{variant['loss_first_step']:.5f}",
         )
+        for name, variant in result["variants"].items()
+    ]
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table(*HEADER)
+    for row in _rows(result):
+        table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    """The table, with what it was measured on."""
+    machine, inputs = result["machine"], result["inputs"]
+    versions = ", ".join(f"{name} {found}" for name, found in result["versions"].items())
+    note = (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, fp32 products at "
+        f"{machine['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, load average {machine['load_average_at_start']} at "
+        f"the start; {versions}. A model of {inputs['parameters'] / 1e6:.1f} million parameters, {inputs['pairs']} "
+        f"pairs, {inputs['micro_batch_size']} a step, prompts of {inputs['mean_prompt_tokens']:.0f} and responses of "
+        f"{inputs['mean_response_tokens']:.0f} tokens on average."
+    )
+    lines = [" | ".join(row) for row in (HEADER, ["---"] * len(HEADER), *_rows(result))]
+    return "\n".join([note, "", *(f"| {line} |" for line in lines)]) + "\n"
 
 
 if __name__ == "__main__":

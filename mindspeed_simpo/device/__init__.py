@@ -6,6 +6,7 @@ package's own one replace what megatron-core takes for granted about CUDA.
 
 from __future__ import annotations
 
+import logging
 import random
 import resource
 import sys
@@ -100,6 +101,8 @@ def open_device(name: Literal["auto", "npu", "cuda", "cpu"], local_rank: int = 0
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     # megatron-core calls collectives by names that newer torch deprecates
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
+    # imported by megatron-core: a host with a CUDA compiler and no device is told so on every start
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     found = _find() if name == "auto" else name
     if found == "cpu":
         cpu.install_adaptor()

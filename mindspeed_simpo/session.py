@@ -125,6 +125,7 @@ def export_checkpoint(load: str, output: Path) -> None:
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "context_parallel_size": 1,
+        "context_parallel_algo": "gathered",
     }
     one_rank |= {"num_layers_per_virtual_pipeline_stage": None, "sequence_parallel": False, "device": "cpu"}
     config = validate(state.config.model_dump() | one_rank, where=str(folder))

@@ -95,7 +95,9 @@ class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        # an error of this one number is an error of the whole vector
+        exact = torch.float64 if hidden.dtype == torch.float32 else wide.dtype
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True, dtype=exact) + eps).to(wide.dtype)
         ctx.save_for_backward(hidden, weight, scale)
         return weight * (wide * scale).to(hidden.dtype)
 

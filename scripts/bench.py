@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts import bench_inputs
-from scripts.parity import processor
+from scripts.machine import processor
 
 DOCS = Path(__file__).parent.parent / "docs"
 

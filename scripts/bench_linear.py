@@ -22,8 +22,8 @@ from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.config import Config, Layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.device import open_device
-from mindspeed_simpo.objectives import make_objective
-from scripts.parity import processor
+from scripts.engine import build_engine
+from scripts.machine import processor
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAIR_TOKENS = 512
@@ -65,13 +65,7 @@ def _steps() -> dict[int, Any]:
     device = open_device("cpu")
     from megatron.core import tensor_parallel
 
-    from mindspeed_simpo.logprobs import fused_head
-    from mindspeed_simpo.model.gpt import build_model
-    from mindspeed_simpo.model.hf_config import read_model_spec
-    from mindspeed_simpo.model.hf_weights import fill_weights
-    from mindspeed_simpo.optimizer import wrap_for_training
     from mindspeed_simpo.parallel import initialize
-    from mindspeed_simpo.schedule import PairSchedule
 
     groups = initialize(Layout(), device)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -93,18 +87,7 @@ def _steps() -> dict[int, Any]:
             batching="prefix_shared",
             max_tokens_per_micro_batch=PAIR_TOKENS * max(COUNTS),
         )
-        spec = read_model_spec(folder)
-        models = build_model(spec, config, groups, device)
-        fill_weights(models, spec, config, groups)
-    wrapped = wrap_for_training(models, config)
-    schedule = PairSchedule(
-        models=wrapped,
-        objective=make_objective(config),
-        groups=groups,
-        vocab_size=spec.vocab_size,
-        device=device.torch_device,
-        fused=fused_head(config),
-    )
+        wrapped, schedule = build_engine(config, device, groups)
     quarter = PAIR_TOKENS // 4
     pair = TokenizedPair([5] * (2 * quarter), [6] * quarter, [7] * quarter, "")
     batching = Batching.of(config)

@@ -29,7 +29,9 @@ from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.config import Config
 from mindspeed_simpo.data.collate import collate_padded
 from mindspeed_simpo.device import Device, open_device
-from mindspeed_simpo.objectives import make_objective
+from scripts.engine import build_engine
+from scripts.machine import processor
+from scripts.memory_tables import tables
 from scripts.tensor_bytes import PeakBytes, StoredBytes
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -51,7 +53,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     load = os.getloadavg()[0]
     result = {
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "device": arguments.device if device.is_cpu else torch.cuda.get_device_name(),
@@ -85,9 +87,17 @@ def _schedules(
             architectures=["Qwen2ForCausalLM"],
         ).save_pretrained(folder)
         engines = {
-            name: _engine(
-                folder,
-                {"pair_schedule": name, "micro_batch_size": pairs, "global_batch_size": pairs, **recompute},
+            name: build_engine(
+                Config(
+                    model_name_or_path=folder,
+                    init_from="config",
+                    data_path="unused",
+                    batching="padded",
+                    pair_schedule=name,
+                    micro_batch_size=pairs,
+                    global_batch_size=pairs,
+                    **recompute,
+                ),
                 device,
                 groups,
             )
@@ -127,36 +137,6 @@ def _schedules(
             for name in SCHEDULES
         },
     }
-
-
-def _engine(folder: str, options: dict[str, Any], device: Device, groups: Any) -> tuple[list[Any], Any]:
-    from mindspeed_simpo.logprobs import fused_head
-    from mindspeed_simpo.model.gpt import build_model
-    from mindspeed_simpo.model.hf_config import read_model_spec
-    from mindspeed_simpo.model.hf_weights import fill_weights
-    from mindspeed_simpo.optimizer import wrap_for_training
-    from mindspeed_simpo.schedule import PairSchedule
-
-    config = Config(
-        model_name_or_path=folder,
-        init_from="config",
-        data_path="unused",
-        fused_logprob=True,
-        **options,
-    )
-    spec = read_model_spec(folder)
-    models = build_model(spec, config, groups, device)
-    fill_weights(models, spec, config, groups)
-    wrapped = wrap_for_training(models, config)
-    return wrapped, PairSchedule(
-        models=wrapped,
-        objective=make_objective(config),
-        groups=groups,
-        vocab_size=spec.vocab_size,
-        device=device.torch_device,
-        pair_schedule=config.pair_schedule,
-        fused=fused_head(config),
-    )
 
 
 def _batches(arguments: argparse.Namespace, pairs: int) -> list[Any]:
@@ -266,72 +246,6 @@ def _allocated(device: Device, run: Callable[[], Any]) -> dict[str, int]:
     accelerator.reset_peak_memory_stats()
     run()
     return {"allocated_bytes": accelerator.max_memory_allocated() - before}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def tables(result: dict[str, Any]) -> str:
-    """The measurements as Markdown."""
-    machine, versions = result["machine"], result["versions"]
-    lines = [
-        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} thread(s), "
-        f"device {machine['device']}; "
-        + ", ".join(f"{name} {number}" for name, number in versions.items())
-        + f". Other programs ran: load average {machine['load_average_at_start']} at the start, "
-        f"{machine['load_average_at_end']} at the end.",
-    ]
-    for item in result["schedules"]:
-        shape = item["shape"]
-        recompute = "full recompute" if shape["recompute"] else "no recompute"
-        lines += [
-            "",
-            f"Schedules, {recompute}: {shape['layers']} layers of width {shape['hidden']}, "
-            f"vocabulary {shape['vocab']}, {shape['micro_batches']} micro-batches of "
-            f"{shape['pairs']} pair(s), prompt {shape['prompt']} and responses {shape['response']} tokens, "
-            f"{shape['dtype']}, fused head.",
-            "",
-            "| `pair_schedule` | stored, MiB | ratio | wall, s (min to max) | ratio | CPU, s | ratio | gradient off |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {name} | {_mib(row['stored_bytes'])} | {row['stored_ratio']:.3f} | {_times(row)} | "
-            f"{row['gradient_difference']:.1e} |"
-            for name, row in item["variants"].items()
-        ]
-    for item in result["heads"]:
-        shape = item["shape"]
-        worst = max(item["differences"].values())
-        lines += [
-            "",
-            f"Head: vocabulary {shape['vocab']}, {shape['tokens']} response tokens, width {shape['hidden']}, "
-            f"{shape['dtype']}, chunks of {shape['chunk_tokens']} tokens. Largest relative L2 difference of "
-            f"log-probabilities and both gradients: {worst:.1e}.",
-            "",
-            "| head | peak extra, MiB | ratio | wall, s (min to max) | ratio | CPU, s | ratio |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {name} | {_mib(row['peak_extra_bytes'])} | {row['peak_extra_ratio']:.3f} | {_times(row)} |"
-            for name, row in item["variants"].items()
-        ]
-    return "\n".join(lines)
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f}"
-
-
-def _times(row: dict[str, Any]) -> str:
-    shortest, longest = row["wall_seconds_range"]
-    return (
-        f"{row['wall_seconds']:.2f} ({shortest:.2f} to {longest:.2f}) | {row['wall_ratio']:.2f} | "
-        f"{row['cpu_seconds']:.2f} | {row['cpu_ratio']:.2f}"
-    )
 
 
 def _parse() -> argparse.Namespace:

@@ -30,6 +30,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from scripts.machine import processor
 from tests.ranks.matrix import GRADIENT, LOSS, OBJECTIVES, PARAMETER, Cell, Matrix, Row, all_rows, quick_rows
 
 DOCS = Path(__file__).parent.parent / "docs" / "numerics.md"
@@ -40,16 +41,6 @@ HEADER = ("loss", "gradient norm", "worst gradient", "of", "worst parameter", "o
 def megatron_version() -> str:
     """Of the megatron-core that the ranks import: the first in the path."""
     return metadata.version("megatron-core")
-
-
-def processor() -> str:
-    """What the machine calls its processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def conditions(seconds: float, load: float) -> str:
@@ -162,7 +153,7 @@ def measure(rows: Sequence[Row], console: Console) -> tuple[list[Cell], list[str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the matrix; 0 where everything holds, 1 where something does not, 2 where nothing was asked for."""
+    """Run the matrix; 0 where everything holds, 1 where a row does not or was not run, 2 where no row was asked for."""
     parser = argparse.ArgumentParser(prog="python -m scripts.parity", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="only the rows that continuous integration runs")
     parser.add_argument("--only", metavar="PATTERN", help="only rows whose name has this in it; * stands for anything")
@@ -191,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(note, highlight=False)
     if args.write_docs and not broken:
         write_docs(markdown(cells, note))
-    return 1 if outside or broken else 0
+    return 1 if outside or broken or done < len(rows) else 0
 
 
 if __name__ == "__main__":

@@ -97,13 +97,8 @@ def _micro_batch(folder, options):
     from mindspeed_simpo.config import Config
     from mindspeed_simpo.data.collate import collate_padded
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.model.gpt import build_model
-    from mindspeed_simpo.model.hf_config import read_model_spec
-    from mindspeed_simpo.model.hf_weights import fill_weights
-    from mindspeed_simpo.objectives import make_objective
-    from mindspeed_simpo.optimizer import wrap_for_training
     from mindspeed_simpo.parallel import initialize
-    from mindspeed_simpo.schedule import PairSchedule
+    from scripts.engine import build_engine
     from tests.hf import make_token_pairs
     from tests.ranks.traffic import Traffic
 
@@ -115,18 +110,7 @@ def _micro_batch(folder, options):
     config = Config(model_name_or_path=folder, data_path="unused", global_batch_size=2, micro_batch_size=2, **options)
     groups = initialize(config.layout(dist.get_world_size()), device)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    spec = read_model_spec(folder)
-    models = build_model(spec, config, groups, device)
-    fill_weights(models, spec, config, groups)
-    wrapped = wrap_for_training(models, config)
-    schedule = PairSchedule(
-        models=wrapped,
-        objective=make_objective(config),
-        groups=groups,
-        vocab_size=spec.vocab_size,
-        device=device.torch_device,
-        sequence_parallel=config.sequence_parallel,
-    )
+    _, schedule = build_engine(config, device, groups)
     pairs = [TokenizedPair(*pair, source="test") for pair in make_token_pairs(2, seed=3)]
     batch = collate_padded(pairs, [0, 1], multiple_of=8)
     axes = {"tensor": groups.tensor, "context": groups.context, "pipeline": groups.pipeline}

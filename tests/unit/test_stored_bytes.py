@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from scripts.engine import build_engine
 from scripts.tensor_bytes import PeakBytes, StoredBytes
 from tests.hf import make_checkpoint, make_token_pairs
 from tests.ranks.launcher import run_ranks
@@ -32,14 +33,7 @@ def _stored_on_rank(folder, pairs, schedules):
     from mindspeed_simpo.config import Config
     from mindspeed_simpo.data.batching import Batching
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.logprobs import fused_head
-    from mindspeed_simpo.model.gpt import build_model
-    from mindspeed_simpo.model.hf_config import read_model_spec
-    from mindspeed_simpo.model.hf_weights import fill_weights
-    from mindspeed_simpo.objectives import make_objective
-    from mindspeed_simpo.optimizer import wrap_for_training
     from mindspeed_simpo.parallel import initialize
-    from mindspeed_simpo.schedule import PairSchedule
 
     device = open_device("cpu")
     pairs = [TokenizedPair(*pair, source="") for pair in pairs]
@@ -54,18 +48,7 @@ def _stored_on_rank(folder, pairs, schedules):
         if not peaks:
             groups = initialize(config.layout(1), device)
             tensor_parallel.model_parallel_cuda_manual_seed(1)
-        spec = read_model_spec(folder)
-        models = build_model(spec, config, groups, device)
-        fill_weights(models, spec, config, groups)
-        runner = PairSchedule(
-            models=wrap_for_training(models, config),
-            objective=make_objective(config),
-            groups=groups,
-            vocab_size=spec.vocab_size,
-            device=device.torch_device,
-            pair_schedule=config.pair_schedule,
-            fused=fused_head(config),
-        )
+        models, runner = build_engine(config, device, groups)
         with StoredBytes(models[0].parameters()) as stored:
             runner.forward_backward([batch, batch], len(pairs))
         peaks.append(stored.peak)

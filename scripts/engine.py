@@ -1,0 +1,34 @@
+"""The engine without data and output: what measurements and tests run steps of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mindspeed_simpo.config import Config
+from mindspeed_simpo.device import Device
+
+
+def build_engine(config: Config, device: Device, groups: Any, table: Any = None) -> tuple[list[torch.nn.Module], Any]:
+    """The model with its starting weights, wrapped for training, and the schedule of the configured step.
+
+    Args:
+        config: Its data is not read, and neither is the tokenizer of its model.
+        device: Opened.
+        groups: Of the layout that ``config`` has on these ranks.
+        table: DPO's reference sums.
+    """
+    from mindspeed_simpo.model.gpt import build_model
+    from mindspeed_simpo.model.hf_config import read_model_spec
+    from mindspeed_simpo.model.hf_weights import fill_weights
+    from mindspeed_simpo.optimizer import wrap_for_training
+    from mindspeed_simpo.session import Session
+
+    spec = read_model_spec(config.model_name_or_path)
+    models = build_model(spec, config, groups, device)
+    fill_weights(models, spec, config, groups)
+    layout = config.layout(groups.world.size())
+    session = Session(config, layout, device, groups, tokenizer=None, spec=spec, models=models)  # type: ignore[arg-type]
+    wrapped = wrap_for_training(models, config)
+    return wrapped, session.schedule(wrapped, table)

@@ -81,7 +81,51 @@ class Packing:
 
     def to(self, device: torch.device) -> Packing:
         """The same with its tensors on ``device``."""
-        return Packing(self.documents, self.positions.to(device), self.pair_of.to(device), self.num_pairs)
+        return Packing(self.documents, moved(self.positions, device), moved(self.pair_of, device), self.num_pairs)
+
+
+@dataclass(frozen=True)
+class ScoredTokens:
+    """Where the response tokens of some rows are, as indices: a device that has them need not search its targets."""
+
+    state: Int[Tensor, " token"]
+    """int64 index, in hidden states ``[seq, row, hidden]`` whose first two axes are one, of what predicts the token."""
+    target: Int[Tensor, " token"]
+    """int64 id of the token."""
+    sequence: Int[Tensor, " token"]
+    """int64 number of the sequence that it is of."""
+    place: Int[Tensor, " token"]
+    """int64 position in its row of what predicts it."""
+    num_sequences: int
+    seq_length: int
+    """Positions of a row."""
+
+    @classmethod
+    def of(cls, targets: Int[Tensor, "target_row seq"], packing: Packing | None = None) -> ScoredTokens:
+        """Find them, which on an accelerator waits for its queue: pass targets that are still on the host.
+
+        Args:
+            targets: See :class:`PairBatch`; or those of the positions that a context-parallel rank holds.
+            packing: Set where the two rows of targets are of one row of tokens.
+        """
+        row, place = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+        if packing is None:
+            state, sequence, sequences = place * len(targets) + row, row, len(targets)
+        else:
+            sequences = len(targets) * packing.num_pairs
+            state, sequence = place, row * packing.num_pairs + packing.pair_of[place]
+        return cls(state, targets[row, place], sequence, place, sequences, targets.shape[1])
+
+    def to(self, device: torch.device) -> ScoredTokens:
+        """The same with its tensors on ``device``."""
+        return ScoredTokens(
+            moved(self.state, device),
+            moved(self.target, device),
+            moved(self.sequence, device),
+            moved(self.place, device),
+            self.num_sequences,
+            self.seq_length,
+        )
 
 
 @dataclass(frozen=True)
@@ -117,10 +161,10 @@ class PairBatch:
     def to(self, device: torch.device) -> PairBatch:
         """The same micro-batch with its tensors on ``device``."""
         return PairBatch(
-            tokens=self.tokens.to(device),
-            targets=self.targets.to(device),
-            lengths=self.lengths.to(device),
-            pair_ids=self.pair_ids.to(device),
+            tokens=moved(self.tokens, device),
+            targets=moved(self.targets, device),
+            lengths=moved(self.lengths, device),
+            pair_ids=moved(self.pair_ids, device),
             packing=self.packing.to(device) if self.packing is not None else None,
         )
 
@@ -156,3 +200,10 @@ class LossOutput:
     chosen_reward: Float[Tensor, " pair"]
     """Detached, without the margin."""
     rejected_reward: Float[Tensor, " pair"]
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; the host goes on at once, for it is copied from page-locked memory."""
+    if tensor.device == device or device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

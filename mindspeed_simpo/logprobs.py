@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mindspeed_simpo.batch import IGNORE_INDEX, Packing
+from mindspeed_simpo.batch import ScoredTokens
 from mindspeed_simpo.config import Config
 from mindspeed_simpo.device import reduction_dtype
 from mindspeed_simpo.parallel import Groups
@@ -49,12 +49,11 @@ def sequence_logprobs(
     hidden: Float[Tensor, "hidden_seq row hidden"],
     weight: Float[Tensor, "shard hidden"],
     *,
-    targets: Int[Tensor, "target_row seq"],
+    scored: ScoredTokens,
     groups: Groups,
     vocab_size: int,
     sequence_parallel: bool = False,
     fused: FusedHead | None = None,
-    packing: Packing | None = None,
 ) -> Float[Tensor, " sequence"]:
     r"""``sum_t log softmax(W h_t)[y_t]`` over the response tokens of each sequence.
 
@@ -65,33 +64,26 @@ def sequence_logprobs(
         hidden: Final hidden states, after the last norm, of this context-parallel rank's positions; with
             ``sequence_parallel`` only this tensor-parallel rank's part of them.
         weight: This rank's rows of the output embedding.
-        targets: Next-token ids of the whole vocabulary, ``IGNORE_INDEX`` where nothing is scored; shifted on the whole
-            sequence before it was sliced. Each row of hidden states has one row of targets, which is a sequence. With
-            ``packing`` every row of targets is of the one row of hidden states, and has a sequence of each pair.
+        scored: The response tokens that these positions predict, ids of the whole vocabulary; targets were shifted on
+            the whole sequence before it was sliced. On the device of ``hidden``.
         groups: Sums run over ``groups.context``; the vocabulary is divided over ``groups.tensor``.
         vocab_size: Ids that exist; the padding above it has probability zero.
         sequence_parallel: Whether the ranks of ``groups.tensor`` hold different positions of ``hidden``.
         fused: Set where logits are to exist for a chunk of tokens only.
-        packing: Set where hidden states are of one row that holds many sequences; not with several context ranks.
 
     Returns:
         Nats, summed in fp64 (fp32 on NPUs); 0 for a sequence without response tokens.
     """
-    row, place = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-    if packing is None:
-        state, sequence, sequences = place * hidden.shape[1] + row, row, len(targets)
-    else:
-        sequences = len(targets) * packing.num_pairs
-        state, sequence = place, row * packing.num_pairs + packing.pair_of[place]
     if sequence_parallel:
         hidden = gather_along_first(hidden, groups.tensor)
-    selected = hidden.flatten(0, 1).index_select(0, state)
+    selected = hidden.flatten(0, 1).index_select(0, scored.state)
     if not sequence_parallel:
         selected = copy_to(selected, groups.tensor)
     token_logprobs = vocab_parallel_logprobs(
-        selected, weight, targets[row, place], groups=groups, vocab_size=vocab_size, fused=fused
+        selected, weight, scored.target, groups=groups, vocab_size=vocab_size, fused=fused
     )
-    spread = token_logprobs.new_zeros(sequences, targets.shape[1]).index_put((sequence, place), token_logprobs)
+    spread = token_logprobs.new_zeros(scored.num_sequences, scored.seq_length)
+    spread = spread.index_put((scored.sequence, scored.place), token_logprobs)
     return sum_over(spread.sum(dim=1, dtype=reduction_dtype(spread.device)), groups.context)
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mindspeed_simpo.batch import Documents
+from mindspeed_simpo.batch import Documents, moved
 from mindspeed_simpo.device import npu
 from mindspeed_simpo.model.causal import causal_attention
 
@@ -122,10 +122,10 @@ def _branch_keys(documents: Documents, device: torch.device) -> Int[Tensor, " ke
         parts.append(torch.arange(branch.prefix_start, branch.prefix_start + branch.prefix_length))
         parts.append(torch.arange(start, start + branch.length))
         start += branch.length
-    return torch.cat(parts).to(device)
+    return moved(torch.cat(parts), device)
 
 
 @functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
 def _bounds(lengths: tuple[int, ...], device: torch.device) -> Int[Tensor, " bound"]:
     """Where each document begins, and where the last one ends."""
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    return moved(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)

@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mindspeed_simpo.batch import ScoredTokens
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.logprobs import FusedHead, sequence_logprobs
 from mindspeed_simpo.parallel import Groups
@@ -41,7 +42,7 @@ class ResponseHead:
             sums = sequence_logprobs(
                 hidden,
                 output_layer.weight if weight is None else weight,
-                targets=self.targets,
+                scored=ScoredTokens.of(self.targets),
                 groups=self._groups,
                 vocab_size=self._vocab_size,
                 sequence_parallel=self._sequence_parallel,

@@ -8,7 +8,25 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mindspeed_simpo.batch import IGNORE_INDEX, ONE_A_ROW, Documents, Packing, PairBatch
+from mindspeed_simpo.batch import IGNORE_INDEX, ONE_A_ROW, Documents, Packing, PairBatch, ScoredTokens, moved
+from mindspeed_simpo.parallel.context import positions_of
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """What the model of one context-parallel rank takes."""
+
+    tokens: Int[Tensor, "row held"]
+    position_ids: Int[Tensor, " held"]
+    """Place of each token in its sequence."""
+    documents: Documents
+    """What attends to what."""
+    scored: ScoredTokens
+
+    def to(self, device: torch.device) -> HeldRows:
+        """On ``device``."""
+        tokens, position_ids = moved(self.tokens, device), moved(self.position_ids, device)
+        return HeldRows(tokens, position_ids, self.documents, self.scored.to(device))
 
 
 @dataclass(frozen=True)
@@ -24,14 +42,15 @@ class Rows:
         """All sequences: chosen, then rejected."""
         return cls(batch.tokens, batch.targets, batch.packing)
 
-    @property
-    def documents(self) -> Documents:
-        """What attends to what."""
-        return self.packing.documents if self.packing is not None else ONE_A_ROW
-
-    def position_ids(self, held: Int[Tensor, " held"]) -> Int[Tensor, " held"]:
-        """Place in its sequence of each token that this rank holds, ``held`` by its place in the row."""
-        return held if self.packing is None else self.packing.positions[held]
+    def held_by(self, context_rank: int, context_size: int) -> HeldRows:
+        """What one context-parallel rank holds of them."""
+        held = positions_of(context_rank, context_size, self.tokens.shape[1], self.tokens.device)
+        return HeldRows(
+            tokens=self.tokens[:, held],
+            position_ids=self.packing.positions[held] if self.packing is not None else held,
+            documents=self.packing.documents if self.packing is not None else ONE_A_ROW,
+            scored=ScoredTokens.of(self.targets[:, held], self.packing),
+        )
 
     def halves(self) -> tuple[Rows, Rows]:
         """Chosen rows, rejected rows; of padded rows only."""
@@ -86,11 +105,6 @@ class Rows:
             torch.nn.functional.pad(self.tokens, (0, missing)),
             torch.nn.functional.pad(self.targets, (0, missing), value=IGNORE_INDEX),
         )
-
-    def to(self, device: torch.device) -> Rows:
-        """On ``device``."""
-        packing = self.packing.to(device) if self.packing is not None else None
-        return Rows(self.tokens.to(device), self.targets.to(device), packing)
 
 
 def _rounded(length: int, multiple_of: int) -> int:

@@ -18,11 +18,11 @@ from mindspeed_simpo.batch import PairBatch
 from mindspeed_simpo.logprobs import FusedHead, sequence_logprobs
 from mindspeed_simpo.objectives import Objective
 from mindspeed_simpo.parallel import Groups
-from mindspeed_simpo.parallel.context import positions_of
-from mindspeed_simpo.schedule.rows import Rows
+from mindspeed_simpo.schedule.rows import HeldRows, Rows
 from mindspeed_simpo.schedule.scoring import PairScorer, ReferenceLookup, ScoredBatch
 
 PairScheduleName = Literal["concat", "split", "two_pass"]
+LossOfPass = Callable[[Float[Tensor, " sequence"]], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Pass:
     """One forward, and where gradients are wanted one backward, of some rows through the whole pipeline."""
 
     rows: Rows
-    loss: Callable[[Float[Tensor, " sequence"]], tuple[Tensor, Any]]
+    loss: LossOfPass
     """On the last stage: the sequences' log-probability sums -> what the backward starts from, and a record."""
 
 
@@ -110,9 +110,11 @@ class PairSchedule:
             # the interleaved schedule exchanges tensors of one shape
             longest = max(each.rows.tokens.shape[1] for each in passes)
             passes = [dataclasses.replace(each, rows=each.rows.padded_to(longest)) for each in passes]
+        # searched for response tokens here, on the host: a device that is asked where they are is waited for
+        steps = [(self._held(each.rows, forward_only), each.loss) for each in passes]
         return get_forward_backward_func()(  # type: ignore[no-any-return]
-            forward_step_func=partial(self._forward_step, len(passes), forward_only),
-            data_iterator=[iter(passes) for _ in self.models],
+            forward_step_func=partial(self._forward_step, len(passes)),
+            data_iterator=[iter(steps) for _ in self.models],
             model=list(self.models),
             num_microbatches=len(passes),
             seq_length=passes[0].rows.tokens.shape[1],
@@ -120,48 +122,48 @@ class PairSchedule:
             forward_only=forward_only,
         )
 
-    def _forward_step(
-        self, num_passes: int, forward_only: bool, passes: Iterator[Pass], model: torch.nn.Module
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:
-        current = next(passes)
-        rows = current.rows.to(self.device)
+    def _held(self, rows: Rows, forward_only: bool) -> list[HeldRows]:
+        """What this rank's forwards of one pass take: one forward, or one of each half."""
+        context = self.groups.context
         apart = self.pair_schedule == "split" and not forward_only
-        output = self._score_apart(model, rows) if apart else self._score(model, rows)
+        return [part.held_by(context.rank(), context.size()) for part in (rows.halves() if apart else (rows,))]
+
+    def _forward_step(
+        self, num_passes: int, steps: Iterator[tuple[list[HeldRows], LossOfPass]], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:
+        parts, loss_of_pass = next(steps)
+        parts = [part.to(self.device) for part in parts]
+        output = self._score(model, parts[0]) if len(parts) == 1 else self._score_apart(model, parts)
 
         def loss(logprobs: Float[Tensor, " sequence"]) -> tuple[Tensor, Any]:
-            value, record = current.loss(logprobs)
+            value, record = loss_of_pass(logprobs)
             # the schedule divides each loss by their number
             return value * num_passes, record
 
         return output, loss
 
-    def _score(self, model: torch.nn.Module, rows: Rows) -> Tensor:
+    def _score(self, model: torch.nn.Module, rows: HeldRows) -> Tensor:
         """Log-probability sums of the sequences on the last stage, hidden states ``[seq, row, hidden]`` before it."""
-        context = self.groups.context
-        held = positions_of(context.rank(), context.size(), rows.tokens.shape[1], self.device)
         head = partial(
             sequence_logprobs,
-            targets=rows.targets[:, held],
-            packing=rows.packing,
+            scored=rows.scored,
             groups=self.groups,
             vocab_size=self.vocab_size,
             sequence_parallel=self.sequence_parallel,
             fused=self.fused,
         )
-        output: Tensor = model(
-            rows.tokens[:, held], position_ids=rows.position_ids(held), documents=rows.documents, head=head
-        )
+        output: Tensor = model(rows.tokens, position_ids=rows.position_ids, documents=rows.documents, head=head)
         return output
 
-    def _score_apart(self, model: torch.nn.Module, rows: Rows) -> Tensor:
-        """:meth:`_score` in two forwards; what travels between stages is laid together as one forward's would be."""
+    def _score_apart(self, model: torch.nn.Module, parts: Sequence[HeldRows]) -> Tensor:
+        """:meth:`_score` of each part; what travels between stages is laid together as one forward's would be."""
         received = get_attr_wrapped_model(model, "decoder").input_tensor
-        parts = (None, None) if received is None else received.chunk(2, dim=1)
+        inputs = [None] * len(parts) if received is None else received.chunk(len(parts), dim=1)
         outputs = []
-        for half, part in zip(rows.halves(), parts, strict=True):
-            if part is not None:
-                get_attr_wrapped_model(model, "set_input_tensor")(part.contiguous())
-            outputs.append(self._score(model, half))
+        for part, hidden in zip(parts, inputs, strict=True):
+            if hidden is not None:
+                get_attr_wrapped_model(model, "set_input_tensor")(hidden.contiguous())
+            outputs.append(self._score(model, part))
         return torch.cat(outputs, dim=outputs[0].dim() // 2)
 
     @property

@@ -13,7 +13,7 @@ FP32, FP64 = 4, 8
 def _loss_path(tensor, context, sequence_parallel):
     import torch
 
-    from mindspeed_simpo.batch import IGNORE_INDEX
+    from mindspeed_simpo.batch import IGNORE_INDEX, ScoredTokens
     from mindspeed_simpo.config import Layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.logprobs import sequence_logprobs
@@ -31,7 +31,7 @@ def _loss_path(tensor, context, sequence_parallel):
         sums = sequence_logprobs(
             hidden,
             weight,
-            targets=targets,
+            scored=ScoredTokens.of(targets),
             groups=groups,
             vocab_size=VOCAB,
             sequence_parallel=sequence_parallel,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mindspeed_simpo.batch import IGNORE_INDEX
+from mindspeed_simpo.batch import IGNORE_INDEX, ScoredTokens
 from tests.ranks.launcher import run_ranks
 
 HIDDEN, SEQ, ROWS = 12, 9, 6
@@ -62,7 +62,7 @@ def _head(groups, vocab_size, padded, chunk_tokens, dtype=torch.float32, sequenc
     sums = sequence_logprobs(
         hidden,
         shard,
-        targets=targets,
+        scored=ScoredTokens.of(targets),
         groups=groups,
         vocab_size=vocab_size,
         sequence_parallel=sequence_parallel,
@@ -121,7 +121,9 @@ def _nothing_scored_on_rank():
     hidden = torch.randn(SEQ, ROWS, HIDDEN, requires_grad=True)
     weight = torch.randn(16, HIDDEN, requires_grad=True)
     targets = torch.full((ROWS, SEQ), IGNORE_INDEX)
-    sums = sequence_logprobs(hidden, weight, targets=targets, groups=groups, vocab_size=32, fused=FusedHead(4))
+    sums = sequence_logprobs(
+        hidden, weight, scored=ScoredTokens.of(targets), groups=groups, vocab_size=32, fused=FusedHead(4)
+    )
     sums.sum().backward()
     return [tensor.detach().abs().sum().item() for tensor in (sums, hidden.grad, weight.grad)]
 
@@ -142,7 +144,9 @@ def _main_grad_on_rank(dtype, awaited):
     weight.main_grad = torch.ones(weight.shape)
     weight.grad_added_to_main_grad = False  # as megatron's DDP marks it
     fused = FusedHead(4, weight_grad_awaited=awaited)
-    sums = sequence_logprobs(hidden.to(dtype), weight, targets=targets, groups=groups, vocab_size=29, fused=fused)
+    sums = sequence_logprobs(
+        hidden.to(dtype), weight, scored=ScoredTokens.of(targets), groups=groups, vocab_size=29, fused=fused
+    )
     sums.backward(upstream.float())
     return weight.main_grad.numpy(), None if weight.grad is None else bool(weight.grad.any())
 

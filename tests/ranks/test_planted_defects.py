@@ -63,22 +63,20 @@ def label_zero_means_nothing():
 
 def shift_after_slicing():
     """Each context-parallel rank shifts the labels of its own slice, which has gaps and an end."""
-    from mindspeed_simpo import logprobs
     from mindspeed_simpo.batch import IGNORE_INDEX
-    from mindspeed_simpo.parallel.context import natural_order, positions_of
+    from mindspeed_simpo.parallel.context import positions_of
+    from mindspeed_simpo.schedule.rows import Rows
 
-    original = logprobs.sequence_logprobs
+    original = Rows.held_by
     pad = functools.partial(torch.nn.functional.pad, value=IGNORE_INDEX)
 
-    def sequence_logprobs(hidden, weight, *, targets, groups, **options):
-        group, length = groups.context, groups.context.size() * targets.shape[1]
-        slices = [torch.empty_like(targets) for _ in range(group.size())]
-        dist.all_gather(slices, targets.contiguous(), group=group)
-        whole = torch.cat(slices, dim=1)[:, natural_order(group.size(), length, targets.device)]
-        labels = pad(whole, (1, 0))[:, positions_of(group.rank(), group.size(), length, targets.device)]
-        return original(hidden, weight, targets=pad(labels[:, 1:], (0, 1)), groups=groups, **options)
+    def held_by(self, context_rank, context_size):
+        held = positions_of(context_rank, context_size, self.targets.shape[1], self.targets.device)
+        labels = pad(self.targets, (1, 0))[:, held]
+        targets = self.targets.index_copy(1, held, pad(labels[:, 1:], (0, 1)))
+        return original(dataclasses.replace(self, targets=targets), context_rank, context_size)
 
-    _put_in_place_of(original, sequence_logprobs)
+    Rows.held_by = held_by
 
 
 def supervised_term_divided_twice():

@@ -94,15 +94,15 @@ def _halves_of_a_packed_row_are_rows_of_their_own():
     chosen, rejected = Rows.of(batch).trimmed_halves(batch.lengths, 4)
     assert chosen.tokens.tolist() == [[1, 2, 3, 7, 8, 9, 0, 0]]
     assert chosen.targets.tolist() == [[N, 3, N, 8, 9, N, N, N]]
-    assert chosen.documents == Documents((3, 3, 2))
+    assert chosen.packing.documents == Documents((3, 3, 2))
     assert chosen.packing.positions.tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
     assert rejected.tokens.tolist() == [[1, 2, 4, 5, 6, 7, 10, 0]]
     assert rejected.targets.tolist() == [[N, 4, 5, 6, N, 10, N, N]]
-    assert rejected.documents == Documents((5, 2, 1))
+    assert rejected.packing.documents == Documents((5, 2, 1))
     assert rejected.packing.pair_of.tolist() == [0] * 5 + [1] * 2 + [0]
     fillers = collate_packed([None], [0], multiple_of=4)
     for half in Rows.of(fillers).trimmed_halves(fillers.lengths, 4):
-        assert half.documents == Documents((4,))
+        assert half.packing.documents == Documents((4,))
         assert half.tokens.tolist() == [[0] * 4]
 
 

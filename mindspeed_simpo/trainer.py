@@ -17,7 +17,7 @@ from mindspeed_simpo import checkpoint, metrics, not_finite
 from mindspeed_simpo.batch import PairBatch
 from mindspeed_simpo.config import Config
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data
-from mindspeed_simpo.data.loader import PairLoader
+from mindspeed_simpo.data.loader import PairLoader, PreparedAhead
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import CheckpointError, ConfigError, TrainingError
 from mindspeed_simpo.optimizer import Stepper, build_stepper, wrap_for_training, wrap_precision
@@ -99,7 +99,7 @@ class Run:
         self.train_iters = train_iters
         self.schedule = session.schedule(models, tables[0])
         self.eval_schedule = session.schedule(models, tables[1])
-        self.train_loader = session.loader(train_data)
+        self.train_loader = PreparedAhead(session.loader(train_data))
         self.eval_loader = session.loader(eval_data) if eval_data is not None else None
         self.root = Path(self.config.output_dir)
         self.writer: metrics.MetricsWriter | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -63,7 +64,7 @@ class PairLoader:
             raise ValueError(f"rank {data_parallel_rank} of {data_parallel_size}")
         self._dataset = dataset
         self._seed = seed
-        self._global_batch_size = global_batch_size
+        self.global_batch_size = global_batch_size
         self._batching = batching
         self._rank = data_parallel_rank
         self._ranks = data_parallel_size
@@ -72,9 +73,9 @@ class PairLoader:
     def train_step(self, consumed_pairs: int) -> list[PairBatch]:
         """This rank's micro-batches of the global batch that starts after ``consumed_pairs`` pairs of the stream."""
         pair_ids: list[int] = []
-        while len(pair_ids) < self._global_batch_size:
+        while len(pair_ids) < self.global_batch_size:
             epoch, start = divmod(consumed_pairs + len(pair_ids), len(self._dataset))
-            pair_ids += self._order(epoch)[start : start + self._global_batch_size - len(pair_ids)]
+            pair_ids += self._order(epoch)[start : start + self.global_batch_size - len(pair_ids)]
         return self._micro_batches(pair_ids)
 
     def eval_steps(self, max_global_batches: int | None = None) -> Iterator[list[PairBatch]]:
@@ -82,11 +83,11 @@ class PairLoader:
 
         The last global batch is filled up with filler pairs, so that every rank has at least one micro-batch.
         """
-        total = -(-len(self._dataset) // self._global_batch_size)
+        total = -(-len(self._dataset) // self.global_batch_size)
         for step in range(total if max_global_batches is None else min(total, max_global_batches)):
-            start = step * self._global_batch_size
-            pair_ids = list(range(start, min(start + self._global_batch_size, len(self._dataset))))
-            yield self._micro_batches(pair_ids + [FILLER_PAIR] * (self._global_batch_size - len(pair_ids)))
+            start = step * self.global_batch_size
+            pair_ids = list(range(start, min(start + self.global_batch_size, len(self._dataset))))
+            yield self._micro_batches(pair_ids + [FILLER_PAIR] * (self.global_batch_size - len(pair_ids)))
 
     def _order(self, epoch: int) -> list[int]:
         if self._last_order is None or self._last_order[0] != epoch:
@@ -103,6 +104,28 @@ class PairLoader:
 
         own = self._batching.deal(len(pair_ids), size_at, self._ranks)[self._rank]
         return self._batching.micro_batches([read(index) for index in own], [pair_ids[index] for index in own])
+
+
+class PreparedAhead:
+    """:meth:`PairLoader.train_step` of a loader, whose next micro-batches a thread prepares while these are trained on.
+
+    What it returns is the same: a function of ``consumed_pairs``.
+    """
+
+    def __init__(self, loader: PairLoader) -> None:
+        self._loader = loader
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="micro-batches")
+        self._ahead: tuple[int, Future[list[PairBatch]]] | None = None
+
+    def train_step(self, consumed_pairs: int) -> list[PairBatch]:
+        """See :meth:`PairLoader.train_step`; an error of the thread is raised here, at the step that it belongs to."""
+        if self._ahead is not None and self._ahead[0] == consumed_pairs:
+            micro_batches = self._ahead[1].result()
+        else:
+            micro_batches = self._thread.submit(self._loader.train_step, consumed_pairs).result()
+        following = consumed_pairs + self._loader.global_batch_size
+        self._ahead = (following, self._thread.submit(self._loader.train_step, following))
+        return micro_batches
 
 
 def epoch_order(num_pairs: int, seed: int | None, epoch: int) -> list[int]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from mindspeed_simpo.batch import FILLER_PAIR, IGNORE_INDEX, TokenizedPair
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.collate import collate_padded
-from mindspeed_simpo.data.loader import PairLoader
+from mindspeed_simpo.data.loader import PairLoader, PreparedAhead
 from mindspeed_simpo.errors import DataError
 
 N = IGNORE_INDEX
@@ -75,6 +77,47 @@ def test_global_batches_do_not_depend_on_the_ranks(ranks, micro):
         steps = [part.train_step(consumed) for part in parts]
         assert {len(step) for step in steps} == {8 // (ranks * micro)}
         assert global_batch(steps) == global_batch([reference.train_step(consumed)])
+
+
+class Watched(Numbers):
+    """Tells when pair 8 is read, and breaks at one."""
+
+    def __init__(self, size, broken=None):
+        super().__init__(size)
+        self.broken = broken
+        self.eighth_read = threading.Event()
+
+    def __getitem__(self, index):
+        if index == self.broken:
+            raise DataError(f"pair {index} is broken")
+        if index == 8:
+            self.eighth_read.set()
+        return super().__getitem__(index)
+
+
+def prepared(dataset):
+    batching = Batching("padded", 2, max_tokens=0)
+    common = {"seed": None, "batching": batching, "data_parallel_rank": 0, "data_parallel_size": 1}
+    return PreparedAhead(PairLoader(dataset, global_batch_size=4, **common))
+
+
+def test_the_next_batch_is_prepared_while_this_one_is_trained_on():
+    dataset = Watched(21)
+    ahead = prepared(dataset)
+    ahead.train_step(0)
+    assert not dataset.eighth_read.is_set()
+    first = ahead.train_step(4)
+    assert dataset.eighth_read.wait(timeout=10), "nobody prepares the batch after it"
+    for consumed, batches in ((4, first), (8, ahead.train_step(8)), (0, ahead.train_step(0)), (4, ahead.train_step(4))):
+        ids = [pair_id for batch in batches for pair_id in batch.pair_ids.tolist()]
+        assert ids == list(range(consumed, consumed + 4))
+
+
+def test_a_pair_that_cannot_be_read_fails_the_step_that_needs_it():
+    ahead = prepared(Watched(21, broken=9))
+    assert ahead.train_step(4)
+    with pytest.raises(DataError, match="pair 9"):
+        ahead.train_step(8)
 
 
 def test_every_epoch_has_every_pair_once_in_an_order_of_its_own():

@@ -35,6 +35,11 @@ class TokenizedPair:
     """Where the row comes from, for messages: ``FILE:LINE`` or ``FILE:row N``."""
 
     @property
+    def lengths(self) -> tuple[int, int, int]:
+        """Tokens of prompt, chosen and rejected response."""
+        return len(self.prompt_ids), len(self.chosen_ids), len(self.rejected_ids)
+
+    @property
     def length(self) -> int:
         """Tokens of the longer of the two sequences."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))

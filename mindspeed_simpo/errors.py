@@ -30,7 +30,7 @@ class CheckpointError(SimpoError):
 
 
 class TrainingError(SimpoError):
-    """Training cannot go on: a non-finite loss, a lost rank."""
+    """Training cannot go on: a loss or gradient that is not finite, metrics that cannot be written."""
 
 
 class PeerLostError(SimpoError):

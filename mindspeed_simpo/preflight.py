@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,10 +18,12 @@ from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.config import Config, Layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data, prepare_pairs
+from mindspeed_simpo.data.largest import LargestPass, largest_pass
 from mindspeed_simpo.data.template import ChatFormat
 from mindspeed_simpo.data.tokenizer import load_tokenizer
+from mindspeed_simpo.device import find_device
 from mindspeed_simpo.errors import DataError, SimpoError
-from mindspeed_simpo.memory import BatchShape, MemoryEstimate, count_parameters, estimate_memory
+from mindspeed_simpo.memory import MemoryEstimate, count_parameters, estimate_memory
 from mindspeed_simpo.model.hf_config import ModelSpec, read_model_spec, resolve_model
 from mindspeed_simpo.model.naming import pipeline_chunks
 from mindspeed_simpo.model.weight_source import SafetensorsFolder
@@ -76,7 +79,8 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     findings.warnings += judge_settings(config)
     if spec is not None:
         layout = config.layout(world_size)
-        estimates = estimate_memory(spec, config, layout, _batch_shape(config, parts))
+        device = find_device() if config.device == "auto" else config.device
+        estimates = estimate_memory(spec, config, layout, _largest(config, layout, parts), device)
         _print_layout(console, config, layout, spec, estimates)
         findings.warnings += judge_memory(config, layout, estimates)
     for title, style, messages in (("warning", "yellow", findings.warnings), ("error", "red", findings.errors)):
@@ -122,7 +126,7 @@ def judge_budget(config: Config, parts: dict[str, PairDataset]) -> Iterator[str]
         return
     batching = Batching.of(config)
     for part, dataset in parts.items():
-        sizes = [batching.size_of(pair) for pair in _inspected(dataset)]
+        sizes = [batching.size_of_pair(pair) for pair in _inspected(dataset)]
         if above := [size for size in sizes if size > batching.max_tokens]:
             yield (
                 f"{part}: {len(above)} of {len(sizes)} inspected pairs have more than max_tokens_per_micro_batch "
@@ -221,11 +225,11 @@ def _print_sample(console: Console, pair: TokenizedPair, tokenizer: PreTrainedTo
     console.print()
 
 
-def _batch_shape(config: Config, parts: dict[str, PairDataset]) -> BatchShape:
-    if "train" not in parts:
-        return BatchShape(config.seq_length, config.seq_length, config.seq_length)
-    report = parts["train"].report
-    return BatchShape(report.pair_tokens.longest, report.chosen_tokens.longest, report.rejected_tokens.longest)
+def _largest(config: Config, layout: Layout, parts: dict[str, PairDataset]) -> LargestPass:
+    half = config.seq_length // 2
+    # nothing is known without data: prompts and responses of half the length
+    lengths = parts["train"].lengths if "train" in parts else np.full((config.global_batch_size, 3), half)
+    return largest_pass(lengths, config, layout)
 
 
 def _print_layout(
@@ -240,7 +244,7 @@ def _print_layout(
     )
     console.print(_levers(config), soft_wrap=True)
     table = Table("GiB on one rank of", *(f"stage {estimate.stage}" for estimate in estimates))
-    for name in ("parameters", "gradients", "optimizer", "activations", "logits", "total"):
+    for name in ("parameters", "gradients", "optimizer", "activations", "head", "backward", "total"):
         table.add_row(name, *(_gib(getattr(estimate, name)) for estimate in estimates))
     console.print(table)
 

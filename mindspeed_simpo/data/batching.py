@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mindspeed_simpo.batch import PairBatch, TokenizedPair
 from mindspeed_simpo.config import Config
-from mindspeed_simpo.data.collate import COLLATE, shared_length
+from mindspeed_simpo.data.collate import COLLATE
 from mindspeed_simpo.options import BatchingName
 
 
@@ -29,24 +29,23 @@ class Batching:
         """As configured."""
         return cls(config.batching_in_use, config.micro_batch_size, config.token_budget, config.sequence_multiple)
 
-    def deal(self, number: int, size_at: Callable[[int], int], ranks: int) -> list[list[int]]:
+    def deal(self, sizes: Sequence[int], ranks: int) -> list[list[int]]:
         """Which pairs of a global batch each data-parallel rank gets; the same on every rank.
 
         ``padded`` deals ``micro_batch_size`` after ``micro_batch_size`` in turn. The packed forms deal by
         :func:`spread`, so that the ranks, which wait for each other after every step, have about equally many tokens.
 
         Args:
-            number: Pairs of the global batch.
-            size_at: :meth:`size_of` the pair with a number from 0; padded does not ask.
+            sizes: Of each pair of the global batch, see :meth:`size_of`; 0 for a filler.
             ranks: Data-parallel ranks; no more than pairs.
 
         Returns:
             The numbers of each rank's pairs, ascending.
         """
         if self.name == "padded":
-            turns = [index // self.micro_batch_size % ranks for index in range(number)]
-            return [[index for index in range(number) if turns[index] == rank] for rank in range(ranks)]
-        return spread([size_at(index) for index in range(number)], ranks)
+            turns = [index // self.micro_batch_size % ranks for index in range(len(sizes))]
+            return [[index for index, turn in enumerate(turns) if turn == rank] for rank in range(ranks)]
+        return spread(sizes, ranks)
 
     def micro_batches(self, pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int]) -> list[PairBatch]:
         """Micro-batches of one rank's pairs of a global batch; a function of these pairs alone.
@@ -58,23 +57,27 @@ class Batching:
             pairs: At least one; ``None`` is a filler pair.
             pair_ids: Row number of each pair in the dataset.
         """
-        if self.name == "padded":
-            size = self.micro_batch_size
-            parts = [list(range(first, min(first + size, len(pairs)))) for first in range(0, len(pairs), size)]
-        else:
-            parts = fill([self.size_of(pair) for pair in pairs], self.max_tokens // self.multiple_of * self.multiple_of)
         return [
             COLLATE[self.name](
                 [pairs[index] for index in part], [pair_ids[index] for index in part], multiple_of=self.multiple_of
             )
-            for part in parts
+            for part in self.parts([self.size_of_pair(pair) for pair in pairs])
         ]
 
-    def size_of(self, pair: TokenizedPair | None) -> int:
-        """Tokens that a pair adds to a packed row."""
-        if pair is None:
-            return 0
-        return shared_length(pair) + (len(pair.prompt_ids) if self.name == "packed" else 0)
+    def parts(self, sizes: Sequence[int]) -> list[list[int]]:
+        """The pairs of each micro-batch of one rank, by number; ``sizes`` of its pairs, see :meth:`size_of`."""
+        if self.name == "padded":
+            size, number = self.micro_batch_size, len(sizes)
+            return [list(range(first, min(first + size, number))) for first in range(0, number, size)]
+        return fill(sizes, self.max_tokens // self.multiple_of * self.multiple_of)
+
+    def size_of(self, prompt: int, chosen: int, rejected: int) -> int:
+        """Tokens that a pair of these lengths adds to a packed row."""
+        return prompt * (2 if self.name == "packed" else 1) + chosen + rejected
+
+    def size_of_pair(self, pair: TokenizedPair | None) -> int:
+        """:meth:`size_of` a pair; 0 for a filler."""
+        return 0 if pair is None else self.size_of(*pair.lengths)
 
 
 def spread(sizes: Sequence[int], bins: int) -> list[list[int]]:

@@ -101,7 +101,7 @@ def collate_prefix_shared(
     """
     kept, ids = _without_fillers(pairs, pair_ids)
     real = [(number, pair) for number, pair in enumerate(kept) if pair is not None]
-    row = _Row(sum(shared_length(pair) for _, pair in real), multiple_of)
+    row = _Row(sum(sum(pair.lengths) for _, pair in real), multiple_of)
     starts = []
     for number, pair in real:
         prompt = len(pair.prompt_ids)
@@ -121,11 +121,6 @@ COLLATE: dict[str, Collate] = {
     "prefix_shared": collate_prefix_shared,
 }
 """By the values of ``batching``."""
-
-
-def shared_length(pair: TokenizedPair) -> int:
-    """Tokens of a pair whose prompt is there once."""
-    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
 
 
 class _Row:

@@ -41,7 +41,7 @@ class PairDataset:
         """Hex digest of content, tokenizer and options; the same wherever the data lies."""
         self.report = report
         self.lengths = report.lengths
-        """``TokenizedPair.length`` of each pair, ``int64[pair]``."""
+        """Tokens of prompt, chosen and rejected response of each pair, ``int64[pair, 3]``."""
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int64
 
 from mindspeed_simpo.batch import FILLER_PAIR, PairBatch, TokenizedPair
 from mindspeed_simpo.data.batching import Batching
@@ -17,6 +17,10 @@ from mindspeed_simpo.errors import DataError
 @runtime_checkable
 class Pairs(Protocol):
     """What a loader needs of a dataset."""
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, "pair 3"]:
+        """Tokens of prompt, chosen and rejected response."""
 
     def __len__(self) -> int: ...
 
@@ -63,20 +67,15 @@ class PairLoader:
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"rank {data_parallel_rank} of {data_parallel_size}")
         self._dataset = dataset
-        self._seed = seed
+        self._stream = PairStream(len(dataset), seed)
         self.global_batch_size = global_batch_size
         self._batching = batching
         self._rank = data_parallel_rank
         self._ranks = data_parallel_size
-        self._last_order: tuple[int, list[int]] | None = None
 
     def train_step(self, consumed_pairs: int) -> list[PairBatch]:
         """This rank's micro-batches of the global batch that starts after ``consumed_pairs`` pairs of the stream."""
-        pair_ids: list[int] = []
-        while len(pair_ids) < self.global_batch_size:
-            epoch, start = divmod(consumed_pairs + len(pair_ids), len(self._dataset))
-            pair_ids += self._order(epoch)[start : start + self.global_batch_size - len(pair_ids)]
-        return self._micro_batches(pair_ids)
+        return self._micro_batches(self._stream.take(consumed_pairs, self.global_batch_size))
 
     def eval_steps(self, max_global_batches: int | None = None) -> Iterator[list[PairBatch]]:
         """This rank's micro-batches of each global batch of one pass in row order.
@@ -89,21 +88,37 @@ class PairLoader:
             pair_ids = list(range(start, min(start + self.global_batch_size, len(self._dataset))))
             yield self._micro_batches(pair_ids + [FILLER_PAIR] * (self.global_batch_size - len(pair_ids)))
 
+    def _micro_batches(self, pair_ids: Sequence[int]) -> list[PairBatch]:
+        sizes = [
+            0 if pair_id == FILLER_PAIR else self._batching.size_of(*self._dataset.lengths[pair_id].tolist())
+            for pair_id in pair_ids
+        ]
+        own = [pair_ids[index] for index in self._batching.deal(sizes, self._ranks)[self._rank]]
+        return self._batching.micro_batches(
+            [None if pair_id == FILLER_PAIR else self._dataset[pair_id] for pair_id in own], own
+        )
+
+
+class PairStream:
+    """The pairs of a run in their order: epoch after epoch, each shuffled by itself."""
+
+    def __init__(self, num_pairs: int, seed: int | None) -> None:
+        self._num_pairs = num_pairs
+        self._seed = seed
+        self._last_order: tuple[int, list[int]] | None = None
+
+    def take(self, consumed_pairs: int, number: int) -> list[int]:
+        """The ``number`` pairs after ``consumed_pairs``."""
+        pair_ids: list[int] = []
+        while len(pair_ids) < number:
+            epoch, start = divmod(consumed_pairs + len(pair_ids), self._num_pairs)
+            pair_ids += self._order(epoch)[start : start + number - len(pair_ids)]
+        return pair_ids
+
     def _order(self, epoch: int) -> list[int]:
         if self._last_order is None or self._last_order[0] != epoch:
-            self._last_order = (epoch, epoch_order(len(self._dataset), self._seed, epoch))
+            self._last_order = (epoch, epoch_order(self._num_pairs, self._seed, epoch))
         return self._last_order[1]
-
-    def _micro_batches(self, pair_ids: Sequence[int]) -> list[PairBatch]:
-        @functools.cache
-        def read(index: int) -> TokenizedPair | None:
-            return None if pair_ids[index] == FILLER_PAIR else self._dataset[pair_ids[index]]
-
-        def size_at(index: int) -> int:
-            return self._batching.size_of(read(index))
-
-        own = self._batching.deal(len(pair_ids), size_at, self._ranks)[self._rank]
-        return self._batching.micro_batches([read(index) for index in own], [pair_ids[index] for index in own])
 
 
 class PreparedAhead:

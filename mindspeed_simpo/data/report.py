@@ -70,8 +70,8 @@ class DataReport:
     rejected_tokens: TokenStatistics
     pair_tokens: TokenStatistics
     """Prompt and longer response."""
-    lengths: Int64[np.ndarray, " pair"]
-    """Prompt and longer response of each kept pair, tokens."""
+    lengths: Int64[np.ndarray, "pair 3"]
+    """Prompt, chosen and rejected response of each kept pair, tokens."""
 
     def summary(self) -> str:
         """One line of counts."""
@@ -108,7 +108,7 @@ def make_report(table: Any, sources: Sequence[Source]) -> DataReport:
         chosen_tokens=_statistics(chosen),
         rejected_tokens=_statistics(rejected),
         pair_tokens=_statistics(pair),
-        lengths=pair,
+        lengths=np.stack([prompt, chosen, rejected], axis=1),
     )
 
 

@@ -103,16 +103,15 @@ def open_device(name: Literal["auto", "npu", "cuda", "cpu"], local_rank: int = 0
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
     # imported by megatron-core: a host with a CUDA compiler and no device is told so on every start
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    found = _find() if name == "auto" else name
+    found = find_device() if name == "auto" else name
     if found == "cpu":
         cpu.install_adaptor()
-        megatron_repairs.repair()
-        operators.install()
-        return Device("cpu", torch.device("cpu"))
-    if found == "npu":
+    elif found == "npu":
         npu.install_adaptor()
     megatron_repairs.repair()
     operators.install()
+    if found == "cpu":
+        return Device("cpu", torch.device("cpu"))
     accelerator = getattr(torch, found, None)
     if accelerator is None or not accelerator.is_available():
         raise ConfigError(f"device: {found} is not available on this host; set device: auto or device: cpu")
@@ -125,7 +124,8 @@ def open_device(name: Literal["auto", "npu", "cuda", "cpu"], local_rank: int = 0
     return Device(found, torch.device(found, local_rank))
 
 
-def _find() -> DeviceName:
+def find_device() -> DeviceName:
+    """The first of npu, cuda and cpu that this host has."""
     if npu.is_available():
         return "npu"
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -64,7 +64,7 @@ class BiasedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
 
 
 def transformer_config(spec: ModelSpec, config: Config, device: Device) -> TransformerConfig:
-    """megatron-core's view of the model and the run: dropout off, weights left to the loader, fused kernels on NPUs."""
+    """megatron-core's view of the model and the run: dropout off, weights left to the loader."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     stages = config.pipeline_model_parallel_size
     interleaved = config.num_layers_per_virtual_pipeline_stage is not None

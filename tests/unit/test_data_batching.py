@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,14 @@ from mindspeed_simpo.errors import ConfigError
 
 N = IGNORE_INDEX
 PAIRS = [TokenizedPair([5, 6], [7, 0, 9], [8], "a:1"), None, TokenizedPair([1], [2], [3, 4], "a:2")]
+
+
+class Pairs(list):
+    """Pairs and their lengths, as a dataset has them."""
+
+    @property
+    def lengths(self):
+        return np.array([pair.lengths for pair in self])
 
 
 def test_packed_by_hand():
@@ -138,7 +147,7 @@ def test_spread_is_even_and_leaves_no_bin_empty():
 @pytest.mark.parametrize("name", COLLATE)
 def test_all_ranks_together_have_every_pair_of_a_global_batch_once(name):
     draw = random.Random(1)
-    pairs = [TokenizedPair([1] * draw.randint(1, 90), [2] * 3, [3], "") for _ in range(22)]
+    pairs = Pairs(TokenizedPair([1] * draw.randint(1, 90), [2] * 3, [3], "") for _ in range(22))
     shared = {"seed": 3, "global_batch_size": 8, "batching": Batching(name, 2, 60), "data_parallel_size": 4}
     loaders = [PairLoader(pairs, data_parallel_rank=rank, **shared) for rank in range(4)]
     whole = PairLoader(pairs, data_parallel_rank=0, **shared | {"data_parallel_size": 1})
@@ -159,8 +168,8 @@ def batching(name, **options):
 
 def test_the_budget_counts_the_tokens_that_the_model_sees():
     pair = TokenizedPair([1] * 5, [2] * 3, [3] * 4, "")
-    assert batching("packed").size_of(pair) == 17
-    assert batching("prefix_shared").size_of(pair) == 12
+    assert batching("packed").size_of_pair(pair) == 17
+    assert batching("prefix_shared").size_of_pair(pair) == 12
     assert batching("packed").max_tokens == batching("prefix_shared").max_tokens == 32
     for name, budget, expected in [
         ("packed", 34, [2, 2, 1]),

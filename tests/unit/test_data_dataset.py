@@ -43,7 +43,7 @@ def test_pairs_are_read_back_as_they_are(tmp_path):
         "I do not know.<|im_end|>",
     )
     assert dataset[1].source == f"{tmp_path / 'rows.jsonl'}:2"
-    assert dataset.lengths.tolist() == [dataset[0].length, dataset[1].length]
+    assert dataset.lengths.tolist() == [list(dataset[0].lengths), list(dataset[1].lengths)]
     for index in (-1, 2):
         with pytest.raises(IndexError):
             dataset[index]
@@ -114,8 +114,9 @@ def test_truncation_is_counted(tmp_path):
     report = prepare(tmp_path, rows, seq_length=160, max_prompt_length=120, truncation="keep_end").report
     assert (report.truncated_prompts, report.truncated_responses) == (1, 1)
     assert report.pair_tokens.longest == 160
-    assert report.pair_tokens.total == report.lengths.sum()
-    assert np.array_equal(np.sort(report.lengths)[1:], [160, 160])
+    pairs = report.lengths[:, 0] + report.lengths[:, 1:].max(axis=1)
+    assert report.pair_tokens.total == pairs.sum()
+    assert np.array_equal(np.sort(pairs)[1:], [160, 160])
 
 
 def test_the_split_is_by_rows_in_order(tmp_path):

@@ -2,21 +2,30 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mindspeed_simpo import claims
+from mindspeed_simpo import claims, memory
 from mindspeed_simpo.config import Config, Layout
-from mindspeed_simpo.memory import BatchShape, MemoryEstimate, count_parameters, estimate_memory
+from mindspeed_simpo.data.largest import largest_pass
+from mindspeed_simpo.memory import MemoryEstimate, count_parameters
 from mindspeed_simpo.model.hf_config import read_model_spec
 from mindspeed_simpo.model.naming import pipeline_chunks
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart")
-BATCH = BatchShape(pair=60, chosen=20, rejected=10)
+LENGTHS = np.tile([40, 20, 10], (8, 1))
+"""Tokens of prompt, chosen and rejected response of eight equal pairs."""
 
 
 def config(**values) -> Config:
-    return Config(model_name_or_path=QUICKSTART, data_path="x", global_batch_size=8, **claims.PLAIN | values)
+    return Config(
+        **{"model_name_or_path": QUICKSTART, "data_path": "x", "global_batch_size": 8} | claims.PLAIN | values
+    )
+
+
+def estimate_memory(spec, config: Config, layout: Layout, device="cpu") -> list[MemoryEstimate]:
+    return memory.estimate_memory(spec, config, layout, largest_pass(LENGTHS, config, layout), device)
 
 
 @pytest.fixture(scope="module")
@@ -40,51 +49,52 @@ def test_stages_and_tensor_ranks_hold_the_model_together(spec):
 
 def test_fp32_needs_16_bytes_a_parameter_and_bf16_18(spec):
     for values, size in (({}, 16), ({"bf16": True}, 18)):
-        [stage] = estimate_memory(spec, config(**values), Layout(num_microbatches=8), BATCH)
+        [stage] = estimate_memory(spec, config(**values), Layout(num_microbatches=8))
         assert stage.parameters + stage.gradients + stage.optimizer == size * 1_033_600
 
 
 def test_distributed_optimizer_divides_its_state(spec):
     layout = Layout(data=4, num_microbatches=2)
-    [alone] = estimate_memory(spec, config(), layout, BATCH)
-    [shared] = estimate_memory(spec, config(use_distributed_optimizer=True), layout, BATCH)
+    [alone] = estimate_memory(spec, config(), layout)
+    [shared] = estimate_memory(spec, config(use_distributed_optimizer=True), layout)
     assert shared.optimizer == alone.optimizer // 4
     assert shared.parameters == alone.parameters
 
 
 def test_first_stage_keeps_the_most_micro_batches_and_the_last_the_logits(spec):
-    first, last = estimate_memory(spec, config(), Layout(pipeline=2, num_microbatches=8), BATCH)
+    first, last = estimate_memory(spec, config(), Layout(pipeline=2, num_microbatches=8))
     assert first.activations == 2 * last.activations
-    assert first.logits == 0
-    assert last.logits == (20 + 10) * 960 * (8 + 4)
-    [once, _] = estimate_memory(spec, config(), Layout(pipeline=2, num_microbatches=1), BATCH)
+    assert first.head == 0
+    assert last.head == (20 + 10) * (960 * 8 + 2 * 4 * 128)
+    [once, _] = estimate_memory(spec, config(global_batch_size=1), Layout(pipeline=2))
     assert first.activations == 2 * once.activations
 
 
 def test_virtual_stages_keep_more_in_flight(spec):
     layout = Layout(pipeline=2, num_microbatches=8)
-    plain = estimate_memory(spec, config(pipeline_model_parallel_size=2), layout, BATCH)
+    plain = estimate_memory(spec, config(pipeline_model_parallel_size=2), layout)
     split = estimate_memory(
-        spec, config(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1), layout, BATCH
+        spec, config(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1), layout
     )
     assert [stage.parameters for stage in split] == [stage.parameters for stage in plain]
     assert split[0].activations > plain[0].activations
 
 
 def test_context_and_sequence_ranks_divide_activations(spec):
-    [alone] = estimate_memory(spec, config(), Layout(num_microbatches=8), BATCH)
-    [context] = estimate_memory(spec, config(), Layout(context=2, num_microbatches=8), BATCH)
-    assert 2 * context.activations == alone.activations
-    assert 2 * context.logits == alone.logits
+    [alone] = estimate_memory(spec, config(), Layout(num_microbatches=8))
+    [context] = estimate_memory(spec, config(), Layout(context=2, num_microbatches=8))
+    # gathered keys and values do not shrink
+    assert alone.activations < 2 * context.activations < 1.5 * alone.activations
+    assert 2 * context.head == alone.head
     tensor = Layout(tensor=2, num_microbatches=8)
-    [whole] = estimate_memory(spec, config(), tensor, BATCH)
-    [divided] = estimate_memory(spec, config(sequence_parallel=True), tensor, BATCH)
+    [whole] = estimate_memory(spec, config(), tensor)
+    [divided] = estimate_memory(spec, config(sequence_parallel=True), tensor)
     assert divided.activations < whole.activations
 
 
 def test_recompute_saves_activations(spec):
     def activations(**values) -> int:
-        [stage] = estimate_memory(spec, config(**values), Layout(num_microbatches=8), BATCH)
+        [stage] = estimate_memory(spec, config(**values), Layout(num_microbatches=8))
         return stage.activations
 
     full = {"recompute_granularity": "full", "recompute_method": "uniform"}
@@ -95,36 +105,47 @@ def test_recompute_saves_activations(spec):
 
 def test_two_passes_keep_half_and_chunks_bound_the_logits(spec):
     layout = Layout(num_microbatches=8)
-    [concat] = estimate_memory(spec, config(), layout, BATCH)
-    [two_pass] = estimate_memory(spec, config(pair_schedule="two_pass"), layout, BATCH)
-    assert 2 * two_pass.activations == concat.activations
-    assert two_pass.logits == concat.logits * 20 // 30
-    [fused] = estimate_memory(spec, config(fused_logprob=True, logprob_chunk_tokens=5), layout, BATCH)
-    assert fused.logits == concat.logits * 5 // 30
+    [concat] = estimate_memory(spec, config(), layout)
+    [two_pass] = estimate_memory(spec, config(pair_schedule="two_pass"), layout)
+    assert two_pass.activations == pytest.approx(concat.activations / 2, rel=0.01)
+    assert two_pass.head == concat.head * 20 // 30
+    [fused] = estimate_memory(spec, config(fused_logprob=True, logprob_chunk_tokens=5), layout)
+    assert fused.head == 30 * 2 * 4 * 128 + 5 * 960 * 4
 
 
-def test_packed_rows_are_as_long_as_their_budget(spec):
-    """Of pairs of at most 60 tokens a sequence, 20 and 10 of them of the responses."""
-    layout = Layout(num_microbatches=8)
+def test_head_and_backward_are_not_there_at_the_same_time(spec):
+    [stage] = estimate_memory(spec, config(), Layout(num_microbatches=8))
+    lasting = stage.parameters + stage.gradients + stage.optimizer + stage.activations
+    assert stage.total == lasting + max(stage.head, stage.backward) < lasting + stage.head + stage.backward
 
-    def estimate(name: str, budget: int | None = None, layout: Layout = layout, **values) -> list[MemoryEstimate]:
-        return estimate_memory(spec, config(batching=name, max_tokens_per_micro_batch=budget, **values), layout, BATCH)
 
-    [packed] = estimate("packed", 240)
-    [padded] = estimate("padded")
-    # 4 heads of 32: what a token keeps more of in each of 4 layers
-    assert packed.activations - 2 * padded.activations == 240 * 4 * 4 * (128 + 4 * 32)
+def test_devices_keep_different_things(spec):
+    """Heads share groups: only CPUs copy keys and values, and keep the projection too; NPUs keep 16 numbers a head."""
+    [cpu], [cuda], [npu] = (
+        estimate_memory(spec, config(), Layout(num_microbatches=8), name) for name in ("cpu", "cuda", "npu")
+    )
+    tokens, layers, heads = 2 * 60, 4, spec.num_heads
+    queries, keys = heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    assert cpu.activations - cuda.activations == layers * tokens * 4 * (2 * queries - keys)
+    assert npu.activations - cuda.activations == layers * tokens * 4 * 15 * heads
 
-    def tokens(*arguments, **values) -> float:
-        return estimate(*arguments, **values)[0].activations * 240 / packed.activations
 
-    assert tokens("prefix_shared", 300) == 300
-    assert tokens("packed", 240, pair_schedule="two_pass") == 120
-    # the largest pair has a micro-batch of its own, and eight of them are all that there is
-    assert tokens("packed", 50) == 120
-    assert tokens("prefix_shared", 50) == 70
-    assert tokens("packed") == 8 * 120
-    assert tokens("prefix_shared") == 8 * 70
-    first, last = estimate("packed", 120, Layout(pipeline=2, num_microbatches=1))
-    assert first.activations == 2 * last.activations
-    assert last.logits == 120 * 960 * (8 + 4)
+def test_the_largest_passes_are_those_of_the_run():
+    lengths = np.array([[10, 5, 3], [4, 1, 9], [2, 2, 2], [7, 6, 1]])
+
+    def largest(pipeline: int = 1, data: int = 1, **values):
+        options = {"global_batch_size": 4, "seed": 1, "seq_length": 32, **values}
+        return largest_pass(lengths, config(**options), Layout(pipeline=pipeline, data=data))
+
+    padded = largest(pipeline=3)
+    assert (padded.shape.tokens, padded.shape.rows, padded.shape.scored, padded.passes) == (30, 2, 10, 4)
+    assert max(padded.in_flight) == padded.in_flight[2] <= 30 + 26 + 26
+    assert largest(pair_schedule="two_pass").shape[:3] == (15, 1, 9)
+    assert largest(pair_schedule="two_pass").passes == 8
+    packed = largest(batching="packed", max_tokens_per_micro_batch=75)
+    assert (packed.shape.tokens, packed.shape.rows, packed.passes) == (2 * 23 + 29, 1, 1)
+    shared = largest(batching="prefix_shared", max_tokens_per_micro_batch=52)
+    assert shared.shape == (23 + 29, 1, 29, 23, 15, 13)
+    assert largest(batching="prefix_shared", max_tokens_per_micro_batch=20).passes == 3
+    assert largest(batching="prefix_shared", max_tokens_per_micro_batch=52, data=2).shape.tokens < 52
+    assert largest(train_iters=1, global_batch_size=1).shape.tokens in (30, 26, 8)

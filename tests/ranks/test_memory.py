@@ -1,0 +1,125 @@
+"""``check``'s estimate of the activations against the bytes that a step keeps and makes, counted."""
+
+import numpy as np
+import pytest
+
+from tests.hf import make_checkpoint, make_token_pairs
+from tests.ranks.launcher import run_ranks
+
+PAIRS = 8
+CLOSE, PROMISED = 0.1, 0.2
+"""Relative."""
+
+
+def _counted_on_rank(folder, token_pairs, options, modes):
+    """By mode: counted stored bytes, counted peak, estimate; of this rank's stage."""
+    import torch.distributed as dist
+    from megatron.core import tensor_parallel
+
+    from mindspeed_simpo.batch import TokenizedPair
+    from mindspeed_simpo.config import Config
+    from mindspeed_simpo.data.batching import Batching
+    from mindspeed_simpo.data.largest import largest_pass
+    from mindspeed_simpo.data.loader import PairLoader
+    from mindspeed_simpo.device import open_device
+    from mindspeed_simpo.memory import estimate_memory
+    from mindspeed_simpo.model.hf_config import read_model_spec
+    from mindspeed_simpo.parallel import initialize
+    from scripts.engine import build_engine
+    from scripts.tensor_bytes import PeakBytes, StoredBytes
+
+    class Pairs(list):
+        lengths = np.array([[len(part) for part in pair] for pair in token_pairs])
+
+    pairs = Pairs(TokenizedPair(*pair, source="") for pair in token_pairs)
+    device, groups, found = open_device("cpu"), None, []
+    for mode in modes:
+        values = {"seq_length": 256, "global_batch_size": PAIRS, **options, **mode}
+        config = Config(model_name_or_path=folder, data_path="unused", **values)
+        layout = config.layout(dist.get_world_size())
+        if groups is None:
+            groups = initialize(layout, device)
+            tensor_parallel.model_parallel_cuda_manual_seed(1)
+        models, schedule = build_engine(config, device, groups)
+        loader = PairLoader(
+            pairs,
+            seed=config.seed,
+            global_batch_size=PAIRS,
+            batching=Batching.of(config),
+            data_parallel_rank=0,
+            data_parallel_size=1,
+        )
+        micro_batches = loader.train_step(0)
+        parameters = [parameter for model in models for parameter in model.parameters()]
+        present = parameters + [parameter.main_grad for parameter in parameters]
+        with StoredBytes(parameters) as stored, PeakBytes(present) as made:
+            schedule.forward_backward(micro_batches, PAIRS)
+        largest = largest_pass(pairs.lengths, config, layout)
+        estimate = estimate_memory(read_model_spec(folder), config, layout, largest, "cpu")[groups.pipeline.rank()]
+        found.append((stored.peak, made.peak, estimate.activations, estimate.head, estimate.backward))
+    return found
+
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}
+SELECTIVE = {"recompute_granularity": "selective"}
+PADDED = {"batching": "padded", "micro_batch_size": 2}
+BUDGET = {"max_tokens_per_micro_batch": 600}
+MODES = [
+    {"batching": "prefix_shared", **BUDGET},
+    {"batching": "packed", **BUDGET},
+    {"batching": "packed", "pair_schedule": "two_pass", **BUDGET},
+    PADDED,
+    {**PADDED, "pair_schedule": "two_pass"},
+    {"batching": "prefix_shared", **BUDGET, **FULL},
+    {**PADDED, **BLOCK},
+    {"batching": "packed", **BUDGET, **SELECTIVE},
+    {"batching": "prefix_shared", **BUDGET, "bf16": True},
+]
+MODELS = {
+    "llama": {"hidden": 64, "layers": 4, "heads": 8, "kv_heads": 8, "intermediate": 96, "vocab_size": 500},
+    "qwen2": {"hidden": 96, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 320, "vocab_size": 2000},
+    "qwen3": {"hidden": 64, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 160},
+}
+
+
+def check(found, modes, allowed=CLOSE):
+    for mode, (stored, made, activations, head, backward) in zip(modes, found, strict=True):
+        assert activations == pytest.approx(stored, rel=allowed), f"stored in {mode}"
+        assert activations + max(head, backward) == pytest.approx(made, rel=allowed), f"made in {mode}"
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_one_rank(tmp_path, family):
+    folder = make_checkpoint(tmp_path, family, **MODELS[family])
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    [found] = run_ranks(_counted_on_rank, 1, str(folder), pairs, {}, MODES)
+    check(found, MODES)
+
+
+def test_whole_logits_are_the_heads_share(tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen2", **MODELS["qwen2"])
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    mode = {**PADDED, "fused_logprob": False}
+    [[(stored, made, activations, head, backward)]] = run_ranks(_counted_on_rank, 1, str(folder), pairs, {}, [mode])
+    assert activations < stored < activations + head
+    assert activations + max(head, backward) == pytest.approx(made, rel=CLOSE)
+
+
+LAYOUTS = {
+    "TP 2, SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "TP 2": {"tensor_model_parallel_size": 2},
+    "PP 2": {"pipeline_model_parallel_size": 2},
+    "CP 2": {"context_parallel_size": 2, **PADDED},
+    "PP 2, VPP": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, **PADDED},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_axis(tmp_path, layout):
+    folder = make_checkpoint(tmp_path, "qwen2", **MODELS["qwen2"])
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    options = LAYOUTS[layout]
+    modes = [{}] if "batching" in options else [MODES[0], MODES[2], MODES[3]]
+    for found in run_ranks(_counted_on_rank, 2, str(folder), pairs, options, modes):
+        check(found, modes, PROMISED)

@@ -18,9 +18,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from mindspeed_simpo.data.discovery import open_sources
 from mindspeed_simpo.data.loader import epoch_order
 from mindspeed_simpo.data.rows import ConversationPair, RowReader
-from mindspeed_simpo.data.sources import open_sources
 
 SEED = 42
 TEMPLATE = (

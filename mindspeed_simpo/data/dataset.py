@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.config import Config
 from mindspeed_simpo.data.cache import cache_folder, read_table, write_table
+from mindspeed_simpo.data.discovery import Part, open_sources
 from mindspeed_simpo.data.encoding import PairEncoder
 from mindspeed_simpo.data.report import DataReport, judge, make_report
 from mindspeed_simpo.data.rows import RowReader
-from mindspeed_simpo.data.sources import Part, Source, open_sources
+from mindspeed_simpo.data.sources import Source
 from mindspeed_simpo.data.tokenizer import tokenizer_digest
 from mindspeed_simpo.data.turns import RowError
 from mindspeed_simpo.data.workers import PlacedRow, encode_rows

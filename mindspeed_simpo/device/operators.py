@@ -1,8 +1,7 @@
 """Operators between the matrix products, which keep for their backward only what they cannot compute again at once.
 
-Autograd would keep every intermediate result of the same formulas: for a layer of hidden size h and MLP size f some
-``9 h + f`` values a token more than these do. On NPUs the operators of torch_npu serve in their place
-(:mod:`mindspeed_simpo.device.npu`).
+Autograd would keep every intermediate result of the same formulas. On NPUs the operators of torch_npu serve in their
+place (:mod:`mindspeed_simpo.device.npu`).
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mindspeed_simpo.data.discovery import open_sources
 from mindspeed_simpo.data.rows import RowReader
-from mindspeed_simpo.data.sources import open_sources
 from mindspeed_simpo.data.turns import RowError
 from mindspeed_simpo.errors import DataError
 from tests.unit.data_helpers import PLAIN, write_jsonl

@@ -162,7 +162,7 @@ class _Run:
 
         With q values of queries and k of keys a token: rotated queries and keys and the undivided projection, of which
         values are a view, ``2 q + 3 k``; the result, ``q``, again where documents' results are joined; a number or
-        more a head for the softmax. Context ranks hold the gathered keys and values, ``2 k`` a token of all of them;
+        more a head for the softmax. Context ranks hold the gathered keys and values instead, ``2 k`` a token of all;
         branches their prefixes' and their own, ``2 k``. Where heads share keys, the kernel of CPUs takes copies of
         them: ``2 q`` in the place of ``3 k`` and of each ``2 k``.
         """
@@ -182,10 +182,12 @@ class _Run:
             if gathered:  # two chunks, each with copies of the keys up to its end
                 seen = self.tokens * (2 * context + 1) // 2
             values += 2 * queries * seen + (self.tokens * (mixed + queries) if spec.qk_norm else 0)
+        elif gathered:
+            values += 2 * keys * self.tokens * context + (self.tokens * mixed if spec.qk_norm else 0)
         else:
             values += self.tokens * (keys + mixed) + 2 * keys * branch_keys
-            values += 2 * keys * self.tokens * (context - 1) if gathered else 0
-            values += self.tokens * queries if spec.qk_norm and shared else 0
+        if spec.qk_norm and shared and self.device != "cpu":
+            values += self.tokens * queries
         # npu_fusion_attention keeps a maximum and a sum, eight times each
         softmax = self.tokens * spec.num_heads * _FP32 * (16 if self.device == "npu" else 1)
         norms = self.tokens * (spec.num_heads + spec.num_kv_heads) * _FP32 if spec.qk_norm else 0

@@ -115,9 +115,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_axis(tmp_path, layout):
-    folder = make_checkpoint(tmp_path, "qwen2", **MODELS["qwen2"])
+@pytest.mark.parametrize(("layout", "family"), [*((layout, "qwen2") for layout in LAYOUTS), ("CP 2", "llama")])
+def test_every_axis(tmp_path, layout, family):
+    folder = make_checkpoint(tmp_path, family, **MODELS[family])
     pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
     options = LAYOUTS[layout]
     modes = [{}] if "batching" in options else [MODES[0], MODES[2], MODES[3]]

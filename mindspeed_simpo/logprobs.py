@@ -105,7 +105,7 @@ def vocab_parallel_logprobs(
     weight gradient is summed over the chunks in fp32, in ``weight.main_grad`` where megatron's DDP has made one.
 
     Returns:
-        Nats, fp32.
+        Nats, fp64 (fp32 on NPUs).
     """
     first_id = groups.tensor.rank() * weight.shape[0]
     existing = max(0, min(weight.shape[0], vocab_size - first_id))
@@ -131,7 +131,7 @@ def logits_logprobs(
         tensor_group: Ranks that hold the shards.
 
     Returns:
-        Nats, in the dtype of ``logits``. Backward is ``onehot - softmax`` on each shard and communicates nothing.
+        Nats, fp64 (fp32 on NPUs). Backward is ``onehot - softmax`` on each shard and communicates nothing.
     """
     first_id = tensor_group.rank() * logits.shape[-1]
     logprobs: Tensor = _ShardLogprob.apply(logits, targets - first_id, tensor_group)  # type: ignore[no-untyped-call]
@@ -152,7 +152,7 @@ class _ShardLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, " token"]) -> tuple[Tensor, None, None]:
         exponentials, targets, scale = ctx.saved_tensors
-        return _logit_grad(exponentials, targets, scale, grad), None, None
+        return _logit_grad(exponentials, targets, scale, grad.to(scale.dtype)), None, None
 
 
 class _FusedLogprob(torch.autograd.Function):
@@ -180,6 +180,7 @@ class _FusedLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, " token"]) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, maximum, scale = ctx.saved_tensors
+        grad = grad.to(scale.dtype)
         needs_weight = ctx.needs_input_grad[1]
         hidden_grad = torch.empty_like(hidden)
         weight_grad = ctx.main_grad
@@ -237,10 +238,12 @@ def _over_shards(
     highest = maximum.clone()
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
     rescale = (maximum - highest).exp_()
-    reduced = torch.stack([total * rescale, (at_target - highest).where(mine, 0.0)])
+    reduced = torch.stack([total * rescale, at_target.where(mine, 0.0)])
     dist.all_reduce(reduced, group=group)
     normaliser, at_target = reduced
-    return at_target - normaliser.log(), rescale / normaliser
+    # three numbers of different size: in fp32 their sum would be the least exact of all steps
+    wide = reduction_dtype(total.device)
+    return at_target.to(wide) - highest - normaliser.to(wide).log(), rescale / normaliser
 
 
 def _logit_grad(

@@ -7,6 +7,7 @@ length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -205,6 +206,24 @@ class LossOutput:
     chosen_reward: Float[Tensor, " pair"]
     """Detached, without the margin."""
     rejected_reward: Float[Tensor, " pair"]
+
+
+def even_halves(chosen: Sequence[int], rejected: Sequence[int]) -> list[int]:
+    """One side of each pair, 0 chosen or 1 rejected, so that these and the others have about equally many tokens.
+
+    The pair whose sides differ most comes first; its longer side goes where fewer tokens are so far.
+
+    Args:
+        chosen: Tokens of each pair's chosen sequence; ``rejected`` likewise.
+        rejected: See ``chosen``.
+    """
+    sides = [0] * len(chosen)
+    excess = 0
+    differences = [one - other for one, other in zip(chosen, rejected, strict=True)]
+    for pair in sorted(range(len(sides)), key=lambda pair: (-abs(differences[pair]), pair)):
+        sides[pair] = int(excess * differences[pair] > 0)
+        excess += differences[pair] * (1 - 2 * sides[pair])
+    return sides
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from mindspeed_simpo.batch import even_halves
 from mindspeed_simpo.config import Config, Layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.loader import PairStream
@@ -90,10 +91,14 @@ def _passes(pairs: Int64[np.ndarray, "part 3"], config: Config) -> Iterator[Pass
         tokens = _rounded(prompts + responses, config)
         yield PassShape(tokens, 1, responses, prompts, int(rejected.sum()), int((prompt + rejected).max()))
         return
+    packed = config.batching_in_use == "packed"
+    if packed and config.pair_schedule == "two_pass":
+        mixed = even_halves(*((prompt + side).tolist() for side in sides))
+        sides = [np.choose(mixed, sides), np.choose(mixed, sides[::-1])]
     for group in [[side] for side in sides] if config.pair_schedule == "two_pass" else [sides]:
         sequences = [prompt + side for side in group]
         scored = int(sum(group).sum())
-        if config.batching_in_use == "packed":
+        if packed:
             yield PassShape(_rounded(int(sum(sequences).sum()), config), 1, scored)
         else:
             rows = len(group) * len(pairs)

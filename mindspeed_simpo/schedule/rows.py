@@ -8,7 +8,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mindspeed_simpo.batch import IGNORE_INDEX, ONE_A_ROW, Documents, Packing, PairBatch, ScoredTokens, moved
+from mindspeed_simpo.batch import (
+    IGNORE_INDEX,
+    ONE_A_ROW,
+    Documents,
+    Packing,
+    PairBatch,
+    ScoredTokens,
+    even_halves,
+    moved,
+)
 from mindspeed_simpo.parallel.context import positions_of
 
 
@@ -54,45 +63,53 @@ class Rows:
 
     def halves(self) -> tuple[Rows, Rows]:
         """Chosen rows, rejected rows; of padded rows only."""
-        assert self.packing is None, "packed rows are cut by trimmed_halves"
+        assert self.packing is None, "packed rows are cut by halves_in_turn"
         (chosen, rejected), (chosen_targets, rejected_targets) = self.tokens.chunk(2), self.targets.chunk(2)
         return Rows(chosen, chosen_targets), Rows(rejected, rejected_targets)
 
-    def trimmed_halves(self, lengths: Int[Tensor, " sequence"], multiple_of: int) -> tuple[Rows, Rows]:
-        """Chosen sequences, rejected sequences, each without the padding that only the other one needs.
+    def halves_in_turn(self, lengths: Int[Tensor, " sequence"], multiple_of: int) -> tuple[Half, Half]:
+        """One sequence of each pair, then the other, each half without the padding that only the other one needs.
+
+        Padded rows pass chosen before rejected. Of a packed row the sides are mixed, so that both halves have about
+        equally many tokens.
 
         Args:
             lengths: Tokens of each sequence without padding.
             multiple_of: What the length of a half must be a multiple of; the length of ``self`` is.
         """
-        by_side = lengths.view(2, -1)
+        chosen, rejected = lengths.view(2, -1).tolist()
+        number = len(chosen)
         if self.packing is not None:
-            chosen_end, end = by_side.sum(dim=1).cumsum(dim=0).tolist()
-            return self._packed_part(0, 0, chosen_end, multiple_of), self._packed_part(1, chosen_end, end, multiple_of)
-        chosen, rejected = (
-            half.trimmed_to(_rounded(int(longest), multiple_of))
-            for half, longest in zip(self.halves(), by_side.amax(dim=1).tolist(), strict=True)
-        )
-        return chosen, rejected
+            first = [side * number + pair for pair, side in enumerate(even_halves(chosen, rejected))]
+            second = [(sequence + number) % (2 * number) for sequence in first]
+            starts = lengths.cumsum(0) - lengths
+            spans = list(zip(starts.tolist(), lengths.tolist(), strict=True))
+            return self._packed_half(first, spans, multiple_of), self._packed_half(second, spans, multiple_of)
+        rows = [
+            half.trimmed_to(_rounded(max(side), multiple_of))
+            for half, side in zip(self.halves(), (chosen, rejected), strict=True)
+        ]
+        return Half(rows[0], torch.arange(number)), Half(rows[1], torch.arange(number, 2 * number))
 
-    def _packed_part(self, side: int, start: int, end: int, multiple_of: int) -> Rows:
+    def _packed_half(self, sequences: list[int], spans: list[tuple[int, int]], multiple_of: int) -> Half:
         assert self.packing is not None
         assert not self.packing.documents.branches, "what shares a prompt cannot pass one after the other"
-        padding = _rounded(end - start, multiple_of) - (end - start)
-        wholes, place = [], 0
-        for length in self.packing.documents.wholes:
-            if start <= place < end:
-                wholes.append(length)
-            place += length
+        number = self.packing.num_pairs
+        wholes = [spans[sequence][1] for sequence in sequences]
+        kept = torch.cat([torch.arange(start, start + length) for start, length in (spans[each] for each in sequences)])
+        side = torch.tensor([sequence // number for sequence in sequences]).repeat_interleave(torch.tensor(wholes))
+        padding = _rounded(len(kept), multiple_of) - len(kept)
+        wholes = [length for length in (*wholes, padding) if length]
         pad = torch.nn.functional.pad
         packing = Packing(
-            Documents((*wholes, padding) if padding else tuple(wholes)),
-            pad(self.packing.positions[start:end], (0, padding)),
-            pad(self.packing.pair_of[start:end], (0, padding)),
-            self.packing.num_pairs,
+            Documents(tuple(wholes)),
+            pad(self.packing.positions[kept], (0, padding)),
+            pad(self.packing.pair_of[kept], (0, padding)),
+            number,
         )
-        tokens, targets = self.tokens[:, start:end], self.targets[side : side + 1, start:end]
-        return Rows(pad(tokens, (0, padding)), pad(targets, (0, padding), value=IGNORE_INDEX), packing)
+        tokens = pad(self.tokens[:, kept], (0, padding))
+        targets = pad(self.targets[side, kept][None], (0, padding), value=IGNORE_INDEX)
+        return Half(Rows(tokens, targets, packing), torch.tensor(sequences))
 
     def trimmed_to(self, length: int) -> Rows:
         """The first ``length`` positions of padded rows."""
@@ -105,6 +122,15 @@ class Rows:
             torch.nn.functional.pad(self.tokens, (0, missing)),
             torch.nn.functional.pad(self.targets, (0, missing), value=IGNORE_INDEX),
         )
+
+
+@dataclass(frozen=True)
+class Half:
+    """One sequence of each pair."""
+
+    rows: Rows
+    sequences: Int[Tensor, " pair"]
+    """int64 number of each in the whole, in the order of the pairs."""
 
 
 def _rounded(length: int, multiple_of: int) -> int:

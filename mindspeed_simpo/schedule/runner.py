@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from mindspeed_simpo.batch import PairBatch
+from mindspeed_simpo.batch import PairBatch, moved
 from mindspeed_simpo.logprobs import FusedHead, sequence_logprobs
 from mindspeed_simpo.objectives import Objective
 from mindspeed_simpo.parallel import Groups
@@ -44,10 +44,10 @@ class PairSchedule:
     - ``concat``: one forward of all rows, one backward.
     - ``split``: a forward of the chosen rows, a forward of the rejected rows, one joint backward. Both graphs live
       until then, so it stores what ``concat`` stores.
-    - ``two_pass``: all rejected rows once without a graph; then chosen forward, loss, backward with ``dL/dchosen`` and
-      rejected forward, backward with ``dL/drejected``. Half the stored activations for one more forward of half the
-      rows. Each half is a micro-batch of its own to megatron-core, whose accumulation, pipelining and gradient
-      synchronisation then hold as they are. Without dropout both rejected forwards are the same.
+    - ``two_pass``: one sequence of each pair, the rejected one of padded rows, once without a graph; then a forward of
+      the others, the loss, their backward, and forward and backward of the first ones. Half the stored activations for
+      one more forward of half the rows. Each half is a micro-batch of its own to megatron-core, whose accumulation,
+      pipelining and gradient synchronisation then hold as they are. Without dropout both forwards are the same.
     """
 
     models: Sequence[torch.nn.Module]
@@ -95,14 +95,15 @@ class PairSchedule:
         return loss * weight, scored
 
     def _two_pass(self, micro_batches: Sequence[PairBatch], weight: float) -> list[ScoredBatch]:
-        halves = [Rows.of(batch).trimmed_halves(batch.lengths, self._sequence_multiple) for batch in micro_batches]
+        halves = [Rows.of(batch).halves_in_turn(batch.lengths, self._sequence_multiple) for batch in micro_batches]
         with torch.no_grad():
             # only the last stage hears the sums
-            swept = self._run([Pass(rejected, _record) for _, rejected in halves], forward_only=True)
+            swept = self._run([Pass(second.rows, _record) for _, second in halves], forward_only=True)
         passes = []
-        for index, batch in enumerate(micro_batches):
-            loss = _LossInTwo(self._scorer, batch, weight, self.device, swept[index] if swept else None)
-            passes += [Pass(halves[index][0], loss.of_chosen), Pass(halves[index][1], loss.of_rejected)]
+        for index, (batch, (first, second)) in enumerate(zip(micro_batches, halves, strict=True)):
+            order = moved(torch.cat([first.sequences, second.sequences]), self.device)
+            loss = _LossInTwo(self._scorer, batch, weight, order, swept[index] if swept else None)
+            passes += [Pass(first.rows, loss.of_first), Pass(second.rows, loss.of_second)]
         return self._run(passes, forward_only=False)[::2]
 
     def _run(self, passes: Sequence[Pass], *, forward_only: bool) -> list[Any]:
@@ -179,26 +180,28 @@ class PairSchedule:
 
 @dataclass
 class _LossInTwo:
-    """Loss of one micro-batch whose chosen and rejected rows pass one after the other."""
+    """Loss of one micro-batch of whose pairs one sequence passes after the other."""
 
     scorer: PairScorer
     batch: PairBatch
     weight: float
-    device: torch.device
-    rejected: Float[Tensor, " pair"] | None
-    """Sums from the sweep; last stage only."""
-    rejected_grad: Float[Tensor, " pair"] | None = None
+    order: Int[Tensor, " sequence"]
+    """Number of each sequence, in the order in which they pass."""
+    second: Float[Tensor, " pair"] | None
+    """Sums of the second half from the sweep; last stage only."""
+    second_grad: Float[Tensor, " pair"] | None = None
 
-    def of_chosen(self, chosen: Float[Tensor, " pair"]) -> tuple[Tensor, ScoredBatch]:
-        assert self.rejected is not None
-        chosen_grad, self.rejected_grad, scored = self.scorer.gradients(
-            self.batch.to(self.device), chosen, self.rejected
-        )
-        return chosen @ (chosen_grad * self.weight), scored
+    def of_first(self, first: Float[Tensor, " pair"]) -> tuple[Tensor, ScoredBatch]:
+        assert self.second is not None
+        passed = torch.cat([first.detach(), self.second])
+        sums = torch.empty_like(passed).index_copy(0, self.order, passed)
+        *grads, scored = self.scorer.gradients(self.batch.to(passed.device), *sums.chunk(2))
+        first_grad, self.second_grad = torch.cat(grads)[self.order].chunk(2)
+        return first @ (first_grad * self.weight), scored
 
-    def of_rejected(self, rejected: Float[Tensor, " pair"]) -> tuple[Tensor, None]:
-        assert self.rejected_grad is not None
-        return rejected @ (self.rejected_grad * self.weight), None
+    def of_second(self, second: Float[Tensor, " pair"]) -> tuple[Tensor, None]:
+        assert self.second_grad is not None
+        return second @ (self.second_grad * self.weight), None
 
 
 def _record(logprobs: Float[Tensor, " sequence"]) -> tuple[Tensor, Float[Tensor, " sequence"]]:

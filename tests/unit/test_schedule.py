@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mindspeed_simpo.batch import IGNORE_INDEX, LossOutput, PairBatch, TokenizedPair
+from mindspeed_simpo.batch import IGNORE_INDEX, LossOutput, PairBatch, TokenizedPair, even_halves
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.objectives import simpo
 from tests.ranks.launcher import run_ranks
@@ -73,7 +73,7 @@ def _halves_lose_the_padding_that_only_the_other_needs():
         ((0, 0, 0, 0), 4, (4, 4)),
     ]:
         pairs = batch(*lengths)
-        halves = Rows.of(pairs).trimmed_halves(pairs.lengths, multiple_of)
+        halves = [half.rows for half in Rows.of(pairs).halves_in_turn(pairs.lengths, multiple_of)]
         assert tuple(half.tokens.shape[1] for half in halves) == expected
         for half, first, last in zip(halves, (0, 2), (2, 4), strict=True):
             length = half.tokens.shape[1]
@@ -91,7 +91,9 @@ def _halves_of_a_packed_row_are_rows_of_their_own():
 
     pairs = [TokenizedPair([1, 2], [3], [4, 5, 6], ""), TokenizedPair([7], [8, 9], [10], "")]
     batch = collate_packed(pairs, [0, 1], multiple_of=4)
-    chosen, rejected = Rows.of(batch).trimmed_halves(batch.lengths, 4)
+    halves = Rows.of(batch).halves_in_turn(batch.lengths, 4)
+    assert [half.sequences.tolist() for half in halves] == [[0, 1], [2, 3]]
+    chosen, rejected = (half.rows for half in halves)
     assert chosen.tokens.tolist() == [[1, 2, 3, 7, 8, 9, 0, 0]]
     assert chosen.targets.tolist() == [[N, 3, N, 8, 9, N, N, N]]
     assert chosen.packing.documents == Documents((3, 3, 2))
@@ -101,9 +103,24 @@ def _halves_of_a_packed_row_are_rows_of_their_own():
     assert rejected.packing.documents == Documents((5, 2, 1))
     assert rejected.packing.pair_of.tolist() == [0] * 5 + [1] * 2 + [0]
     fillers = collate_packed([None], [0], multiple_of=4)
-    for half in Rows.of(fillers).trimmed_halves(fillers.lengths, 4):
-        assert half.packing.documents == Documents((4,))
-        assert half.tokens.tolist() == [[0] * 4]
+    for half in Rows.of(fillers).halves_in_turn(fillers.lengths, 4):
+        assert half.rows.packing.documents == Documents((4,))
+        assert half.rows.tokens.tolist() == [[0] * 4]
+
+
+def _halves_of_a_packed_row_are_even():
+    from mindspeed_simpo.data.collate import collate_packed
+    from mindspeed_simpo.schedule.rows import Rows
+
+    pairs = [TokenizedPair([1, 2], [3], [4, 5, 6], ""), TokenizedPair([7], [8], [9, 10], "")]
+    batch = collate_packed(pairs, [0, 1])
+    first, second = Rows.of(batch).halves_in_turn(batch.lengths, 1)
+    assert (first.sequences.tolist(), second.sequences.tolist()) == ([0, 3], [2, 1])
+    assert first.rows.tokens.tolist() == [[1, 2, 3, 7, 9, 10]]
+    assert first.rows.targets.tolist() == [[N, 3, N, 9, 10, N]]
+    assert second.rows.tokens.tolist() == [[1, 2, 4, 5, 6, 7, 8]]
+    assert second.rows.targets.tolist() == [[N, 4, 5, 6, N, 8, N]]
+    assert even_halves([9, 5, 1, 7], [1, 5, 4, 4]) == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -114,6 +131,7 @@ def _halves_of_a_packed_row_are_rows_of_their_own():
         _an_objective_may_ignore_a_side,
         _halves_lose_the_padding_that_only_the_other_needs,
         _halves_of_a_packed_row_are_rows_of_their_own,
+        _halves_of_a_packed_row_are_even,
     ],
     ids=lambda case: case.__name__.strip("_"),
 )

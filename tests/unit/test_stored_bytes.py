@@ -82,6 +82,16 @@ def test_two_pass_does_not_pad_the_shorter_half(tmp_path):
     assert two_pass <= 0.52 * concat
 
 
+def test_two_pass_of_packed_rows_keeps_half_where_one_side_is_longer(tmp_path):
+    folder = make_checkpoint(tmp_path, layers=4, vocab_size=512)
+    schedules = [{"batching": "packed", "pair_schedule": name} for name in ("concat", "two_pass")]
+    # chosen answers have 280 tokens together, rejected ones 80
+    lengths = [(20, 100, 20), (60, 90, 10), (20, 60, 40), (30, 30, 10)]
+    pairs = [tuple(list(range(length)) for length in pair) for pair in lengths]
+    [(concat, two_pass)] = run_ranks(_stored_on_rank, 1, str(folder), pairs, schedules)
+    assert two_pass <= 0.52 * concat
+
+
 def test_packed_rows_keep_what_their_tokens_need(tmp_path):
     folder = make_checkpoint(tmp_path, layers=4, vocab_size=512)
     prompt, short, long = list(range(160)), list(range(32)), list(range(96))

@@ -19,14 +19,15 @@ LORA = (
     "--lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2"
 )
 TP2 = "--tensor-model-parallel-size 2"
-RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+RECOMPUTE = "--recompute-granularity full --recompute-num-layers 1 --recompute-method"
 CASES = {
     "one rank": (1, ""),
     "tp2": (2, TP2),
     "tp2 sp": (2, f"{TP2} --sequence-parallel"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "two_pass fused dp2": (2, "--pair-schedule two_pass --fused-logprob --use-distributed-optimizer"),
-    "recompute": (1, RECOMPUTE),
+    "recompute": (1, f"{RECOMPUTE} uniform"),
+    "recompute blocks, tp2 sp": (2, f"{RECOMPUTE} block {TP2} --sequence-parallel"),
 }
 
 

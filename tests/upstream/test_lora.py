@@ -25,6 +25,12 @@ CASES = {
     "tp2": (2, TP2),
     "tp2 sp": (2, f"{TP2} --sequence-parallel"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "cp2 ring": (2, "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --use-flash-attn"),
+    "cp2 ulysses two_pass": (
+        2,
+        "--context-parallel-size 2 --context-parallel-algo ulysses_cp_algo --pair-schedule two_pass",
+    ),
+    "pp2 two_pass": (2, "--pipeline-model-parallel-size 2 --pair-schedule two_pass --micro-batch-size 1"),
     "two_pass fused dp2": (2, "--pair-schedule two_pass --fused-logprob --use-distributed-optimizer"),
     "recompute": (1, f"{RECOMPUTE} uniform"),
     "recompute blocks, tp2 sp": (2, f"{RECOMPUTE} block {TP2} --sequence-parallel"),

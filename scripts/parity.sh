@@ -6,7 +6,7 @@
 #   bash scripts/parity.sh --write-docs       all rows, into the tables of docs/numerics.md
 #   bash scripts/parity.sh --only "TP2 CP2"   rows whose name has this in it
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 . scripts/setup_env.sh
 setup_env requirements-dev.txt || exit 1
 setup_old_core || exit 1

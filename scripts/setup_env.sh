@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: `setup_env FILE...` makes .venv with the packages of requirement files FILE and of this
 # project, and puts its programs first in PATH. Where nothing changed since the last time it does nothing.
 

@@ -7,7 +7,7 @@
 #   bash scripts/test.sh core012            the tests of the ranks with megatron-core 0.12.1
 #   bash scripts/test.sh unit [ARGUMENT...] one folder of tests (unit, ranks, e2e, upstream), arguments to pytest
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 . scripts/setup_env.sh
 setup_env requirements-dev.txt || exit 1
 

@@ -12,6 +12,7 @@ from mindspeed_llm.tasks.posttrain.dpo import DPOTrainer
 from torch import Tensor
 
 from mindspeed_simpo.objectives import make_objective
+from mindspeed_simpo.plugin import adapters
 from mindspeed_simpo.plugin.pairs import (
     NextTokenLabels,
     mean_loss,
@@ -34,6 +35,12 @@ class ExactDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self._objective = make_objective(task_options(get_args()))
         self._groups = upstream_groups()
         super().__init__()
+
+    def model_provider(self, pre_process: bool = True, post_process: bool = True) -> Any:
+        """Upstream's model, the policy's and the reference's."""
+        model: Any = super().model_provider(pre_process, post_process)
+        adapters.keep_gradients(model, get_args())
+        return model
 
     @staticmethod
     def get_batch(data_iterator: Iterator[Mapping[str, Any]]) -> Any:

@@ -94,6 +94,12 @@ def _refused_flags(args: Namespace) -> Iterator[str]:
         if is_refused(value):
             shown = "" if value is True else f" {value}"
             yield f"--{name.replace('_', '-')}{shown}: {reason}"
+    if getattr(args, "lora_target_modules", None) and getattr(args, "transformer_impl", "") == "transformer_engine":
+        # peft adapts megatron-core's own layers only, and stops in the middle of the model's construction
+        yield (
+            "--lora-target-modules: MindSpeed-LLM's LoRA does not know the layers of --transformer-impl "
+            "transformer_engine; add --transformer-impl local"
+        )
 
 
 def _refused_parallelism(args: Namespace) -> Iterator[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mindspeed_simpo.logprobs import FusedHead
 from mindspeed_simpo.objectives import make_objective
-from mindspeed_simpo.plugin import two_pass
+from mindspeed_simpo.plugin import adapters, two_pass
 from mindspeed_simpo.plugin.head import ResponseHead
 from mindspeed_simpo.plugin.pairs import (
     NextTokenLabels,
@@ -54,6 +54,7 @@ class SimPOTrainer(SFTTrainer):  # type: ignore[misc]
     def model_provider(self, pre_process: bool = True, post_process: bool = True) -> Any:
         """Upstream's model; with ``--fused-logprob`` its output layer returns log-probability sums of rows."""
         model: Any = super().model_provider(pre_process, post_process)
+        adapters.keep_gradients(model, get_args())
         if self._head is not None and post_process:
             self._head.replace(model.output_layer)
         return model

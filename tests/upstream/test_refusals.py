@@ -14,6 +14,7 @@ from tests.upstream.harness import (
     make_pairs,
     needs_upstream,
     no_pad_flag,
+    upstream_file,
     write_data,
 )
 
@@ -72,6 +73,7 @@ CASES = {
     "--fused-logprob --logprob-chunk-tokens 0": "--logprob-chunk-tokens 0: at least 1",
     "--fused-logprob --output-logit-softcapping 30": "the head with --output-logit-softcapping 30.0 needs its logits",
     "--fused-logprob --add-output-layer-bias": "the head with --add-output-layer-bias True needs its logits",
+    "--lora-target-modules linear_qkv --transformer-impl local": "accepted",
     "--simpo-beta 0": "--simpo-beta 0.0: Input should be greater than 0",
     "--simpo-label-smoothing 0.6": "--simpo-label-smoothing 0.6:",
     "--simpo-loss-type cubic": "invalid choice: 'cubic'",
@@ -85,6 +87,9 @@ TWO_PASS_VPP = (
     "--pair-schedule two_pass --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
     "--micro-batch-size 1 --global-batch-size 8"
 )
+LORA = "--lora-r 4 --lora-target-modules linear_qkv linear_proj"
+OUTSIDE = ("unpaired", TWO_PASS_VPP, LORA)
+"""Answers that depend on the version, or on what is missing."""
 PAIRS = make_pairs(8)
 
 
@@ -98,7 +103,7 @@ def answers(tmp_path_factory):
     """What each command line is answered, in one process of 8 imagined ranks; the first lacks pairs."""
     data = write_data(tmp_path_factory.mktemp("refusals"), PAIRS)
     unpaired = [word for word in command_line("") if word != "--is-pairwise-dataset"]
-    lines = [unpaired + data, *(command_line(flags) + data for flags in (TWO_PASS_VPP, *CASES))]
+    lines = [unpaired + data, *(command_line(flags) + data for flags in (*OUTSIDE[1:], *CASES))]
     process = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(lines)],
         env=environment() | {"RANK": "0", "WORLD_SIZE": "8"},
@@ -108,7 +113,7 @@ def answers(tmp_path_factory):
         check=False,
     )
     assert "ANSWERS " in process.stdout, process.stderr[-3000:]
-    return dict(zip(["unpaired", TWO_PASS_VPP, *CASES], json.loads(process.stdout.split("ANSWERS ")[1]), strict=True))
+    return dict(zip([*OUTSIDE, *CASES], json.loads(process.stdout.split("ANSWERS ")[1]), strict=True))
 
 
 @pytest.mark.parametrize("flags", CASES)
@@ -126,6 +131,12 @@ def test_data_that_are_not_pairs(answers):
 def test_two_pass_with_virtual_stages_is_refused_by_2_2_0_alone(answers):
     refused = no_pad_flag() == "--variable-seq-lengths"
     assert ("two_pass: not with virtual stages here" if refused else "accepted") in answers[TWO_PASS_VPP]
+
+
+def test_lora_is_refused_where_transformer_engine_is_the_default(answers):
+    # since 26.0.0
+    local = "default='local'" in upstream_file("mindspeed_llm/training/arguments.py").read_text()
+    assert ("accepted" if local else "add --transformer-impl local") in answers[LORA]
 
 
 def test_a_refusal_is_one_message_before_the_model(tmp_path):

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -255,6 +256,14 @@ def _pair(draw: random.Random, sentences: list[str], kind: int) -> dict[str, lis
         rejected = (" " if " " in chosen else "").join(draw.sample(pieces, k=draw.randint(2, len(pieces) - 1)))
     answers = ({"role": "assistant", "content": text} for text in (chosen, rejected))
     return {"prompt": prompt, "chosen": [next(answers)], "rejected": [next(answers)]}
+
+
+class Pairs(list):
+    """``TokenizedPair`` records and their lengths, as a dataset has them."""
+
+    @property
+    def lengths(self):
+        return np.array([pair.lengths for pair in self])
 
 
 def make_token_pairs(

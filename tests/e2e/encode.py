@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.loader import PairLoader
+from tests.hf import Pairs
 
 
 def encode_file(folder, path):
@@ -38,7 +39,7 @@ def order_of(program, num_pairs):
     """Row numbers of each global batch of a training run."""
     config = program.config
     loader = PairLoader(
-        [TokenizedPair([0], [0], [0], source="")] * num_pairs,
+        Pairs([TokenizedPair([0], [0], [0], source="")] * num_pairs),
         seed=config["seed"],
         global_batch_size=config["global_batch_size"],
         batching=Batching("padded", config["global_batch_size"], max_tokens=0),

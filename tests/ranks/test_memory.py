@@ -1,9 +1,8 @@
 """``check``'s estimate of the activations against the bytes that a step keeps and makes, counted."""
 
-import numpy as np
 import pytest
 
-from tests.hf import make_checkpoint, make_token_pairs
+from tests.hf import Pairs, make_checkpoint, make_token_pairs
 from tests.ranks.launcher import run_ranks
 
 PAIRS = 8
@@ -27,9 +26,6 @@ def _counted_on_rank(folder, token_pairs, options, modes):
     from mindspeed_simpo.parallel import initialize
     from scripts.engine import build_engine
     from scripts.tensor_bytes import PeakBytes, StoredBytes
-
-    class Pairs(list):
-        lengths = np.array([[len(part) for part in pair] for pair in token_pairs])
 
     pairs = Pairs(TokenizedPair(*pair, source="") for pair in token_pairs)
     device, groups, found = open_device("cpu"), None, []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,17 +13,10 @@ from mindspeed_simpo.data.batching import Batching, fill, spread
 from mindspeed_simpo.data.collate import COLLATE, collate_packed, collate_padded, collate_prefix_shared
 from mindspeed_simpo.data.loader import PairLoader
 from mindspeed_simpo.errors import ConfigError
+from tests.hf import Pairs
 
 N = IGNORE_INDEX
 PAIRS = [TokenizedPair([5, 6], [7, 0, 9], [8], "a:1"), None, TokenizedPair([1], [2], [3, 4], "a:2")]
-
-
-class Pairs(list):
-    """Pairs and their lengths, as a dataset has them."""
-
-    @property
-    def lengths(self):
-        return np.array([pair.lengths for pair in self])
 
 
 def test_packed_by_hand():

@@ -51,7 +51,7 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
 
     @property
     def token_budget(self) -> int:
-        """``max_tokens_per_micro_batch`` with its default: ``micro_batch_size`` pairs of the longest sequences."""
+        """``max_tokens_per_micro_batch`` with its default: one pair of the longest sequences."""
         if self.max_tokens_per_micro_batch is not None:
             return self.max_tokens_per_micro_batch
         return 2 * self.seq_length

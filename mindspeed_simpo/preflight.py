@@ -126,10 +126,10 @@ def judge_budget(config: Config, parts: dict[str, PairDataset]) -> Iterator[str]
         return
     batching = Batching.of(config)
     for part, dataset in parts.items():
-        sizes = [batching.size_of_pair(pair) for pair in _inspected(dataset)]
+        sizes = [batching.size_of(*lengths) for lengths in dataset.lengths.tolist()]
         if above := [size for size in sizes if size > batching.max_tokens]:
             yield (
-                f"{part}: {len(above)} of {len(sizes)} inspected pairs have more than max_tokens_per_micro_batch "
+                f"{part}: {len(above)} of {len(sizes)} pairs have more than max_tokens_per_micro_batch "
                 f"{batching.max_tokens} tokens, up to {max(above)}: each is a micro-batch of its own"
             )
 

@@ -1,4 +1,4 @@
-"""Templates, separate tokenisation, end of turn, special tokens in texts, truncation."""
+"""Templates, separate tokenisation, end of turn, special tokens in texts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mindspeed_simpo.data.encoding import PairEncoder
-from mindspeed_simpo.data.rows import RowReader
 from mindspeed_simpo.data.template import ChatFormat
 from mindspeed_simpo.data.turns import RowError
 from mindspeed_simpo.errors import ModelError
 from tests.hf import FAMILIES, make_tokenizer
-from tests.unit.data_helpers import PLAIN, tokenizer
+from tests.unit.data_helpers import END, PLAIN, encode, tokenizer
 
 SEVERAL_TURNS = {
     "prompt": [
@@ -26,12 +24,6 @@ SEVERAL_TURNS = {
     "chosen": "A planet has no legs.",
     "rejected": "Eight.",
 }
-END = {"qwen2": "<|im_end|>", "qwen3": "<|im_end|>", "llama": "<|eot_id|>", "mistral": "</s>"}
-
-
-def encode(row, tok, *, seq_length=1000, prompt_limit=500, truncation="error"):
-    encoder = PairEncoder(tok, seq_length=seq_length, prompt_limit=prompt_limit, truncation=truncation)
-    return encoder.encode(RowReader(None).read(row))
 
 
 def with_template(template, family="qwen2"):
@@ -227,99 +219,3 @@ def test_a_space_is_kept_where_the_first_word_begins_the_text():
     tok.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
     tok.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
     assert tok.decode(encode(PLAIN, tok).chosen_ids) == "Paris.</s>"
-
-
-LONG = {
-    "prompt": [
-        {"role": "user", "content": "Plant beans beside the corn. " * 12},
-        {"role": "assistant", "content": "They climb. " * 6},
-        {"role": "user", "content": "Sort the list in place and compare neighbours. " * 12},
-    ],
-    "chosen": "Swap them while the left one is larger. " * 5,
-    "rejected": "The tide comes in. " * 3,
-}
-HEADERS = {
-    "qwen2": "<|im_start|>assistant\n",
-    "qwen3": "<|im_start|>assistant\n",
-    "llama": "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "mistral": " [/INST]",
-}
-
-
-@pytest.mark.parametrize("truncation", ["error", "drop"])
-def test_a_long_pair_is_reported_with_its_lengths(truncation):
-    full = encode(LONG, tokenizer())
-    prompt, chosen, rejected = len(full.prompt_ids), len(full.chosen_ids), len(full.rejected_ids)
-    fits = {"prompt_limit": 10, "truncation": truncation}
-    assert encode(LONG, tokenizer(), seq_length=prompt + chosen, **fits) == full
-    words = f"{prompt + chosen} tokens .prompt {prompt} tokens, chosen {chosen}, rejected {rejected}., seq_length is"
-    with pytest.raises(RowError, match=words) as caught:
-        encode(LONG, tokenizer(), seq_length=prompt + chosen - 1, **fits)
-    assert caught.value.kind == "too_long"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("truncation", ["keep_end", "keep_start"])
-def test_the_prompt_is_cut_as_far_as_needed(family, truncation):
-    tok = tokenizer(family)
-    full = encode(LONG, tok)
-    seq_length = len(full.prompt_ids) + len(full.chosen_ids) - 40
-    pair = encode(LONG, tok, seq_length=seq_length, prompt_limit=60, truncation=truncation)
-    assert (pair.prompt_cut, pair.chosen_cut, pair.rejected_cut) == (40, 0, 0)
-    assert len(pair.prompt_ids) + len(pair.chosen_ids) == seq_length
-    assert (pair.chosen_ids, pair.rejected_ids) == (full.chosen_ids, full.rejected_ids)
-    assert tok.decode(pair.prompt_ids).endswith(HEADERS[family])
-    bos = int(tok.bos_token_id is not None)
-    assert pair.prompt_ids[:bos] == full.prompt_ids[:bos]
-    if truncation == "keep_end":
-        assert pair.prompt_ids[bos:] == full.prompt_ids[bos + 40 :]
-    else:
-        kept = len(pair.prompt_ids) - len(tok(END[family] + HEADERS[family], add_special_tokens=False)["input_ids"]) - 1
-        assert pair.prompt_ids[:kept] == full.prompt_ids[:kept]
-        assert pair.prompt_ids != full.prompt_ids[: len(pair.prompt_ids)]
-
-
-@pytest.mark.parametrize("truncation", ["keep_end", "keep_start"])
-def test_the_prompt_is_cut_no_further_than_its_limit(truncation):
-    full = encode(LONG, tokenizer())
-    limit, room = 100, 30
-    pair = encode(LONG, tokenizer(), seq_length=limit + room, prompt_limit=limit, truncation=truncation)
-    assert len(pair.prompt_ids) == limit
-    assert pair.chosen_ids == full.chosen_ids[:room]
-    assert pair.rejected_ids == full.rejected_ids[:room]
-    assert pair.chosen_cut == len(full.chosen_ids) - room
-
-
-@pytest.mark.parametrize("truncation", ["keep_end", "keep_start"])
-def test_a_short_prompt_is_not_cut_at_all(truncation):
-    row = {**LONG, "prompt": "Sort it."}
-    full = encode(row, tokenizer())
-    pair = encode(row, tokenizer(), seq_length=len(full.prompt_ids) + 10, prompt_limit=500, truncation=truncation)
-    assert pair.prompt_ids == full.prompt_ids
-    assert pair.chosen_ids == full.chosen_ids[:10]
-
-
-@pytest.mark.parametrize("truncation", ["keep_end", "keep_start"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_header_stays_however_small_the_limit(family, truncation):
-    tok = tokenizer(family)
-    pair = encode(LONG, tok, seq_length=40, prompt_limit=1, truncation=truncation)
-    assert tok.decode(pair.prompt_ids).endswith(HEADERS[family])
-    assert len(pair.prompt_ids) + len(pair.chosen_ids) == 40
-    assert len(pair.chosen_ids) >= 1
-
-
-@pytest.mark.parametrize("truncation", ["keep_end", "keep_start"])
-def test_a_header_without_room_for_a_response_is_reported(truncation):
-    with pytest.raises(RowError, match="the assistant header alone has") as caught:
-        encode(LONG, tokenizer("llama"), seq_length=8, prompt_limit=4, truncation=truncation)
-    assert caught.value.kind == "too_long"
-
-
-def test_responses_that_truncation_makes_equal_are_identical():
-    start = "The heart pumps blood through the lungs. " * 4
-    row = {"prompt": "Why?", "chosen": start + "Yes.", "rejected": start + "No."}
-    length = len(encode(row, tokenizer()).prompt_ids)
-    with pytest.raises(RowError, match="the same in the 20 tokens that truncation leaves") as caught:
-        encode(row, tokenizer(), seq_length=length + 20, prompt_limit=length, truncation="keep_end")
-    assert caught.value.kind == "identical"

@@ -58,7 +58,7 @@ def test_packed_rows_and_pairs_above_their_budget(tmp_path):
     assert "max_tokens_per_micro_batch" not in report
     verdict, report = run(tmp_path, batching="packed", max_tokens_per_micro_batch=20)
     assert verdict
-    assert "train: 2 of 2 inspected pairs have more than max_tokens_per_micro_batch 20 tokens, up to" in report
+    assert "train: 2 of 2 pairs have more than max_tokens_per_micro_batch 20 tokens, up to" in report
 
 
 def test_layout_of_several_ranks(tmp_path):

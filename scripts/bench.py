@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts import bench_inputs
-from scripts.machine import processor
+from scripts.machine import processor, versions
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -64,8 +62,7 @@ def main() -> None:
                 "load_average_at_start": round(os.getloadavg()[0], 1),
                 "matmul_flops_per_second": _matmul_rate(arguments.threads),
             },
-            "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers", "mindspeed-simpo")}
-            | {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")},
+            "versions": versions(),
             "inputs": inputs.facts,
             "variants": _measure(arguments, inputs),
         }
@@ -206,11 +203,12 @@ def _print(result: dict[str, Any]) -> None:
 def _markdown(result: dict[str, Any]) -> str:
     """The table, with what it was measured on."""
     machine, inputs = result["machine"], result["inputs"]
-    versions = ", ".join(f"{name} {found}" for name, found in result["versions"].items())
+    others = {name: row["version"] for name, row in result["variants"].items() if name in PEERS and "," not in name}
+    taken_with = ", ".join(f"{name} {found}" for name, found in (result["versions"] | others).items())
     note = (
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, fp32 products at "
         f"{machine['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, load average {machine['load_average_at_start']} at "
-        f"the start; {versions}. A model of {inputs['parameters'] / 1e6:.1f} million parameters, {inputs['pairs']} "
+        f"the start; {taken_with}. A model of {inputs['parameters'] / 1e6:.1f} million parameters, {inputs['pairs']} "
         f"pairs, {inputs['micro_batch_size']} a step, prompts of {inputs['mean_prompt_tokens']:.0f} and responses of "
         f"{inputs['mean_response_tokens']:.0f} tokens on average."
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -176,13 +175,12 @@ def main() -> None:
     parser.add_argument("--liger-python", help="interpreter that can import liger_kernel")
     parser.add_argument("--name", help="write docs/benchmarks/NAME.json and NAME.md")
     arguments = parser.parse_args()
-    from scripts.machine import processor
+    from scripts.machine import processor, versions
 
     load = round(os.getloadavg()[0], 1)
     machine = {"processor": processor(), "cores": os.cpu_count(), "load_average_at_start": load}
     result = {"machine": machine, **measure(arguments)}
-    result["versions"] = {"torch": version("torch"), "mindspeed-simpo": version("mindspeed-simpo")}
-    result["versions"]["python"] = platform.python_version()
+    result["versions"] = versions()
     if "Liger" in result["variants"]:
         result["versions"]["liger-kernel"] = result["variants"]["Liger"]["version"]
     text = markdown(result)

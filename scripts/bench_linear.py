@@ -23,7 +23,7 @@ from mindspeed_simpo.config import Config, Layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.device import open_device
 from scripts.engine import build_engine
-from scripts.machine import processor
+from scripts.machine import processor, versions
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAIR_TOKENS = 512
@@ -50,6 +50,7 @@ def main() -> None:
     smallest = min(medians)
     result = {
         "machine": {"processor": processor(), "threads": arguments.threads, "load_average": os.getloadavg()[0]},
+        "versions": versions(),
         "seconds_by_tokens": medians,
         "seconds_a_token_relative_to_the_smallest": {
             tokens: found / tokens / (medians[smallest] / smallest) for tokens, found in medians.items()

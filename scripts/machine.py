@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import time
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -14,3 +16,9 @@ def processor() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """What it was taken with, and when."""
+    found = {name: version(name) for name in ("torch", "megatron-core", "transformers", "mindspeed-simpo")}
+    return found | {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}

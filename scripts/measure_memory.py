@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from mindspeed_simpo.config import Config
 from mindspeed_simpo.data.collate import collate_padded
 from mindspeed_simpo.device import Device, open_device
 from scripts.engine import build_engine
-from scripts.machine import processor
+from scripts.machine import processor, versions
 from scripts.memory_tables import tables
 from scripts.tensor_bytes import PeakBytes, StoredBytes
 
@@ -59,8 +57,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "device": arguments.device if device.is_cpu else torch.cuda.get_device_name(),
             "load_average_at_start": round(load, 1),
         },
-        "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers", "mindspeed-simpo")}
-        | {"python": platform.python_version()},
+        "versions": versions(),
         "schedules": [
             _schedules(arguments, device, groups, pairs, recompute)
             for recompute in ({}, FULL_RECOMPUTE)

@@ -1,9 +1,14 @@
 """One small model and its pairs for all end-to-end tests."""
 
+import signal
+
 import pytest
 
 from tests.e2e.cli import Program
 from tests.hf import make_checkpoint, make_pairs
+
+# a shell that runs the tests in the background has them, and the programs that they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

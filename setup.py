@@ -7,7 +7,7 @@ from typing import Any
 from setuptools import setup
 from setuptools.command.editable_wheel import editable_wheel
 
-HOOK = Path(__file__).parent / "mindspeed_simpo" / "plugin" / "mindspeed_simpo.pth"
+HOOK = Path(__file__).parent / "mindspeed_simpo" / "integrations" / "mindspeed_llm" / "mindspeed_simpo.pth"
 
 
 class EditableWheelWithHook(editable_wheel):

@@ -1,6 +1,6 @@
 """``python -m mindspeed_simpo`` is the command ``mindspeed-simpo``."""
 
-from mindspeed_simpo.cli import main
+from mindspeed_simpo.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mindspeed_simpo.batch import LossInputs, LossOutput
-from mindspeed_simpo.options import TaskOptions
+from mindspeed_simpo.config.options import TaskOptions
 
 LossType = Literal["sigmoid", "hinge", "ipo"]
 Objective = Callable[[LossInputs], LossOutput]

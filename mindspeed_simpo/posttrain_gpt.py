@@ -6,7 +6,7 @@ import os
 import sys
 
 from mindspeed_simpo.errors import ConfigError, SimpoError
-from mindspeed_simpo.plugin import hooks
+from mindspeed_simpo.integrations.mindspeed_llm import hooks
 
 
 def main() -> None:

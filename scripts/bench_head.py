@@ -51,9 +51,9 @@ def head_of(name: str, shape: dict[str, int]) -> Any:
 
 def _our_head(*, fused: bool, shape: dict[str, int]) -> Any:
     from mindspeed_simpo.batch import LossInputs, ScoredTokens
-    from mindspeed_simpo.config import Config, Layout
+    from mindspeed_simpo.config.config import Config, Layout
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.logprobs import FusedHead, sequence_logprobs
+    from mindspeed_simpo.loss.head import FusedHead, sequence_logprobs
     from mindspeed_simpo.objectives import make_objective
     from mindspeed_simpo.parallel import initialize
 

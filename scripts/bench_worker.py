@@ -21,7 +21,7 @@ def engine(job):
     import yaml
 
     torch.set_num_threads(job["threads"])
-    from mindspeed_simpo.cli import execute
+    from mindspeed_simpo.cli.main import execute
 
     folder = Path(job["folder"])
     config = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_simpo.config import Config
+from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.device import Device
 
 
@@ -19,11 +19,11 @@ def build_engine(config: Config, device: Device, groups: Any, table: Any = None)
         groups: Of the layout that ``config`` has on these ranks.
         table: DPO's reference sums.
     """
-    from mindspeed_simpo.model.gpt import build_model
-    from mindspeed_simpo.model.hf_config import read_model_spec
-    from mindspeed_simpo.model.hf_weights import fill_weights
-    from mindspeed_simpo.optimizer import wrap_for_training
-    from mindspeed_simpo.session import Session
+    from mindspeed_simpo.model.description import read_model_spec
+    from mindspeed_simpo.model.megatron.gpt import build_model
+    from mindspeed_simpo.model.megatron.weights import fill_weights
+    from mindspeed_simpo.training.optimizer import wrap_for_training
+    from mindspeed_simpo.training.session import Session
 
     spec = read_model_spec(config.model_name_or_path)
     models = build_model(spec, config, groups, device)

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the options in mindspeed_simpo/options.py. Run it after a change of the options."""
+"""Write docs/configuration.md from the options of mindspeed_simpo/config. Run it after a change of the options."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mindspeed_simpo.flags import describe_range
-from mindspeed_simpo.options import OPTION_GROUPS
+from mindspeed_simpo.cli.flags import describe_range
+from mindspeed_simpo.config.options import OPTION_GROUPS
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-Written by `scripts/make_configuration_docs.py` from `mindspeed_simpo/options.py`; do not edit it by hand.
+Written by `scripts/make_configuration_docs.py` from `mindspeed_simpo/config/options.py`; do not edit it by hand.
 
 All keys live side by side in one YAML file. The key `simpo_beta` is the flag `--simpo-beta`; a flag wins over the file.
 Boolean keys are `--bf16` and `--no-bf16`; a list is `--data-path a.jsonl b.jsonl`; `--map-keys` takes JSON. An unknown

@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import Qwen2Config
 
 from mindspeed_simpo.batch import TokenizedPair
-from mindspeed_simpo.config import Config
+from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.collate import collate_padded
 from mindspeed_simpo.device import Device, open_device
 from scripts.engine import build_engine
@@ -41,7 +41,7 @@ FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform"
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both comparisons, with what they ran on."""
     device = open_device(arguments.device)
-    from mindspeed_simpo.config import Layout
+    from mindspeed_simpo.config.config import Layout
     from mindspeed_simpo.parallel import initialize
 
     groups = initialize(Layout(), device)
@@ -150,7 +150,7 @@ def _batches(arguments: argparse.Namespace, pairs: int) -> list[Any]:
 
 
 def _heads(arguments: argparse.Namespace, device: Device, groups: Any, hidden_size: int) -> dict[str, Any]:
-    from mindspeed_simpo.logprobs import FusedHead, vocab_parallel_logprobs
+    from mindspeed_simpo.loss.head import FusedHead, vocab_parallel_logprobs
 
     generator = torch.Generator().manual_seed(0)
     tokens, vocab = arguments.head_tokens, arguments.head_vocab

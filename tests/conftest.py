@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 
 # only modules of tensors: pydantic checks the options itself, and megatron-core's own classes are not annotated
 install_import_hook(
-    [f"mindspeed_simpo.{room}" for room in ("batch", "objectives", "logprobs", "data")], "beartype.beartype"
+    [f"mindspeed_simpo.{room}" for room in ("batch", "objectives", "loss", "data")], "beartype.beartype"
 )
 
 import random  # noqa: E402

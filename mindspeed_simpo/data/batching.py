@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mindspeed_simpo.batch import PairBatch, TokenizedPair
-from mindspeed_simpo.config import Config
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.options import BatchingName
 from mindspeed_simpo.data.collate import COLLATE
-from mindspeed_simpo.options import BatchingName
 
 
 @dataclass(frozen=True)

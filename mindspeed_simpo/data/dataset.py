@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
-from mindspeed_simpo.config import Config
+from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.cache import cache_folder, read_table, write_table
 from mindspeed_simpo.data.discovery import Part, open_sources
 from mindspeed_simpo.data.encoding import PairEncoder

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from mindspeed_simpo.config import Config
+from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.sources import Source
 from mindspeed_simpo.data.turns import ProblemKind
 from mindspeed_simpo.errors import DataError

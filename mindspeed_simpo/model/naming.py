@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mindspeed_simpo.model.hf_config import ModelSpec
+from mindspeed_simpo.model.description import ModelSpec
 
 Fusion = Literal["none", "qkv", "gate_up"]
 _EMBEDDING = "model.embed_tokens.weight"
@@ -37,7 +37,7 @@ class HFTensor:
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter of a :class:`~mindspeed_simpo.model.gpt.PolicyModel` and the tensors that it holds slices of."""
+    """One parameter of a ``PolicyModel`` and the tensors that it holds slices of."""
 
     parameter: str
     tensors: tuple[HFTensor, ...]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mindspeed_simpo.model.hf_config import RopeSpec
+from mindspeed_simpo.model.description import RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Float[Tensor, " half"]:

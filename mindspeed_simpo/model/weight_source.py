@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mindspeed_simpo.errors import ModelError
-from mindspeed_simpo.model.hf_config import ModelSpec
+from mindspeed_simpo.model.description import ModelSpec
 from mindspeed_simpo.model.naming import HFTensor, hf_tensors
 
 SINGLE_FILE = "model.safetensors"

@@ -104,7 +104,7 @@ def _main(argv, environment, folder):
     sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
     os.environ.update(environment)
     sys.argv = ["mindspeed-simpo", *argv]
-    from mindspeed_simpo.cli import main
+    from mindspeed_simpo.cli.main import main
 
     main()
 

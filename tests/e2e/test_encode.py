@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mindspeed_simpo import cli
-from mindspeed_simpo.config import Config
+from mindspeed_simpo.cli import main as cli
+from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.dataset import prepare_pairs
 from mindspeed_simpo.data.indexed import IndexedPairs
 from mindspeed_simpo.data.tokenizer import load_tokenizer

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mindspeed_simpo.config import Config
-from mindspeed_simpo.config_file import load_config
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.file import load_config
 from tests import oracle
 from tests.e2e.cli import lines_of
 from tests.e2e.encode import encode_file, order_of

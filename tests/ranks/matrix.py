@@ -6,8 +6,8 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindspeed_simpo import claims
-from mindspeed_simpo.claims import Option, Topology
+from mindspeed_simpo.config import supported
+from mindspeed_simpo.config.supported import Option, Topology
 from tests import oracle
 from tests.hf import make_checkpoint, make_token_pairs
 from tests.ranks.parity import Run, engine_runs, worst_error
@@ -74,20 +74,20 @@ class Cell:
 
 def all_rows() -> list[Row]:
     """Everything that is claimed, by rising number of ranks."""
-    most_axes = claims.COVERING[-3:]
-    options = [Row(topology, (option,)) for option in claims.OPTIONS for topology in option.rows]
-    together = [Row(topology, options) for options in claims.OPTIONS_TOGETHER for topology in _rows_of_all(options)]
+    most_axes = supported.COVERING[-3:]
+    options = [Row(topology, (option,)) for option in supported.OPTIONS for topology in option.rows]
+    together = [Row(topology, options) for options in supported.OPTIONS_TOGETHER for topology in _rows_of_all(options)]
     families = [Row(topology, family=family) for family in FAMILIES for topology in most_axes]
-    rows = [*map(Row, claims.MATRIX), *options, *together, *families]
+    rows = [*map(Row, supported.MATRIX), *options, *together, *families]
     return sorted(dict.fromkeys(rows), key=lambda row: row.topology.ranks)
 
 
 def quick_rows() -> list[Row]:
     """What continuous integration runs: every pair of axes, all options at once, and each family."""
-    most_axes = claims.COVERING[-1]
+    most_axes = supported.COVERING[-1]
     families = [Row(most_axes, family=family) for family in FAMILIES]
-    together = [Row(_rows_of_all(options)[-1], options) for options in claims.OPTIONS_TOGETHER]
-    return list(dict.fromkeys([*map(Row, claims.COVERING), *together, *families]))
+    together = [Row(_rows_of_all(options)[-1], options) for options in supported.OPTIONS_TOGETHER]
+    return list(dict.fromkeys([*map(Row, supported.COVERING), *together, *families]))
 
 
 def _rows_of_all(options: tuple[Option, ...]) -> list[Topology]:

@@ -85,7 +85,7 @@ def transformers_result(folder):
 
 def engine_model(folder, layout, **options):
     """Spec, groups, device and filled model of one rank; ``layout`` is (tensor, pipeline, data)."""
-    from mindspeed_simpo.config import Config, Layout
+    from mindspeed_simpo.config.config import Config, Layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
 
@@ -104,9 +104,9 @@ def engine_model(folder, layout, **options):
     )
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from mindspeed_simpo.model.gpt import build_model
-    from mindspeed_simpo.model.hf_config import read_model_spec
-    from mindspeed_simpo.model.hf_weights import fill_weights
+    from mindspeed_simpo.model.description import read_model_spec
+    from mindspeed_simpo.model.megatron.gpt import build_model
+    from mindspeed_simpo.model.megatron.weights import fill_weights
 
     model_parallel_cuda_manual_seed(1)
     spec = read_model_spec(str(folder))
@@ -126,7 +126,7 @@ def run_engine(folder, layout, **options):
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
     from megatron.core.transformer.module import Float16Module
 
-    from mindspeed_simpo.model.hf_weights import gather_hf_tensors
+    from mindspeed_simpo.model.megatron.weights import gather_hf_tensors
 
     spec, groups, models = engine_model(folder, layout, **options)
     config = models[0].config

@@ -71,8 +71,8 @@ def engine_runs(folder, batches, runs, prepare: Callable[[], None] | None = None
 def _rank(folder, batches, runs, prepare, layout_options):
     import torch.distributed as dist
 
-    from mindspeed_simpo import claims
-    from mindspeed_simpo.config import Config
+    from mindspeed_simpo.config import supported
+    from mindspeed_simpo.config.config import Config
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
 
@@ -84,7 +84,7 @@ def _rank(folder, batches, runs, prepare, layout_options):
     configs = [
         Config(
             **{"model_name_or_path": folder, "data_path": "unused", "lr_warmup_fraction": 0},
-            **{**claims.PLAIN, "global_batch_size": len(batches[0]), **layout_options, **run.options},
+            **{**supported.PLAIN, "global_batch_size": len(batches[0]), **layout_options, **run.options},
         )
         for run in runs
     ]
@@ -97,13 +97,13 @@ def _rank(folder, batches, runs, prepare, layout_options):
 def _train(batches, run, config, layout, groups, device):
     from pathlib import Path
 
-    from mindspeed_simpo import checkpoint, metrics
-    from mindspeed_simpo.model.gpt import build_model
-    from mindspeed_simpo.model.hf_config import read_model_spec
-    from mindspeed_simpo.model.hf_weights import fill_weights, gather_hf_tensors
-    from mindspeed_simpo.optimizer import build_stepper, wrap_for_training
-    from mindspeed_simpo.reference import ReferenceTable
-    from mindspeed_simpo.session import Session
+    from mindspeed_simpo.loss.reference import ReferenceTable
+    from mindspeed_simpo.model.description import read_model_spec
+    from mindspeed_simpo.model.megatron.gpt import build_model
+    from mindspeed_simpo.model.megatron.weights import fill_weights, gather_hf_tensors
+    from mindspeed_simpo.training import checkpoint, metrics
+    from mindspeed_simpo.training.optimizer import build_stepper, wrap_for_training
+    from mindspeed_simpo.training.session import Session
 
     spec = read_model_spec(config.model_name_or_path)
     models = build_model(spec, config, groups, device)

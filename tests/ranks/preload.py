@@ -8,4 +8,4 @@ import megatron.core  # noqa: E402
 import megatron.core.models.gpt.gpt_model  # noqa: E402, F401
 from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2Config  # noqa: E402, F401
 
-import mindspeed_simpo.session  # noqa: E402, F401
+import mindspeed_simpo.training.session  # noqa: E402, F401

@@ -14,9 +14,9 @@ def _loss_path(tensor, context, sequence_parallel):
     import torch
 
     from mindspeed_simpo.batch import IGNORE_INDEX, ScoredTokens
-    from mindspeed_simpo.config import Layout
+    from mindspeed_simpo.config.config import Layout
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.logprobs import sequence_logprobs
+    from mindspeed_simpo.loss.head import sequence_logprobs
     from mindspeed_simpo.parallel import initialize
     from tests.ranks.traffic import Traffic
 
@@ -69,10 +69,10 @@ def test_sequence_parallel_gathers_hidden_states_once_and_scatters_their_gradien
 def _metrics():
     import torch.distributed as dist
 
-    from mindspeed_simpo import metrics
-    from mindspeed_simpo.config import Layout
+    from mindspeed_simpo.config.config import Layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
+    from mindspeed_simpo.training import metrics
     from tests.ranks.traffic import Traffic
 
     device = open_device("cpu")
@@ -94,7 +94,7 @@ SHAPE = {"layers": 4, "hidden": 64, "heads": 4, "kv_heads": 2}
 def _micro_batch(folder, options):
     import torch.distributed as dist
 
-    from mindspeed_simpo.config import Config
+    from mindspeed_simpo.config.config import Config
     from mindspeed_simpo.data.collate import collate_padded
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize

@@ -44,11 +44,11 @@ def _waits_of_steps(folder, token_pairs, options, modes):
     from megatron.core import tensor_parallel
 
     from mindspeed_simpo.batch import TokenizedPair
-    from mindspeed_simpo.config import Config
+    from mindspeed_simpo.config.config import Config
     from mindspeed_simpo.data.batching import Batching
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
-    from mindspeed_simpo.schedule import runner
+    from mindspeed_simpo.training.schedule import runner
     from scripts.engine import build_engine
 
     device = open_device("cpu")

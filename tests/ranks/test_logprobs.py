@@ -40,7 +40,7 @@ def _dense(vocab_size, padded):
 
 def _heads_on_rank(tensor, variants):
     """``_head`` of each variant."""
-    from mindspeed_simpo.config import Layout
+    from mindspeed_simpo.config.config import Layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
 
@@ -50,7 +50,7 @@ def _heads_on_rank(tensor, variants):
 
 def _head(groups, vocab_size, padded, chunk_tokens, dtype=torch.float32, sequence_parallel=False):
     """Sums and both gradients; chunk_tokens None is the head that holds all logits."""
-    from mindspeed_simpo.logprobs import FusedHead, sequence_logprobs
+    from mindspeed_simpo.loss.head import FusedHead, sequence_logprobs
 
     rank, ranks = groups.tensor.rank(), groups.tensor.size()
     hidden, weight, targets, upstream = _problem(vocab_size, padded)
@@ -112,9 +112,9 @@ def test_bfloat16_heads_agree():
 
 
 def _nothing_scored_on_rank():
-    from mindspeed_simpo.config import Layout
+    from mindspeed_simpo.config.config import Layout
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.logprobs import FusedHead, sequence_logprobs
+    from mindspeed_simpo.loss.head import FusedHead, sequence_logprobs
     from mindspeed_simpo.parallel import initialize
 
     groups = initialize(Layout(tensor=2), open_device("cpu"))
@@ -133,9 +133,9 @@ def test_no_response_token_at_all():
 
 
 def _main_grad_on_rank(dtype, awaited):
-    from mindspeed_simpo.config import Layout
+    from mindspeed_simpo.config.config import Layout
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.logprobs import FusedHead, sequence_logprobs
+    from mindspeed_simpo.loss.head import FusedHead, sequence_logprobs
     from mindspeed_simpo.parallel import initialize
 
     groups = initialize(Layout(), open_device("cpu"))

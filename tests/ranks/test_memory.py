@@ -16,14 +16,14 @@ def _counted_on_rank(folder, token_pairs, options, modes):
     from megatron.core import tensor_parallel
 
     from mindspeed_simpo.batch import TokenizedPair
-    from mindspeed_simpo.config import Config
+    from mindspeed_simpo.config.config import Config
     from mindspeed_simpo.data.batching import Batching
     from mindspeed_simpo.data.largest import largest_pass
     from mindspeed_simpo.data.loader import PairLoader
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.memory import estimate_memory
-    from mindspeed_simpo.model.hf_config import read_model_spec
+    from mindspeed_simpo.model.description import read_model_spec
     from mindspeed_simpo.parallel import initialize
+    from mindspeed_simpo.training.memory import estimate_memory
     from scripts.engine import build_engine
     from scripts.tensor_bytes import PeakBytes, StoredBytes
 

@@ -22,7 +22,7 @@ FAMILIES = {
 
 def _export(folder, layout, output, max_shard_bytes=10**9, change=0.0, **options):
     from mindspeed_simpo.errors import ModelError
-    from mindspeed_simpo.model.export import export_hf
+    from mindspeed_simpo.model.megatron.export import export_hf
 
     spec, groups, models = engine_model(folder, layout, **options)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_random_weights_are_the_same_in_every_layout(tmp_path):
 
 
 def _inspect(folder):
-    from mindspeed_simpo.model import hf_weights
+    from mindspeed_simpo.model.megatron import weights as hf_weights
 
     read = {}
     original = hf_weights.SafetensorsFolder.read

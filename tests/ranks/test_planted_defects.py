@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mindspeed_simpo.claims import Topology
+from mindspeed_simpo.config.supported import Topology
 from tests.ranks.matrix import GRADIENT, LOSS, Cell, Row
 from tests.ranks.parity import worst_error
 
@@ -17,7 +17,7 @@ OBJECTIVE = "sigmoid + ftx"
 
 def _put_in_place_of(original, defective):
     """Every name under which a module of the package knows the function."""
-    import mindspeed_simpo.session  # noqa: F401 - brings all of them
+    import mindspeed_simpo.training.session  # noqa: F401 - brings all of them
 
     for name, module in list(sys.modules.items()):
         if name.startswith("mindspeed_simpo") and getattr(module, original.__name__, None) is original:
@@ -33,7 +33,7 @@ def _undifferentiated_sum(values, group):
 
 def undifferentiated_tensor_reduction():
     """The owner of a label completes its log-probability, the other shards add a zero: they lose the softmax term."""
-    from mindspeed_simpo import logprobs
+    from mindspeed_simpo.loss import head as logprobs
 
     def logits_logprobs(logits, targets, tensor_group):
         shard = logits.shape[-1]
@@ -51,7 +51,7 @@ def undifferentiated_tensor_reduction():
 
 def label_zero_means_nothing():
     """``labels != 0`` on the shard's own ids: the first id of every shard is dropped."""
-    from mindspeed_simpo import logprobs
+    from mindspeed_simpo.loss import head as logprobs
 
     original = logprobs.logits_logprobs
 
@@ -65,7 +65,7 @@ def shift_after_slicing():
     """Each context-parallel rank shifts the labels of its own slice, which has gaps and an end."""
     from mindspeed_simpo.batch import IGNORE_INDEX
     from mindspeed_simpo.parallel.context import positions_of
-    from mindspeed_simpo.schedule.rows import Rows
+    from mindspeed_simpo.training.schedule.rows import Rows
 
     original = Rows.held_by
     pad = functools.partial(torch.nn.functional.pad, value=IGNORE_INDEX)
@@ -96,7 +96,7 @@ def supervised_term_divided_twice():
 
 def loss_divided_by_context_ranks():
     """``loss / cp`` in front of a schedule and a DDP that already make the sum a mean."""
-    from mindspeed_simpo.schedule import PairSchedule
+    from mindspeed_simpo.training.schedule import PairSchedule
 
     original = PairSchedule.forward_backward
 

@@ -90,7 +90,7 @@ def engine_modes(folder, modes, references=None, pairs=None, **options):
 def _rank(folder, token_pairs, references, options, modes):
     from megatron.core import tensor_parallel
 
-    from mindspeed_simpo.config import Config
+    from mindspeed_simpo.config.config import Config
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
 
@@ -111,9 +111,9 @@ def _rank(folder, token_pairs, references, options, modes):
 
 
 def _one_mode(config, token_pairs, references, device, groups):
-    from mindspeed_simpo import metrics
-    from mindspeed_simpo.model.hf_weights import gather_hf_tensors
-    from mindspeed_simpo.reference import ReferenceTable
+    from mindspeed_simpo.loss.reference import ReferenceTable
+    from mindspeed_simpo.model.megatron.weights import gather_hf_tensors
+    from mindspeed_simpo.training import metrics
     from scripts.engine import build_engine
     from tests.ranks.parity import _complete_sharded_gradients, _micro_batches
 

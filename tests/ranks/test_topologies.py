@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from mindspeed_simpo import claims
+from mindspeed_simpo.config import supported
 from tests.ranks.matrix import OBJECTIVES, VOCABULARY, all_rows, boundary_ids, global_batch, quick_rows
 
 
@@ -17,13 +17,13 @@ def test_the_step_equals_the_oracle(matrix, row):
 
 def test_these_rows_have_every_pair_of_axes():
     covered = {pair for row in quick_rows() for pair in itertools.combinations(sorted(row.topology.axes), 2)}
-    assert covered == set(itertools.combinations(sorted(claims.AXES), 2))
+    assert covered == set(itertools.combinations(sorted(supported.AXES), 2))
 
 
 def test_every_claim_is_a_row_of_the_matrix():
     rows = all_rows()
-    assert {row.topology for row in rows if not row.options} >= {*claims.MATRIX, *claims.COVERING}
-    for option in claims.OPTIONS:
+    assert {row.topology for row in rows if not row.options} >= {*supported.MATRIX, *supported.COVERING}
+    for option in supported.OPTIONS:
         assert {row.topology for row in rows if row.options == (option,)} == set(option.rows)
 
 

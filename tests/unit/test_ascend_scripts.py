@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from mindspeed_simpo import cli
+from mindspeed_simpo.cli import main as cli
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "scripts" / "ascend"
@@ -30,7 +30,7 @@ open(os.environ["RECORD_FILE"], "w").write(json.dumps(record))
 PARSE = """
 import json, sys
 sys.argv[1:] = json.loads(sys.argv[1])
-from mindspeed_simpo.plugin import hooks
+from mindspeed_simpo.integrations.mindspeed_llm import hooks
 hooks.install()
 from mindspeed_llm.tasks.megatron_adaptor_v2 import parse
 from mindspeed.features_manager.features_manager import MindSpeedFeaturesManager

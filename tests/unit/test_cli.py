@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from mindspeed_simpo import cli, flags, launch
-from mindspeed_simpo.config import Config
+from mindspeed_simpo.cli import flags, launch
+from mindspeed_simpo.cli import main as cli
+from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.errors import PeerLostError
 
 HEAVY = ("torch", "transformers", "datasets", "megatron", "numpy", "pyarrow")
@@ -41,7 +42,7 @@ def run(*words, env=None, timeout=60) -> subprocess.CompletedProcess:
 def run_in_process(*words) -> tuple[int, list[str]]:
     """Exit code of a fresh interpreter that runs one command line, and the heavy packages that it imported."""
     program = (
-        "import json, sys\nfrom mindspeed_simpo import cli\n"
+        "import json, sys\nfrom mindspeed_simpo.cli import main as cli\n"
         "try:\n    code = cli.execute(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"
         f"print(json.dumps([code, [name for name in {HEAVY!r} if name in sys.modules]]))"
     )

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mindspeed_simpo.config import Config
-from mindspeed_simpo.config_file import load_config
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.file import load_config
+from mindspeed_simpo.config.options import OPTION_GROUPS
 from mindspeed_simpo.errors import ConfigError
-from mindspeed_simpo.options import OPTION_GROUPS
 
 REPO = Path(__file__).parents[2]
 REQUIRED = {"model_name_or_path": "model", "data_path": "pairs.jsonl"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mindspeed_simpo.batch import FILLER_PAIR, IGNORE_INDEX, Branch, Documents, TokenizedPair
-from mindspeed_simpo.config import Config
+from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.batching import Batching, fill, spread
 from mindspeed_simpo.data.collate import COLLATE, collate_packed, collate_padded, collate_prefix_shared
 from mindspeed_simpo.data.loader import PairLoader

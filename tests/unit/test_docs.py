@@ -12,9 +12,10 @@ import tyro
 import yaml
 from rich.table import Table
 
-from mindspeed_simpo import cli, flags
-from mindspeed_simpo.config import Config
-from mindspeed_simpo.config_file import load_config, validate
+from mindspeed_simpo.cli import flags
+from mindspeed_simpo.cli import main as cli
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.file import load_config, validate
 from mindspeed_simpo.errors import ConfigError
 
 REPO = Path(__file__).parents[2]

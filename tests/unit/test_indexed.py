@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mindspeed_simpo.batch import TokenizedPair
-from mindspeed_simpo.config import Config
+from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.dataset import prepare_pairs
 from mindspeed_simpo.data.indexed import KEYS, IndexedPairs, is_prefix, write_indexed_pairs
 from mindspeed_simpo.errors import DataError

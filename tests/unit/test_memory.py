@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mindspeed_simpo import claims, memory
-from mindspeed_simpo.config import Config, Layout
+from mindspeed_simpo.config import supported
+from mindspeed_simpo.config.config import Config, Layout
 from mindspeed_simpo.data.largest import largest_pass
-from mindspeed_simpo.memory import MemoryEstimate, count_parameters
-from mindspeed_simpo.model.hf_config import read_model_spec
+from mindspeed_simpo.model.description import read_model_spec
 from mindspeed_simpo.model.naming import pipeline_chunks
+from mindspeed_simpo.training import memory
+from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart")
 LENGTHS = np.tile([40, 20, 10], (8, 1))
@@ -20,7 +21,7 @@ LENGTHS = np.tile([40, 20, 10], (8, 1))
 
 def config(**values) -> Config:
     return Config(
-        **{"model_name_or_path": QUICKSTART, "data_path": "x", "global_batch_size": 8} | claims.PLAIN | values
+        **{"model_name_or_path": QUICKSTART, "data_path": "x", "global_batch_size": 8} | supported.PLAIN | values
     )
 
 

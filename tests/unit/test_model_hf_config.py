@@ -7,9 +7,9 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mindspeed_simpo.config import Config
+from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.errors import ConfigError, ModelError
-from mindspeed_simpo.model.hf_config import read_model_spec, resolve_model
+from mindspeed_simpo.model.description import read_model_spec, resolve_model
 from mindspeed_simpo.model.rotary import inverse_frequencies, rotation_angles
 
 BASE = {
@@ -188,7 +188,7 @@ def test_reading_a_spec_imports_no_megatron(tmp_path):
     import sys
 
     code = (
-        "import sys; from mindspeed_simpo.model.hf_config import read_model_spec; "
+        "import sys; from mindspeed_simpo.model.description import read_model_spec; "
         f"read_model_spec({_write(tmp_path)!r}); assert not [m for m in sys.modules if m.startswith('megatron')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mindspeed_simpo.errors import ModelError
-from mindspeed_simpo.model.hf_config import read_model_spec
+from mindspeed_simpo.model.description import read_model_spec
 from mindspeed_simpo.model.naming import hf_tensors, pipeline_chunks
 from mindspeed_simpo.model.weight_source import INDEX_FILE, SINGLE_FILE, RandomWeights, SafetensorsFolder
 from tests.ranks.model_helpers import make_checkpoint

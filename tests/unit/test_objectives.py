@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mindspeed_simpo.batch import LossInputs
+from mindspeed_simpo.config.options import TaskOptions
 from mindspeed_simpo.objectives import dpo, make_objective, simpo
-from mindspeed_simpo.options import TaskOptions
 from tests import oracle
 
 LOSS_TYPES = ["sigmoid", "hinge", "ipo"]

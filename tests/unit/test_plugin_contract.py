@@ -19,7 +19,7 @@ import torch, torch.distributed as dist
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 cases = json.loads(sys.argv[1])
 sys.argv[1:] = cases[0]
-from mindspeed_simpo.plugin import hooks
+from mindspeed_simpo.integrations.mindspeed_llm import hooks
 hooks.install()
 hooks.install()
 from mindspeed_llm import megatron_adaptor
@@ -48,6 +48,7 @@ print("RESULT " + json.dumps(results))
 SIMPO = ["--stage", "simpo", "--is-pairwise-dataset", "--pref-ftx", "0.3"]
 STILL = ["--attention-dropout", "0", "--hidden-dropout", "0"]
 PIPELINE = ["--pipeline-model-parallel-size", "2"]
+HOOK = Path(__file__).resolve().parents[2] / "mindspeed_simpo/integrations/mindspeed_llm/mindspeed_simpo.pth"
 
 
 def execute(command, seams=SEAMS, **extra):
@@ -246,17 +247,21 @@ def test_without_mindspeed_llm_the_message_says_where_to_start(tmp_path):
 
 
 def test_the_pth_line_is_inert_without_its_variable(tmp_path):
-    line = (Path(__file__).resolve().parents[2] / "mindspeed_simpo/plugin/mindspeed_simpo.pth").read_text()
+    line = (
+        Path(__file__).resolve().parents[2] / "mindspeed_simpo/integrations/mindspeed_llm/mindspeed_simpo.pth"
+    ).read_text()
     shutil.copytree(SEAMS, tmp_path / "seams")
     program = line + "import sys; print([n for n in sys.modules if n.startswith('mindspeed_simpo')])"
     assert execute(["-c", program], MINDSPEED_SIMPO="0").stdout == "[]\n"
     loaded = execute(["-c", program], MINDSPEED_SIMPO="1").stdout
-    assert "mindspeed_simpo.plugin.hooks" in loaded
-    assert "mindspeed_simpo.plugin.trainer" not in loaded
+    assert "mindspeed_simpo.integrations.mindspeed_llm.hooks" in loaded
+    assert "mindspeed_simpo.integrations.mindspeed_llm.trainer" not in loaded
 
 
 def test_the_pth_line_serves_an_unmodified_script():
-    line = (Path(__file__).resolve().parents[2] / "mindspeed_simpo/plugin/mindspeed_simpo.pth").read_text()
+    line = (
+        Path(__file__).resolve().parents[2] / "mindspeed_simpo/integrations/mindspeed_llm/mindspeed_simpo.pth"
+    ).read_text()
     script = line + (
         "import sys; sys.argv[1:] = ['--stage', 'simpo']\n"
         "from mindspeed_llm import megatron_adaptor\n"

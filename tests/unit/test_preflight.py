@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mindspeed_simpo.config import Config
-from mindspeed_simpo.preflight import check, judge_length, judge_settings
+from mindspeed_simpo.cli.check import check, judge_length, judge_settings
+from mindspeed_simpo.config.config import Config
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
 PAIRS = [

@@ -24,7 +24,7 @@ CHOSEN, REJECTED = torch.tensor([-3.0, -5.0], dtype=torch.float64), torch.tensor
 
 
 def _gradients_are_those_of_the_joint_loss():
-    from mindspeed_simpo.schedule import PairScorer
+    from mindspeed_simpo.training.schedule import PairScorer
 
     leaves = CHOSEN.clone().requires_grad_(), REJECTED.clone().requires_grad_()
     pairs = batch(4, 5, 6, 7)
@@ -39,7 +39,7 @@ def _gradients_are_those_of_the_joint_loss():
 
 
 def _an_objective_that_needs_more_than_the_sums_is_refused():
-    from mindspeed_simpo.schedule import PairScorer
+    from mindspeed_simpo.training.schedule import PairScorer
 
     temperature = torch.ones((), dtype=torch.float64, requires_grad=True)
 
@@ -52,7 +52,7 @@ def _an_objective_that_needs_more_than_the_sums_is_refused():
 
 
 def _an_objective_may_ignore_a_side():
-    from mindspeed_simpo.schedule import PairScorer
+    from mindspeed_simpo.training.schedule import PairScorer
 
     def supervised(inputs):
         zero = torch.zeros_like(inputs.chosen_logprob)
@@ -64,7 +64,7 @@ def _an_objective_may_ignore_a_side():
 
 
 def _halves_lose_the_padding_that_only_the_other_needs():
-    from mindspeed_simpo.schedule.rows import Rows
+    from mindspeed_simpo.training.schedule.rows import Rows
 
     for lengths, multiple_of, expected in [
         ((4, 5, 12, 7), 1, (5, 12)),
@@ -87,7 +87,7 @@ def _halves_lose_the_padding_that_only_the_other_needs():
 def _halves_of_a_packed_row_are_rows_of_their_own():
     from mindspeed_simpo.batch import Documents
     from mindspeed_simpo.data.collate import collate_packed
-    from mindspeed_simpo.schedule.rows import Rows
+    from mindspeed_simpo.training.schedule.rows import Rows
 
     pairs = [TokenizedPair([1, 2], [3], [4, 5, 6], ""), TokenizedPair([7], [8, 9], [10], "")]
     batch = collate_packed(pairs, [0, 1], multiple_of=4)
@@ -110,7 +110,7 @@ def _halves_of_a_packed_row_are_rows_of_their_own():
 
 def _halves_of_a_packed_row_are_even():
     from mindspeed_simpo.data.collate import collate_packed
-    from mindspeed_simpo.schedule.rows import Rows
+    from mindspeed_simpo.training.schedule.rows import Rows
 
     pairs = [TokenizedPair([1, 2], [3], [4, 5, 6], ""), TokenizedPair([7], [8], [9, 10], "")]
     batch = collate_packed(pairs, [0, 1])

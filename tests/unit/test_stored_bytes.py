@@ -30,7 +30,7 @@ def _stored_on_rank(folder, pairs, schedules):
     from megatron.core import tensor_parallel
 
     from mindspeed_simpo.batch import TokenizedPair
-    from mindspeed_simpo.config import Config
+    from mindspeed_simpo.config.config import Config
     from mindspeed_simpo.data.batching import Batching
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
@@ -108,9 +108,9 @@ VOCAB, TOKENS, HIDDEN, CHUNK = 152_000, 96, 8, 8
 
 
 def _head_on_rank():
-    from mindspeed_simpo.config import Layout
+    from mindspeed_simpo.config.config import Layout
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.logprobs import FusedHead, vocab_parallel_logprobs
+    from mindspeed_simpo.loss.head import FusedHead, vocab_parallel_logprobs
     from mindspeed_simpo.parallel import initialize
 
     groups = initialize(Layout(), open_device("cpu"))

@@ -12,7 +12,7 @@ def main():
     import mindspeed.megatron_adaptor  # noqa: F401
 
     from mindspeed_simpo.batch import ONE_A_ROW
-    from mindspeed_simpo.model.attention import CausalAttention
+    from mindspeed_simpo.model.megatron.attention import CausalAttention
     from mindspeed_simpo.parallel.context import positions_of
 
     class Config:

@@ -24,7 +24,7 @@ PROGRAM = """
 import contextlib, io, json, os, sys
 cases = json.loads(sys.argv[1])
 sys.argv[1:] = ["--stage", "simpo"]
-from mindspeed_simpo.plugin import hooks
+from mindspeed_simpo.integrations.mindspeed_llm import hooks
 hooks.install()
 from mindspeed_llm import megatron_adaptor
 from megatron.training import initialize

@@ -17,7 +17,7 @@ pytestmark = needs_upstream
 PROGRAM = """
 import json, sys
 sys.argv[1:] = json.loads(sys.argv[1])
-from mindspeed_simpo.plugin import hooks
+from mindspeed_simpo.integrations.mindspeed_llm import hooks
 hooks.install()
 from mindspeed_llm import megatron_adaptor
 from megatron.training import initialize

@@ -13,7 +13,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from mindspeed_simpo.plugin import hooks
+from mindspeed_simpo.integrations.mindspeed_llm import hooks
 
 hooks.install()
 

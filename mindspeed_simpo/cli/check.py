@@ -1,0 +1,264 @@
+"""``mindspeed-simpo check``: what can be known of a run before it takes any accelerator time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from mindspeed_simpo.batch import TokenizedPair
+from mindspeed_simpo.config.config import Config, Layout
+from mindspeed_simpo.data.batching import Batching
+from mindspeed_simpo.data.dataset import PairDataset, has_eval_data, prepare_pairs
+from mindspeed_simpo.data.largest import LargestPass, largest_pass
+from mindspeed_simpo.data.template import ChatFormat
+from mindspeed_simpo.data.tokenizer import load_tokenizer
+from mindspeed_simpo.device import find_device
+from mindspeed_simpo.errors import DataError, SimpoError
+from mindspeed_simpo.model.description import ModelSpec, read_model_spec, resolve_model
+from mindspeed_simpo.model.naming import pipeline_chunks
+from mindspeed_simpo.model.weight_source import SafetensorsFolder
+from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, estimate_memory
+
+INSPECTED_PAIRS = 2000
+"""Pairs of each part, evenly spread, whose tokens are looked at one by one."""
+_COUNTS = ("rows", "kept", "malformed", "empty", "identical", "not_prefix", "too_long")
+_T = TypeVar("_T")
+
+
+@dataclass
+class Findings:
+    """What the checks found, in the order in which they found it."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def attempt(self, work: Callable[[], _T]) -> _T | None:
+        """The result of ``work``, or None and one more error."""
+        try:
+            return work()
+        except SimpoError as error:
+            self.errors.append(str(error))
+            return None
+
+
+def check(config: Config, world_size: int, console: Console | None = None) -> bool:
+    """Look at model, data, tokens, settings, layout and memory, and report on stdout.
+
+    Args:
+        config: Validated; ``config.layout(world_size)`` holds.
+        world_size: Ranks that the run will have.
+        console: Where the report goes.
+
+    Returns:
+        Whether training may start: False where it would stop with an error.
+    """
+    console = console or Console(highlight=False)
+    findings = Findings()
+    spec = findings.attempt(lambda: _model(config))
+    tokenizer = findings.attempt(lambda: load_tokenizer(config.model_name_or_path, config.chat_template))
+    parts: dict[str, PairDataset] = {}
+    if tokenizer is not None:
+        parts = _prepare(config, tokenizer, findings)
+        if parts:
+            console.print(_data_table(parts))
+            findings.warnings += inspect_pairs(parts, tokenizer)
+        if "train" in parts:
+            _print_sample(console, parts["train"][0], tokenizer)
+    if "train" in parts:
+        findings.warnings += judge_length(config, len(parts["train"]))
+    findings.warnings += judge_budget(config, parts)
+    findings.warnings += judge_settings(config)
+    if spec is not None:
+        layout = config.layout(world_size)
+        device = find_device() if config.device == "auto" else config.device
+        estimates = estimate_memory(spec, config, layout, _largest(config, layout, parts), device)
+        _print_layout(console, config, layout, spec, estimates)
+        findings.warnings += judge_memory(config, layout, estimates)
+    for title, style, messages in (("warning", "yellow", findings.warnings), ("error", "red", findings.errors)):
+        for message in messages:
+            console.print(f"[{style}]{title}[/]: {escape(message)}", soft_wrap=True)
+    if not findings.errors:
+        console.print(f"[green]ready to train[/], {len(findings.warnings)} warnings")
+    return not findings.errors
+
+
+def judge_settings(config: Config) -> Iterator[str]:
+    """Settings outside the ranges that the SimPO paper and its authors report as good."""
+    if config.stage == "simpo":
+        if not 2 <= config.simpo_beta <= 10:
+            yield f"simpo_beta {config.simpo_beta:g}: the paper's runs use 2 to 10"
+        if not 0 < config.gamma_beta_ratio <= 1:
+            yield (
+                f"gamma_beta_ratio {config.gamma_beta_ratio:g}: the paper's runs use 0.1 to 0.8; it is the margin "
+                "gamma divided by beta, not gamma itself"
+            )
+    elif not 0.01 <= config.dpo_beta <= 0.5:
+        yield f"dpo_beta {config.dpo_beta:g}: usual values are 0.01 to 0.5"
+    if config.init_from == "config":
+        yield "init_from: config starts from random weights; preference training normally starts from a tuned model"
+    elif config.lr >= 1e-5:
+        yield f"lr {config.lr:g}: the paper's runs use 3e-7 to 1e-6; its authors saw 1e-5 degrade models"
+    elif not 3e-7 <= config.lr <= 1e-6:
+        yield f"lr {config.lr:g}: the paper's runs use 3e-7 to 1e-6"
+
+
+def judge_length(config: Config, num_pairs: int) -> Iterator[str]:
+    """Batches and run lengths that do not fit the number of training pairs."""
+    if num_pairs < config.global_batch_size:
+        yield f"the {num_pairs} training pairs do not fill one global batch of {config.global_batch_size}"
+    elif config.train_iters is not None and config.train_iters * config.global_batch_size > 3 * num_pairs:
+        passes = config.train_iters * config.global_batch_size / num_pairs
+        yield f"train_iters {config.train_iters} makes {passes:.1f} passes over the pairs; the paper's runs make one"
+
+
+def judge_budget(config: Config, parts: dict[str, PairDataset]) -> Iterator[str]:
+    """Pairs that need a micro-batch of more tokens than was asked for."""
+    if config.batching_in_use == "padded":
+        return
+    batching = Batching.of(config)
+    for part, dataset in parts.items():
+        sizes = [batching.size_of(*lengths) for lengths in dataset.lengths.tolist()]
+        if above := [size for size in sizes if size > batching.max_tokens]:
+            yield (
+                f"{part}: {len(above)} of {len(sizes)} pairs have more than max_tokens_per_micro_batch "
+                f"{batching.max_tokens} tokens, up to {max(above)}: each is a micro-batch of its own"
+            )
+
+
+def judge_memory(config: Config, layout: Layout, estimates: Sequence[MemoryEstimate]) -> Iterator[str]:
+    """A run on the CPU that needs more than the memory of this host."""
+    needed = layout.tensor * layout.context * layout.data * sum(estimate.total for estimate in estimates)
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if config.device == "cpu" and needed > present:
+        yield f"the ranks need about {_gib(needed)} GiB together; this host has {_gib(present)} GiB"
+
+
+def inspect_pairs(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Double or missing BOS, missing ends of turn, and held-out prompts that training shows."""
+    bos, end = tokenizer.bos_token_id, ChatFormat(tokenizer).end_of_turn_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
+    prompts: dict[str, set[tuple[int, ...]]] = {}
+    for part, dataset in parts.items():
+        pairs = _inspected(dataset)
+        prompts[part] = {tuple(pair.prompt_ids) for pair in pairs}
+        problems: dict[str, Callable[[TokenizedPair], bool]] = {
+            "begin with two BOS tokens": lambda pair: bos is not None and pair.prompt_ids[:2] == [bos, bos],
+            "begin without the BOS token that the tokenizer gives plain text": lambda pair: (
+                adds_bos and pair.prompt_ids[:1] != [bos]
+            ),
+            "lost the end of turn of a response to truncation": lambda pair: (
+                pair.chosen_ids[-1] != end or pair.rejected_ids[-1] != end
+            ),
+        }
+        for problem, has in problems.items():
+            if found := [pair for pair in pairs if has(pair)]:
+                yield f"{part}: {len(found)} of {len(pairs)} inspected pairs {problem}, first {found[0].source}"
+    if shared := prompts.get("eval", set()) & prompts.get("train", set()):
+        yield f"eval: {len(shared)} of {len(prompts['eval'])} inspected prompts are training prompts too"
+
+
+def _inspected(dataset: PairDataset) -> list[TokenizedPair]:
+    return [dataset[index] for index in range(0, len(dataset), -(-len(dataset) // INSPECTED_PAIRS))]
+
+
+def _model(config: Config) -> ModelSpec:
+    spec = read_model_spec(config.model_name_or_path)
+    spec.check_layout(config)
+    if config.init_from == "weights":
+        SafetensorsFolder(resolve_model(config.model_name_or_path, weights=True), spec)
+    return spec
+
+
+def _prepare(config: Config, tokenizer: PreTrainedTokenizerBase, findings: Findings) -> dict[str, PairDataset]:
+    wanted: list[Literal["train", "eval"]] = ["train", "eval"] if has_eval_data(config) else ["train"]
+    lenient = config.model_copy(
+        update={"data_errors": "drop", "truncation": "drop" if config.truncation == "error" else config.truncation}
+    )
+    parts: dict[str, PairDataset] = {}
+    for part in wanted:
+        try:
+            parts[part] = prepare_pairs(config, tokenizer, part, progress=True)
+        except DataError as error:
+            findings.errors.append(f"{part}: {error}")
+            try:  # what can be used still has statistics
+                parts[part] = prepare_pairs(lenient, tokenizer, part, progress=True)
+            except SimpoError:
+                continue
+        except SimpoError as error:
+            findings.errors.append(f"{part}: {error}")
+    return parts
+
+
+def _data_table(parts: dict[str, PairDataset]) -> Table:
+    table = Table("", *parts, title="Pairs", title_justify="left")
+    reports = [dataset.report for dataset in parts.values()]
+    for name in _COUNTS:
+        table.add_row(name.replace("_", " "), *(str(getattr(report, name)) for report in reports))
+    table.add_row("prompts truncated", *(str(report.truncated_prompts) for report in reports))
+    table.add_row("responses truncated", *(str(report.truncated_responses) for report in reports))
+    for name in ("prompt", "chosen", "rejected"):
+        statistics = [getattr(report, f"{name}_tokens") for report in reports]
+        table.add_row(
+            f"{name} tokens: mean, median, 95 %, longest",
+            *(f"{item.mean:.1f}, {item.median:g}, {item.p95:g}, {item.longest}" for item in statistics),
+        )
+    return table
+
+
+def _print_sample(console: Console, pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> None:
+    def decoded(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    console.print(f"\nFirst pair, {escape(pair.source)}; the loss sees only the coloured tokens", soft_wrap=True)
+    for name, ids, style in (("chosen", pair.chosen_ids, "green"), ("rejected", pair.rejected_ids, "red")):
+        console.print(Text(f"{name}, {len(pair.prompt_ids)} + {len(ids)} tokens", style="bold"))
+        console.print(Text.assemble((decoded(pair.prompt_ids), "dim"), (decoded(ids), style)), soft_wrap=True)
+    console.print()
+
+
+def _largest(config: Config, layout: Layout, parts: dict[str, PairDataset]) -> LargestPass:
+    half = config.seq_length // 2
+    # nothing is known without data: prompts and responses of half the length
+    lengths = parts["train"].lengths if "train" in parts else np.full((config.global_batch_size, 3), half)
+    return largest_pass(lengths, config, layout)
+
+
+def _print_layout(
+    console: Console, config: Config, layout: Layout, spec: ModelSpec, estimates: Sequence[MemoryEstimate]
+) -> None:
+    total = count_parameters(spec, pipeline_chunks(spec, 1))
+    axes = ("tensor", "pipeline", "context", "data")
+    degrees = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in axes)
+    pairs = config.global_batch_size // layout.data
+    console.print(
+        f"{spec.family}, {total:,} parameters; {degrees}; {pairs} pairs a step on each data rank", soft_wrap=True
+    )
+    console.print(_levers(config), soft_wrap=True)
+    table = Table("GiB on one rank of", *(f"stage {estimate.stage}" for estimate in estimates))
+    for name in ("parameters", "gradients", "optimizer", "activations", "head", "backward", "total"):
+        table.add_row(name, *(_gib(getattr(estimate, name)) for estimate in estimates))
+    console.print(table)
+
+
+def _levers(config: Config) -> str:
+    """What is on of all that changes the memory and the time of a step, and not its result."""
+    form = config.batching_in_use
+    size = f"{config.micro_batch_size} pairs" if form == "padded" else f"up to {config.token_budget} tokens"
+    fused = "on" if config.fused_logprob else "off"
+    return (
+        f"batching: {form}, {size}; pair_schedule: {config.pair_schedule}; fused_logprob: {fused}; "
+        f"recompute: {config.recompute_granularity or 'off'}"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g}"

@@ -1,0 +1,85 @@
+"""Configuration keys -> command-line flags: names and help from the fields of ``config``, values left to its checks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from typing import Annotated, Any, get_args, get_origin
+
+import tyro
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from mindspeed_simpo.config.options import OPTION_GROUPS
+
+_SIGNS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
+_METAVARS = {int: "INT", float: "FLOAT", str: "STR"}
+
+
+def option_fields() -> list[tuple[str, Any, Any]]:
+    """One ``dataclasses.make_dataclass`` field per option group, each a dataclass of optional flags."""
+    fields = []
+    for group in OPTION_GROUPS:
+        title = (group.__doc__ or group.__name__).rstrip(".")
+        options = dataclasses.make_dataclass(
+            group.__name__, [_flag(name, field) for name, field in group.model_fields.items()], frozen=True
+        )
+        marked = Annotated[options, tyro.conf.arg(name=title, help="")]  # type: ignore[valid-type]
+        fields.append((group.__name__, marked, dataclasses.field(default_factory=options)))
+    return fields
+
+
+def given(command: Any) -> dict[str, Any]:
+    """The keys that the command line sets, as plain values that ``config`` converts and checks."""
+    values = {}
+    for group in OPTION_GROUPS:
+        for name in group.model_fields:
+            value = getattr(getattr(command, group.__name__), name)
+            if value is not None:
+                values[name] = _plain(value)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 1:
+        return value[0]
+    if isinstance(value, str) and value.startswith("{"):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value
+
+
+def describe_range(field: FieldInfo) -> str:
+    """The values that a numeric key may take, such as ``>= 0, < 0.5``; empty where there is no bound."""
+    return ", ".join(
+        f"{sign} {getattr(item, attribute)}"
+        for item in field.metadata
+        for kind, (sign, attribute) in _SIGNS.items()
+        if isinstance(item, kind)
+    )
+
+
+def _flag(name: str, field: FieldInfo) -> tuple[str, Any, Any]:
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)] or [field.annotation]
+    metavar: str | None = None
+    flag_type: Any = str
+    if field.annotation is bool:
+        flag_type = bool
+    elif any(get_origin(kind) is dict for kind in kinds):
+        metavar = "JSON"
+    elif list[str] in kinds:
+        flag_type, metavar = list[str], "PATH [PATH ...]"
+    else:
+        literals = [value for kind in kinds for value in get_args(kind) or ([kind] if isinstance(kind, str) else [])]
+        metavar = "{" + ",".join(literals) + "}" if literals else _METAVARS[kinds[0]]
+    behaviour = [describe_range(field)]
+    if field.is_required():
+        behaviour.append("required, here or in CONFIG")
+    elif field.default is not None:
+        behaviour.append(f"default: {field.default}")
+    hint = "; ".join(part for part in behaviour if part)
+    argument = tyro.conf.arg(
+        help=field.description, metavar=metavar, help_behavior_hint=f"({hint})" if hint else "", prefix_name=False
+    )
+    return name, Annotated[flag_type | None, argument], dataclasses.field(default=None)

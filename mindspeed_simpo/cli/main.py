@@ -1,0 +1,259 @@
+"""``mindspeed-simpo train | evaluate | check | export | encode``: flags, exit codes, messages; no work of its own.
+
+Nothing heavy is imported before the configuration and the parallel layout are known to be good.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import tyro
+
+from mindspeed_simpo.cli import flags, launch
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.file import load_config
+from mindspeed_simpo.errors import ConfigError, SimpoError
+
+if TYPE_CHECKING:
+    from mindspeed_simpo.device import Device
+
+_MAX_RANKS = 1024
+_PEER_GRACE_S = 2.0
+
+_Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="YAML file of configuration keys.", metavar="CONFIG")]
+_Nproc = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="Ranks to start on this host. Several hosts: start this program with torchrun instead.",
+        metavar="N",
+        help_behavior_hint=f"(>= 1, <= {_MAX_RANKS}; default: 1)",
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Export:
+    checkpoint: Annotated[
+        str, tyro.conf.arg(help="Checkpoint: a checkpoints folder or one iter_* folder.", metavar="DIR")
+    ]
+    output: Annotated[str, tyro.conf.arg(help="Hugging Face folder to write.", metavar="HF_DIR")]
+
+
+def main() -> NoReturn:
+    """The program: settles how the process ends, runs :func:`execute`, exits with its code."""
+    launch.prepare_process()
+    if not launch.in_launched_rank():
+        raise SystemExit(execute(sys.argv[1:]))
+    try:
+        code = execute(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # a rank that failed must not wait at exit for collectives that the others never join
+    raise SystemExit(0)
+
+
+def execute(argv: Sequence[str]) -> int:
+    """Run one command line.
+
+    Returns:
+        0; 1 where the work failed; 2 where the command line or the configuration is wrong; 130 after Ctrl-C. Failures
+        that a user can act on are one message on stderr; anything else escapes as the bug that it is.
+    """
+    rank = int(os.environ["RANK"]) if launch.in_launched_rank() else 0
+    try:
+        return _run(argv, rank)
+    except SimpoError as error:
+        _complain(str(error), rank, everywhere=error.everywhere)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:  # a full disk, a folder that cannot be written: the message names it
+        _complain(str(error), rank, everywhere=False)
+        return 1
+
+
+def _run(argv: Sequence[str], rank: int) -> int:
+    try:
+        command = tyro.cli(
+            _commands(),
+            prog="mindspeed-simpo",
+            description="SimPO and DPO preference training on megatron-core.",
+            args=list(argv),
+            console_outputs=rank == 0,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+        )
+        return _RUNNERS[type(command).__name__](command, argv)
+    finally:
+        sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
+
+
+def _commands() -> Any:
+    options = flags.option_fields()
+    nproc = ("nproc_per_node", _Nproc, dataclasses.field(default=None))
+    described = {
+        "train": "Train as CONFIG and the flags say; flags win.",
+        "evaluate": "Score the held-out pairs with the configured objective; the last line of stdout is a JSON object.",
+        "check": "Look at data, settings, layout and memory before training; exit code 1 on an error.",
+    }
+    part = Annotated[str, tyro.conf.arg(help="Which pairs.", metavar="{train,eval}")]
+    prefix = Annotated[str, tyro.conf.arg(help="What MindSpeed-LLM's --data-path will be.", metavar="PREFIX")]
+    own: list[Any] = [("output_prefix", prefix), ("part", part, dataclasses.field(default="train"))]
+    encode = dataclasses.make_dataclass("encode", [("config", _Config), *own, *options], frozen=True)
+    union: Any = (
+        Annotated[
+            _Export,
+            tyro.conf.subcommand("export", description="Write a training checkpoint as a Hugging Face folder."),
+        ]
+        | Annotated[
+            encode,
+            tyro.conf.subcommand("encode", description="Write the tokenised pairs in MindSpeed-LLM's own format."),
+        ]
+    )
+    for name, description in reversed(described.items()):
+        command = dataclasses.make_dataclass(name, [("config", _Config), nproc, *options], frozen=True)
+        union = Annotated[command, tyro.conf.subcommand(name, description=description)] | union
+    return union
+
+
+def _train(command: Any, argv: Sequence[str]) -> int:
+    config, nproc = _resolve(command)
+    if nproc > 1:
+        return launch.launch(nproc, _without_nproc(argv))
+    device = _open_device(config)
+    from mindspeed_simpo.training.trainer import train
+
+    train(config, device)
+    return 0
+
+
+def _evaluate(command: Any, argv: Sequence[str]) -> int:
+    config, nproc = _resolve(command)
+    if nproc > 1:
+        return launch.launch(nproc, _without_nproc(argv))
+    device = _open_device(config)
+    from mindspeed_simpo.training.trainer import evaluate
+
+    metrics = evaluate(config, device)
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(json.dumps(metrics) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+def _check(command: Any, _argv: Sequence[str]) -> int:
+    config, nproc = _resolve(command)
+    from mindspeed_simpo.cli.check import check
+
+    return 0 if check(config, _world_size(nproc)) else 1
+
+
+def _export(command: _Export, _argv: Sequence[str]) -> int:
+    from mindspeed_simpo.device import open_device
+
+    open_device("cpu")
+    from mindspeed_simpo.training.session import export_checkpoint
+
+    export_checkpoint(command.checkpoint, Path(command.output))
+    return 0
+
+
+def _encode(command: Any, _argv: Sequence[str]) -> int:
+    if command.part not in ("train", "eval"):
+        raise ConfigError(f"--part: expected train or eval, found {command.part!r}")
+    config = load_config(command.config, flags.given(command))
+    from mindspeed_simpo.data.dataset import prepare_pairs
+    from mindspeed_simpo.data.indexed import write_indexed_pairs
+    from mindspeed_simpo.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
+    pairs = prepare_pairs(config, tokenizer, command.part, progress=sys.stderr.isatty())
+    written = write_indexed_pairs(command.output_prefix, (pairs[index] for index in range(len(pairs))))
+    sys.stdout.write(f"{written} pairs: --data-path {command.output_prefix}\n")
+    return 0
+
+
+_RUNNERS: dict[str, Callable[[Any, Sequence[str]], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "check": _check,
+    "_Export": _export,
+    "encode": _encode,
+}
+
+
+def _resolve(command: Any) -> tuple[Config, int]:
+    """The validated configuration and the ranks to start here (1 under a launcher); the layout fits the ranks."""
+    try:
+        nproc = _parse_nproc(command.nproc_per_node)
+        config = load_config(command.config, flags.given(command))
+        config.layout(_world_size(nproc))
+    except ConfigError as error:
+        error.everywhere = True
+        raise
+    return config, nproc
+
+
+def _open_device(config: Config) -> Device:
+    """Before anything imports megatron, which the CPU and NPU adaptors patch."""
+    from mindspeed_simpo.device import open_device
+
+    return open_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _parse_nproc(text: str | None) -> int:
+    if text is None:
+        return 1
+    try:
+        nproc = int(text)
+    except ValueError:
+        nproc = 0
+    if not 1 <= nproc <= _MAX_RANKS:
+        raise ConfigError(f"--nproc-per-node: expected a whole number from 1 to {_MAX_RANKS}, found {text!r}")
+    if launch.in_launched_rank():
+        raise ConfigError(
+            f"--nproc-per-node: a launcher started this process already (RANK and "
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} are set, as torchrun does); leave the flag out"
+        )
+    return nproc
+
+
+def _world_size(nproc: int) -> int:
+    return int(os.environ["WORLD_SIZE"]) if launch.in_launched_rank() else nproc
+
+
+def _without_nproc(argv: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word.replace("_", "-").split("=")[0] == "--nproc-per-node":
+            skip = "=" not in word
+        else:
+            kept.append(word)
+    return kept
+
+
+def _complain(message: str, rank: int, *, everywhere: bool) -> None:
+    """Say it once: rank 0 speaks first, and where it does the launcher ends the others before they speak."""
+    if rank and everywhere:
+        return
+    if rank:
+        time.sleep(_PEER_GRACE_S)
+    prefix = f"rank {rank}: " if rank else ""
+    sys.stderr.write("".join(f"error: {prefix}{line}\n" for line in message.splitlines()))
+    sys.stderr.flush()

@@ -1,0 +1,113 @@
+"""Configuration files: strict YAML and flags -> :class:`Config`, or one message that says what is wrong where."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read a YAML file, lay ``overrides`` (from flags) over it and validate the whole.
+
+    Raises:
+        ConfigError: one message that names the file, every bad key, what was found and what was expected.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        # a value that YAML allows and Python does not: a 13th month, too many digits, lists in lists without end
+        raise ConfigError(f"{path}: not a readable value: {str(error).splitlines()[0]}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(raw).__name__}")
+    overrides = overrides or {}
+    return validate(raw | overrides, where=str(path), flags=overrides)
+
+
+def validate(values: dict[str, Any], where: str, flags: Iterable[str] = ()) -> Config:
+    """Build a :class:`Config` from plain values; ``where`` starts the message of a key that no flag has set.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        lines = [_explain(item, where, set(flags)) for item in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+_OTHER_NAMES = {
+    "beta": "simpo_beta",
+    "gamma": "gamma_beta_ratio",
+    "simpo_gamma": "gamma_beta_ratio",
+    "cpo_alpha": "pref_ftx",
+    "label_smoothing": "simpo_label_smoothing",
+    "loss_type": "simpo_loss_type",
+    "learning_rate": "lr",
+    "max_length": "seq_length",
+    "max_steps": "train_iters",
+    "packing": "batching",
+    "train_file": "data_path",
+    "per_device_train_batch_size": "micro_batch_size",
+}
+"""What other trainers call a key."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without aliases, which can blow a few lines up to gigabytes, or twice the same key, of which one is lost."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not supported here", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key `{key_node.value}` appears twice", problem_mark=key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _explain(item: Any, where: str, flags: set[str]) -> str:
+    key = str(item["loc"][0]) if item["loc"] else ""
+    if item["type"] == "extra_forbidden":
+        known = [_OTHER_NAMES[key]] if key in _OTHER_NAMES else list(Config.model_fields)
+        nearest = known if len(known) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        hint = f"did you mean `{nearest[0]}`?" if nearest else "`mindspeed-simpo train --help` lists all keys"
+        return f"{where}: unknown key `{key}`; {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{where}: `{key}` is required: {Config.model_fields[key].description}"
+    if not key:
+        return f"{where}: {message}"
+    place = f"--{key.replace('_', '-')}" if key in flags else f"{where}: `{key}`"
+    return f"{place}: {message[0].lower()}{message[1:]}, found {_brief(item['input'])}"
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,89 @@
+"""From upstream's batches to this package's records: targets, log-probability sums, losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from megatron.core import mpu
+from torch import Tensor
+
+from mindspeed_simpo.batch import IGNORE_INDEX, LossInputs, LossOutput
+from mindspeed_simpo.errors import TrainingError
+from mindspeed_simpo.loss.head import logits_logprobs
+from mindspeed_simpo.parallel import Groups
+from mindspeed_simpo.parallel.collectives import sum_over
+
+
+class NextTokenLabels(Iterator[Mapping[str, Any]]):
+    """Upstream's batches with ``labels[:, t]`` the id that position t predicts.
+
+    Shifting here, on the whole sequence, lets upstream's ``get_batch`` slice the labels as it slices the tokens: no
+    context-parallel rank loses or mismatches a label at the edge of its slice.
+    """
+
+    def __init__(self, batches: Iterator[Mapping[str, Any]]) -> None:
+        self._batches = batches
+
+    def __next__(self) -> Mapping[str, Any]:
+        batch = dict(next(self._batches))
+        batch["labels"] = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+        return batch
+
+
+def upstream_groups() -> Groups:
+    """The process groups that Megatron-LM has set up."""
+    assert dist.group.WORLD is not None
+    return Groups(
+        world=dist.group.WORLD,
+        tensor=mpu.get_tensor_model_parallel_group(),
+        pipeline=mpu.get_pipeline_model_parallel_group(),
+        context=mpu.get_context_parallel_group(),
+        data=mpu.get_data_parallel_group(),
+        model=mpu.get_model_parallel_group(),
+    )
+
+
+def row_logprobs(
+    logits: Float[Tensor, "row seq shard"], targets: Int[Tensor, "row seq"], groups: Groups
+) -> Float[Tensor, " row"]:
+    """``sum_t log softmax(logits_t)[y_t]`` over the response tokens of each row, on all context-parallel ranks; nats.
+
+    The softmax runs over all rows of the output weight, padding of the vocabulary included, as in upstream's own
+    stages.
+    """
+    scored = targets != IGNORE_INDEX
+    token_logprobs = logits_logprobs(logits[scored].float(), targets[scored], groups.tensor)
+    spread = token_logprobs.new_zeros(targets.shape).masked_scatter(scored, token_logprobs)
+    return sum_over(spread.sum(dim=1), groups.context)
+
+
+def row_tokens(targets: Int[Tensor, "row seq"], groups: Groups) -> Int[Tensor, " row"]:
+    """Response tokens of each row, on all context-parallel ranks."""
+    return sum_over((targets != IGNORE_INDEX).sum(dim=1), groups.context)
+
+
+def pair_inputs(
+    logprobs: Float[Tensor, " row"], tokens: Int[Tensor, " row"], reference: Float[Tensor, " row"] | None = None
+) -> LossInputs:
+    """Rows ``[chosen 0..n-1, rejected 0..n-1]`` as pairs."""
+    halves = [*logprobs.chunk(2), *tokens.chunk(2), *(reference.chunk(2) if reference is not None else ())]
+    return LossInputs(*halves)
+
+
+def mean_loss(output: LossOutput) -> Tensor:
+    """Mean over the pairs of the micro-batch; the schedule goes on to the mean over micro-batches and ranks.
+
+    Raises:
+        TrainingError: a loss that is not a number.
+    """
+    loss = output.loss.mean()
+    if loss.isnan():
+        raise TrainingError(
+            f"rank {dist.get_rank()}: the loss is not a number; look at the learning rate, the loaded checkpoint and "
+            "the data"
+        )
+    return loss

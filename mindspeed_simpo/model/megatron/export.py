@@ -1,0 +1,162 @@
+"""The trained model as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mindspeed_simpo.errors import ModelError
+from mindspeed_simpo.model.description import ARCHITECTURES, ModelSpec
+from mindspeed_simpo.model.megatron.weights import gather_hf_tensors
+from mindspeed_simpo.model.naming import hf_tensors
+from mindspeed_simpo.model.weight_source import INDEX_FILE, SafetensorsFolder
+from mindspeed_simpo.parallel import Groups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_SHARD_BYTES = 5_000_000_000
+_COPIED = ("generation_config.json",)
+
+
+def export_hf(
+    models: Sequence[torch.nn.Module],
+    spec: ModelSpec,
+    groups: Groups,
+    *,
+    source: Path,
+    output: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.data,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write config.json, generation_config.json, safetensors and the tokenizer with its chat template.
+
+    A collective; only global rank 0 writes. Weights get the dtype that ``source`` stores them in (its config.json's
+    where it holds no weights), so what is exported right after import is identical bit by bit. Everything is written to
+    a hidden folder beside ``output``, which takes its place at the end; an earlier export there is replaced.
+
+    Args:
+        models: This rank's chunks, wrapped or not.
+        spec: Of the model.
+        groups: Of the layout that the models were built with.
+        source: Hugging Face folder that the model was built from; its config.json is kept.
+        output: Folder to write.
+        tokenizer: Saved beside the weights.
+        value: See :func:`~mindspeed_simpo.model.megatron.weights.gather_hf_tensors`.
+        max_shard_bytes: Largest safetensors file; rank 0 holds as much in host memory.
+
+    Raises:
+        ModelError: where ``output`` is a folder of something else, or cannot be written.
+    """
+    tensors = gather_hf_tensors(models, spec, groups, value)
+    if torch.distributed.get_rank() != 0:
+        for _ in tensors:
+            raise AssertionError("gathered on another rank than 0")
+        return
+    try:
+        _check_replaceable(output)
+        _write_folder(tensors, spec, source, output, tokenizer, max_shard_bytes)
+    except Exception as error:
+        for _ in tensors:  # the other ranks wait in these collectives
+            pass
+        if isinstance(error, OSError):
+            raise ModelError(f"{output} cannot be written: {error}") from None
+        raise
+
+
+def _write_folder(
+    tensors: Iterator[tuple[str, Tensor]],
+    spec: ModelSpec,
+    source: Path,
+    output: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_shard_bytes: int,
+) -> None:
+    new, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("incomplete", "replaced"))
+    try:
+        for left_over in (new, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        new.mkdir(parents=True)
+        dtypes = _stored_dtypes(source, spec)
+        _write_weights(new, tensors, spec, dtypes, max_shard_bytes)
+        _write_config(new, source, spec, dtypes)
+        tokenizer.save_pretrained(new)
+        if output.exists():
+            output.rename(old)
+        new.rename(output)
+    finally:
+        for left_over in (new, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _check_replaceable(output: Path) -> None:
+    if output.is_dir():
+        names = {path.name for path in output.iterdir()}
+        if not names or ("config.json" in names and not any(path.is_dir() for path in output.iterdir())):
+            return
+    elif not output.exists():
+        return
+    raise ModelError(f"{output} exists and is not an earlier export: choose a new folder, or remove it")
+
+
+def _stored_dtypes(source: Path, spec: ModelSpec) -> dict[str, torch.dtype]:
+    try:
+        return SafetensorsFolder(source, spec).dtypes
+    except ModelError:
+        return dict.fromkeys((tensor.name for tensor in hf_tensors(spec)), getattr(torch, spec.dtype))
+
+
+def _write_weights(
+    folder: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    spec: ModelSpec,
+    dtypes: dict[str, torch.dtype],
+    max_shard_bytes: int,
+) -> None:
+    sizes = {t.name: math.prod(t.shape) * dtypes[t.name].itemsize for t in hf_tensors(spec)}
+    plan = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        get_storage_id=lambda size: None,  # noqa: ARG005
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    pending: dict[str, dict[str, Tensor]] = {file: {} for file in plan.filename_to_tensors}
+    for name, tensor in tensors:
+        file = plan.tensor_to_filename[name]
+        # a copy: what is gathered may share memory with the parameters
+        pending[file][name] = tensor.to(device="cpu", dtype=dtypes[name], copy=True).contiguous()
+        if len(pending[file]) == len(plan.filename_to_tensors[file]):
+            save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
+    assert not pending, f"not gathered whole: {sorted(pending)}"
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(folder / INDEX_FILE, index)
+
+
+def _write_config(folder: Path, source: Path, spec: ModelSpec, dtypes: dict[str, torch.dtype]) -> None:
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    used = list(dtypes.values())
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    config[key] = str(max(set(used), key=used.count)).removeprefix("torch.")
+    config["architectures"] = [ARCHITECTURES[spec.family]]
+    _write_json(folder / "config.json", config)
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")

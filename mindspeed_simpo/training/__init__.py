@@ -1,0 +1,1 @@
+"""A run: the loop, pair schedules, optimizer, checkpoints, metrics."""

@@ -7,8 +7,8 @@ length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -176,6 +176,14 @@ class PairBatch:
 
 
 @dataclass(frozen=True)
+class RunningStatistics:
+    """Mean and deviation of an objective's tracked value over the global batches so far; constants of the loss."""
+
+    mean: Float[Tensor, ""]
+    deviation: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
 class LossInputs:
     """What an objective needs of each pair; sums are whole-sequence and whole-vocabulary (reduced over TP and CP)."""
 
@@ -186,26 +194,76 @@ class LossInputs:
     """Response tokens that the sum runs over; 0 only for a filler pair."""
     rejected_tokens: Int[Tensor, " pair"]
     reference_chosen_logprob: Float[Tensor, " pair"] | None = None
-    """The same sums under the reference model, nats; DPO only."""
+    """The same sums under the reference model, nats; where the objective has one."""
     reference_rejected_logprob: Float[Tensor, " pair"] | None = None
+    running: RunningStatistics | None = None
+    """Of the objective's tracked value; None before the first global batch, and where nothing is tracked."""
 
     @property
     def valid(self) -> Bool[Tensor, " pair"]:
         """False for filler pairs."""
         return (self.chosen_tokens > 0) & (self.rejected_tokens > 0)
 
+    def of_valid(self, values: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        """``values``, 0 with gradient 0 for filler pairs, whatever ``values`` holds for them."""
+        return torch.where(self.valid, values, 0.0)
+
+    def scores(self, *, mean: bool) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
+        """Log-probabilities of chosen and rejected: ``m = s / n``, nats per token, or the sums ``s``, nats."""
+        return self._scores(self.chosen_logprob, self.rejected_logprob, mean)
+
+    def reference_scores(self, *, mean: bool) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
+        """:meth:`scores` under the reference model.
+
+        Raises:
+            ValueError: where there is no reference.
+        """
+        if self.reference_chosen_logprob is None or self.reference_rejected_logprob is None:
+            raise ValueError("the objective needs the reference log-probabilities of both responses")
+        return self._scores(self.reference_chosen_logprob, self.reference_rejected_logprob, mean)
+
+    def _scores(self, chosen: Tensor, rejected: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
+        chosen, rejected = self.of_valid(chosen), self.of_valid(rejected)
+        if not mean:
+            return chosen, rejected
+        return chosen / self.chosen_tokens.clamp(min=1), rejected / self.rejected_tokens.clamp(min=1)
+
+    @staticmethod
+    def terms(
+        loss: Float[Tensor, " pair"],
+        chosen_reward: Float[Tensor, " pair"],
+        rejected_reward: Float[Tensor, " pair"],
+        **metrics: Float[Tensor, " pair"],
+    ) -> ObjectiveTerms:
+        """What a formula returns."""
+        return ObjectiveTerms(loss, chosen_reward, rejected_reward, metrics)
+
+
+@dataclass(frozen=True)
+class ObjectiveTerms:
+    """What a formula says of each pair; entries of filler pairs are not used."""
+
+    loss: Float[Tensor, " pair"]
+    """Nats, without the supervised term of ``pref_ftx``."""
+    chosen_reward: Float[Tensor, " pair"]
+    rejected_reward: Float[Tensor, " pair"]
+    metrics: Mapping[str, Float[Tensor, " pair"]]
+    """The metrics that the objective declares."""
+
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Per-pair results, not reduced: ``schedule`` owns the normalisation."""
+    """Per-pair results, not reduced: ``schedule`` owns the normalisation. All zero for filler pairs."""
 
     loss: Float[Tensor, " pair"]
-    """Nats; zero, with zero gradient, for filler pairs."""
+    """Nats; with gradient zero for filler pairs."""
     sft_loss: Float[Tensor, " pair"]
     """``-m_w``, nats per token, detached."""
     chosen_reward: Float[Tensor, " pair"]
     """Detached, without the margin."""
     rejected_reward: Float[Tensor, " pair"]
+    metrics: Mapping[str, Float[Tensor, " pair"]] = field(default_factory=dict)
+    """The objective's own metrics, detached."""
 
 
 def even_halves(chosen: Sequence[int], rejected: Sequence[int]) -> list[int]:

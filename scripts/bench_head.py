@@ -54,12 +54,12 @@ def _our_head(*, fused: bool, shape: dict[str, int]) -> Any:
     from mindspeed_simpo.config.config import Config, Layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.loss.head import FusedHead, sequence_logprobs
-    from mindspeed_simpo.objectives import make_objective
+    from mindspeed_simpo.loss.pair_loss import PairLoss
     from mindspeed_simpo.parallel import initialize
 
     groups = initialize(Layout(), open_device("cpu"))
     config = Config(model_name_or_path="none", data_path="none", simpo_beta=BETA, gamma_beta_ratio=MARGIN / BETA)
-    objective = make_objective(config)
+    objective = PairLoss.of(config)
     chunks = FusedHead(shape["chunk_tokens"], weight_grad_awaited=False) if fused else None
 
     def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

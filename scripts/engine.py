@@ -10,25 +10,26 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.device import Device
 
 
-def build_engine(config: Config, device: Device, groups: Any, table: Any = None) -> tuple[list[torch.nn.Module], Any]:
+def build_engine(
+    config: Config, device: Device, groups: Any, table: Any = None, running: Any = None
+) -> tuple[list[torch.nn.Module], Any]:
     """The model with its starting weights, wrapped for training, and the schedule of the configured step.
 
     Args:
         config: Its data is not read, and neither is the tokenizer of its model.
         device: Opened.
         groups: Of the layout that ``config`` has on these ranks.
-        table: DPO's reference sums.
+        table: Sums under a reference model.
+        running: Statistics of the objective's tracked value, a function.
     """
     from mindspeed_simpo.model.description import read_model_spec
     from mindspeed_simpo.model.megatron.gpt import build_model
     from mindspeed_simpo.model.megatron.weights import fill_weights
     from mindspeed_simpo.training.optimizer import wrap_for_training
-    from mindspeed_simpo.training.session import Session
+    from mindspeed_simpo.training.session import build_schedule
 
     spec = read_model_spec(config.model_name_or_path)
     models = build_model(spec, config, groups, device)
     fill_weights(models, spec, config, groups)
-    layout = config.layout(groups.world.size())
-    session = Session(config, layout, device, groups, tokenizer=None, spec=spec, models=models)  # type: ignore[arg-type]
-    wrapped = wrap_for_training(models, config)
-    return wrapped, session.schedule(wrapped, table)
+    wrapped = wrap_for_training(models, config, bf16=config.bf16)
+    return wrapped, build_schedule(config, wrapped, spec, groups, device, table, running)

@@ -26,6 +26,7 @@ from mindspeed_simpo.errors import DataError, SimpoError
 from mindspeed_simpo.model.description import ModelSpec, read_model_spec, resolve_model
 from mindspeed_simpo.model.naming import pipeline_chunks
 from mindspeed_simpo.model.weight_source import SafetensorsFolder
+from mindspeed_simpo.objectives import OBJECTIVES
 from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, estimate_memory
 
 INSPECTED_PAIRS = 2000
@@ -93,16 +94,11 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
 
 def judge_settings(config: Config) -> Iterator[str]:
     """Settings outside the ranges that the SimPO paper and its authors report as good."""
-    if config.stage == "simpo":
-        if not 2 <= config.simpo_beta <= 10:
-            yield f"simpo_beta {config.simpo_beta:g}: the paper's runs use 2 to 10"
-        if not 0 < config.gamma_beta_ratio <= 1:
-            yield (
-                f"gamma_beta_ratio {config.gamma_beta_ratio:g}: the paper's runs use 0.1 to 0.8; it is the margin "
-                "gamma divided by beta, not gamma itself"
-            )
-    elif not 0.01 <= config.dpo_beta <= 0.5:
-        yield f"dpo_beta {config.dpo_beta:g}: usual values are 0.01 to 0.5"
+    yield from config.objective.warnings(config.keys_of(config.objective))
+    for objective in OBJECTIVES.values():
+        changed = [name for name, key in objective.keys.model_fields.items() if getattr(config, name) != key.default]
+        if changed and objective.stage != config.stage:
+            yield f"{', '.join(changed)}: of no effect, for the stage is {config.stage}"
     if config.init_from == "config":
         yield "init_from: config starts from random weights; preference training normally starts from a tuned model"
     elif config.lr >= 1e-5:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from mindspeed_simpo.objectives import DEFAULT_STAGE, OBJECTIVES, Keys, Objective
 
 ContextParallelAlgo = Literal["gathered", "megatron_cp_algo", "ulysses_cp_algo"]
 BatchingName = Literal["auto", "padded", "packed", "prefix_shared"]
@@ -28,41 +39,66 @@ class _Options(BaseModel):
         return value
 
 
-class TaskOptions(_Options):
-    """Objective."""
+class _TaskOptions(_Options):
+    """What the keys of the objectives have to agree on; their fields come from the registry, below."""
 
-    stage: Literal["simpo", "dpo"] = Field("simpo", description="Preference objective.")
-    simpo_beta: float = Field(2.5, gt=0, description="Reward scale of SimPO, per nat per token.")
-    gamma_beta_ratio: float = Field(
-        0.55,
-        ge=0,
-        description="Target reward margin divided by beta, nats per token (the paper's gamma is ratio x beta).",
-    )
-    simpo_loss_type: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="Form of the SimPO loss.")
-    simpo_label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Probability that a preference label is wrong (sigmoid loss only)."
-    )
-    pref_ftx: float = Field(
-        0.0, ge=0, description="Weight of the supervised term, minus the mean chosen log-probability per token."
-    )
-    dpo_beta: float = Field(0.1, gt=0, description="Reward scale of DPO, per nat.")
-    dpo_loss_type: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="Form of the DPO loss.")
-    dpo_label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Probability that a preference label is wrong (sigmoid loss only)."
-    )
-    ref_model: str | None = Field(
-        None, description="DPO's reference: HF folder or hub id. Default: the weights that training starts from."
-    )
+    if TYPE_CHECKING:
+        stage: str
+        pref_ftx: float
+        ref_model: str | None
 
     @model_validator(mode="after")
-    def _objective_agrees(self) -> TaskOptions:
-        if self.stage == "simpo" and self.ref_model is not None:
-            raise ValueError("ref_model is DPO's; SimPO has no reference model: remove it or set stage: dpo")
-        if self.simpo_label_smoothing and self.simpo_loss_type != "sigmoid":
-            raise ValueError("simpo_label_smoothing needs simpo_loss_type: sigmoid")
-        if self.dpo_label_smoothing and self.dpo_loss_type != "sigmoid":
-            raise ValueError("dpo_label_smoothing needs dpo_loss_type: sigmoid")
+    def _objective_agrees(self) -> _TaskOptions:
+        for objective in OBJECTIVES.values():
+            self.keys_of(objective)
+        if self.ref_model is not None and not self.objective.needs_reference:
+            others = ", ".join(name for name, objective in OBJECTIVES.items() if objective.needs_reference)
+            raise ValueError(
+                f"ref_model: {self.objective.title} has no reference model: remove ref_model, or set stage to one of "
+                f"{others}"
+            )
         return self
+
+    @property
+    def objective(self) -> Objective:
+        """What ``stage`` names."""
+        return OBJECTIVES[self.stage]
+
+    def keys_of(self, objective: Objective) -> Keys:
+        """The values of one objective's keys.
+
+        Raises:
+            ValueError: where they do not agree.
+        """
+        try:
+            return objective.keys(**{name: getattr(self, name) for name in objective.keys.model_fields})
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def _task_fields() -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "stage": (Literal[tuple(OBJECTIVES)], Field(DEFAULT_STAGE, description="Preference objective."))
+    }
+    for objective in OBJECTIVES.values():
+        for name, key in objective.keys.model_fields.items():
+            assert name not in fields, f"{objective.stage} and another objective both declare the key {name}"
+            fields[name] = (key.annotation, key)
+    weight = "Weight of the supervised term, minus the mean chosen log-probability per token."
+    reference = "Reference model: HF folder or hub id. Default: the weights that training starts from."
+    return fields | {
+        "pref_ftx": (float, Field(0.0, ge=0, description=weight)),
+        "ref_model": (str | None, Field(None, description=reference)),
+    }
+
+
+if TYPE_CHECKING:
+
+    class TaskOptions(_TaskOptions):
+        """Objective."""
+
+else:
+    TaskOptions = create_model("TaskOptions", __base__=_TaskOptions, __doc__="Objective.", **_task_fields())
 
 
 class ModelOptions(_Options):

@@ -55,6 +55,13 @@ class Device:
         if not self.is_cpu:
             self._accelerator().synchronize()
 
+    def assert_async(self, condition: torch.Tensor, message: str) -> None:
+        """Let no later work of the device run where ``condition``, one boolean, is false; the host does not wait.
+
+        On an accelerator the error surfaces where the host next waits for the device, on a CPU at once.
+        """
+        torch._assert_async(condition, message)
+
     def peak_memory_bytes(self) -> int:
         """Largest memory of this process so far: allocated on the device, or resident (RSS) on the CPU."""
         if self.is_cpu:

@@ -36,7 +36,7 @@ class Groups:
         return self.pipeline.rank() == self.pipeline.size() - 1
 
     @property
-    def speaks(self) -> bool:
+    def counts_its_loss(self) -> bool:
         """Whether this rank's loss counts in a sum over the world: on the last stage, one of all that hold copies."""
         return self.is_last_stage and self.tensor.rank() == 0 and self.context.rank() == 0
 

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import CheckpointError
+from mindspeed_simpo.loss.running import RunningState
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.parallel.roll_call import lost_a_peer
@@ -57,6 +58,8 @@ class TrainingState(BaseModel):
     step: int
     consumed_pairs: int
     data_fingerprint: str
+    running: RunningState | None = None
+    """Statistics of the objective's tracked value."""
     config: Config
 
 
@@ -185,7 +188,7 @@ def load(
         if stepper is not None:
             step = read_state(folder).step
             load_optimizer_state(stepper.optimizer, [model for _, model in _chunks(models)], loaded["optimizer"], step)
-            stepper.resume_at(step)
+            stepper.resume_schedule_at(step)
             rng = folder / f"rng_{groups.world.rank()}.pt"
             if rng.is_file() and len(list(folder.glob("rng_*.pt"))) == groups.world.size():
                 _set_rng_state(torch.load(rng, weights_only=True), device)

@@ -5,99 +5,98 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.options import OutputOptions
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ConfigError
+from mindspeed_simpo.loss.metrics import METRICS, pair_metrics
+from mindspeed_simpo.loss.scoring import ScoredBatch
+from mindspeed_simpo.objectives import Objective
 from mindspeed_simpo.parallel import Groups
-from mindspeed_simpo.training.schedule import ScoredBatch
-
-_MEANS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "sft_loss",
-    "response_tokens/chosen",
-    "response_tokens/rejected",
-)
-NUM_SUMS = len(_MEANS) + 2
-"""Entries of a vector of sums: the means' numerators, then pairs, then tokens."""
 
 
-def local_sums(scored: Sequence[ScoredBatch], groups: Groups, device: Device) -> Tensor:
-    """Sums of this rank's pairs, ``Float[Tensor, "NUM_SUMS"]``; zero on ranks that only hold copies of the numbers."""
-    total = torch.zeros(NUM_SUMS, dtype=device.reduction_dtype, device=device.torch_device)
-    if not groups.speaks:
+class Totals(NamedTuple):
+    """What the sums of all ranks say."""
+
+    means: dict[str, float]
+    """Mean over pairs of every metric."""
+    pairs: float
+    tokens: float
+
+
+@dataclass(frozen=True)
+class MetricSums:
+    """A vector of sums over pairs, ``Float[Tensor, "size"]``: every metric, then pairs, then tokens."""
+
+    objective: Objective
+    groups: Groups
+    device: Device
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics, in the order of the vector."""
+        return (*METRICS, *self.objective.metrics)
+
+    @property
+    def size(self) -> int:
+        """Entries of the vector."""
+        return len(self.names) + 2
+
+    def local(self, scored: Sequence[ScoredBatch]) -> Tensor:
+        """Sums of this rank's pairs; zero on ranks that only hold copies of the numbers."""
+        total = torch.zeros(self.size, dtype=self.device.reduction_dtype, device=self.device.torch_device)
+        if self.groups.counts_its_loss:
+            for item in scored:
+                total += self._sums(item)
         return total
-    for item in scored:
-        total += _sums(item, device.reduction_dtype)
-    return total
 
+    def reduce(self, sums: Tensor) -> Tensor:
+        """The sums of all ranks, on every rank: one all-reduce of ``size`` numbers."""
+        dist.all_reduce(sums, group=self.groups.world)
+        return sums
 
-def reduce_sums(sums: Tensor, groups: Groups) -> Tensor:
-    """The sums of all ranks, on every rank: one all-reduce of ``NUM_SUMS`` numbers."""
-    dist.all_reduce(sums, group=groups.world)
-    return sums
+    def totals(self, sums: Tensor) -> Totals:
+        """Reduced sums on the host; waits for the device."""
+        *values, pairs, tokens = sums.tolist()
+        return Totals({name: value / pairs for name, value in zip(self.names, values, strict=True)}, pairs, tokens)
 
-
-def means(sums: Tensor) -> dict[str, float]:
-    """Reduced sums -> mean over pairs of every metric; also ``pairs`` and ``tokens``, which are totals."""
-    values = sums.tolist()
-    pairs, tokens = values[-2:]
-    result = {name: value / pairs for name, value in zip(_MEANS, values, strict=False)}
-    return result | {"pairs": pairs, "tokens": tokens}
-
-
-def _sums(item: ScoredBatch, dtype: torch.dtype) -> Tensor:
-    inputs, output = item.inputs, item.output
-    valid = inputs.valid.to(dtype)
-    chosen_tokens, rejected_tokens = inputs.chosen_tokens.to(dtype), inputs.rejected_tokens.to(dtype)
-    chosen_reward, rejected_reward = output.chosen_reward.to(dtype), output.rejected_reward.to(dtype)
-    per_pair = torch.stack(
-        [
-            output.loss.detach().to(dtype),
-            chosen_reward,
-            rejected_reward,
-            (chosen_reward > rejected_reward).to(dtype),
-            chosen_reward - rejected_reward,
-            inputs.chosen_logprob.to(dtype) / chosen_tokens.clamp(min=1),
-            inputs.rejected_logprob.to(dtype) / rejected_tokens.clamp(min=1),
-            output.sft_loss.to(dtype),
-            chosen_tokens,
-            rejected_tokens,
-            torch.ones_like(valid),
-            item.batch.lengths.to(dtype).view(2, -1).sum(dim=0),
-        ]
-    )
-    return per_pair @ valid
+    def _sums(self, item: ScoredBatch) -> Tensor:
+        dtype = self.device.reduction_dtype
+        valid = item.inputs.valid.to(dtype)
+        metrics = pair_metrics(item.inputs, item.output, dtype)
+        tokens = item.batch.lengths.to(dtype).view(2, -1).sum(dim=0)
+        return torch.stack([*(metrics[name] for name in self.names), torch.ones_like(valid), tokens]) @ valid
 
 
 class MetricsWriter:
     """Appends metrics to ``metrics.jsonl`` and ``tensorboard/``, and to wandb or swanlab where asked for."""
 
-    def __init__(self, config: Config, resumed_step: int | None = None) -> None:
-        """Open the files of ``config.output_dir``; lines after ``resumed_step`` are dropped, for they come again."""
+    def __init__(self, options: OutputOptions, resolved: Mapping[str, Any], resumed_step: int | None = None) -> None:
+        """Open the files of ``options.output_dir``.
+
+        Args:
+            options: Where to write, and what mirrors the metrics.
+            resolved: Every key of the run with its value, for the mirrors.
+            resumed_step: Lines after this step are dropped, for they come again.
+        """
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        folder = Path(config.output_dir)
+        folder = Path(options.output_dir)
         path = folder / "metrics.jsonl"
         kept = _lines_until(path, resumed_step) if resumed_step is not None else []
         path.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)
         purge_step = resumed_step + 1 if resumed_step is not None else None
         self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=purge_step)
-        self._mirrors = _open_mirrors(config)
+        self._mirrors = _open_mirrors(options, resolved)
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Write one line; ``values`` has ``step`` and ``split`` (train or eval)."""
@@ -140,15 +139,15 @@ def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _open_mirrors(config: Config) -> list[Any]:
+def _open_mirrors(options: OutputOptions, resolved: Mapping[str, Any]) -> list[Any]:
     mirrors = []
-    for name, project in (("wandb", config.wandb_project), ("swanlab", config.swanlab_project)):
+    for name, project in (("wandb", options.wandb_project), ("swanlab", options.swanlab_project)):
         if project is None:
             continue
         try:
             module = __import__(name)
         except ImportError:
             raise ConfigError(f"{name}_project is set but {name} is not installed: pip install {name}") from None
-        module.init(project=project, config=config.model_dump())
+        module.init(project=project, config=dict(resolved))
         mirrors.append(module)
     return mirrors

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from mindspeed_simpo.batch import PairBatch
 from mindspeed_simpo.data.dataset import PairDataset
 from mindspeed_simpo.errors import TrainingError
+from mindspeed_simpo.loss.scoring import ScoredBatch
 from mindspeed_simpo.parallel import Groups
-from mindspeed_simpo.training.schedule import ScoredBatch
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def gather(micro_batches: Sequence[PairBatch], scored: Sequence[ScoredBatch], gr
     """
     bad = [item.batch for item in scored if not bool(torch.isfinite(item.output.loss).all())]
     rows = [row for batch in bad or micro_batches for row in batch.pair_ids.tolist() if row >= 0]
-    mine = RankReport(groups.world.rank(), has_bad_loss=bool(bad), rows=rows if groups.speaks else [])
+    mine = RankReport(groups.world.rank(), has_bad_loss=bool(bad), rows=rows if groups.counts_its_loss else [])
     reports: list[RankReport | None] = [None] * groups.world.size()
     dist.all_gather_object(reports, mine, group=groups.world)
     found = [report for report in reports if report is not None]

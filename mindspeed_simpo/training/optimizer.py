@@ -8,63 +8,95 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from jaxtyping import Float
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
+from torch import Tensor
 
-from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.options import ParallelOptions, TrainingOptions
 from mindspeed_simpo.device import Device
 
 
-def wrap_for_training(models: Sequence[torch.nn.Module], config: Config) -> list[torch.nn.Module]:
+def wrap_for_training(
+    models: Sequence[torch.nn.Module], parallel: ParallelOptions, *, bf16: bool
+) -> list[torch.nn.Module]:
     """Wrap pipeline chunks for bf16 inputs and for gradients that are accumulated and reduced in fp32."""
     wrapped = []
-    for index, model in enumerate(wrap_precision(models, config)):
+    for index, model in enumerate(wrap_precision(models, bf16=bf16)):
         transformer_config = get_model_config(model)
         transformer_config.finalize_model_grads_func = finalize_model_grads
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=config.overlap_grad_reduce,
-            use_distributed_optimizer=config.use_distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
         )
         wrapped.append(DistributedDataParallel(transformer_config, ddp_config, model, disable_bucketing=index > 0))
-    if config.overlap_grad_reduce:
-        # the schedules reduce after the last micro-batch only where they know how to put it off
+    if parallel.overlap_grad_reduce:
+        # the schedules overlap the reduction with the last backward only where they have a no_sync_func
         no_sync = [model.no_sync for model in wrapped]
         get_model_config(wrapped[0]).no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 
 
-def wrap_precision(models: Sequence[torch.nn.Module], config: Config) -> list[torch.nn.Module]:
+def wrap_precision(models: Sequence[torch.nn.Module], *, bf16: bool) -> list[torch.nn.Module]:
     """Wrap pipeline chunks for bf16 inputs, where configured; enough for scoring without gradients."""
-    if not config.bf16:
+    if not bf16:
         return list(models)
     return [Float16Module(get_model_config(model), model) for model in models]
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """Adam with clipping by the true global norm, and its learning-rate schedule."""
+    """Adam with clipping by the true global norm, and its learning-rate schedule; no call waits for the device."""
 
     optimizer: Any
     scheduler: OptimizerParamScheduler
+    clip_grad: float
+    """Largest norm of the gradient; 0 does not clip."""
+    wide: torch.dtype
+    """Widest floating type of the device."""
 
-    def step(self) -> tuple[float, float]:
-        """Clip, update the parameters, advance the schedule.
+    @torch.no_grad()
+    def squared_norm(self) -> Float[Tensor, " one"]:
+        """The squared global L2 norm of the reduced gradient, before clipping, on every rank; a collective.
 
-        Returns:
-            The global L2 norm of the gradient before clipping, and the learning rate that was used. After a norm that
-            is not finite the parameters are worthless: stop without saving.
+        Call it once between the backward and :meth:`update`: it hands the reduced gradients to the optimizer.
+        """
+        self.optimizer.prepare_grads()
+        grads = [grad for part in _parts(self.optimizer) for grad in part.get_main_grads_for_grad_norm()]
+        norms = [torch.linalg.vector_norm(grad) for grad in grads]
+        device = torch.cuda.current_device()
+        whole = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=device)
+        squared = whole.reshape(1).square()
+        dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
+        return squared
+
+    @torch.no_grad()
+    def update(self, squared_norm: Float[Tensor, " one"]) -> float:
+        """Clip to ``clip_grad``, move the parameters, advance the schedule; returns the learning rate that was used.
+
+        Args:
+            squared_norm: Of :meth:`squared_norm`. Where it is not finite the parameters would be worthless: look first.
         """
         learning_rate = self.learning_rate
-        _, grad_norm, _ = self.optimizer.step()
+        if self.clip_grad > 0:
+            # the 1e-6 is megatron-core's and torch's guard against a zero norm
+            coefficient = self.clip_grad / (squared_norm.to(self.wide).sqrt() + 1e-6)
+            coefficient = coefficient.clamp(max=1.0).float().squeeze()
+            for part in _parts(self.optimizer):
+                grads = [parameter.grad for parameter in part.get_parameters() if parameter.grad is not None]
+                if grads:
+                    torch._foreach_mul_(grads, coefficient)
+        self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
-        return float(grad_norm), learning_rate
+        return learning_rate
 
-    def resume_at(self, step: int) -> None:
-        """Put the schedule where it stands after ``step`` updates."""
+    def resume_schedule_at(self, step: int) -> None:
+        """Put the learning-rate schedule where it stands after ``step`` updates."""
         self.scheduler.num_steps = step
         self.scheduler.step(increment=0)
 
@@ -74,28 +106,40 @@ class Stepper:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def build_stepper(models: Sequence[torch.nn.Module], config: Config, device: Device, train_iters: int) -> Stepper:
+def _parts(optimizer: Any) -> list[Any]:
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
+
+
+def build_stepper(
+    models: Sequence[torch.nn.Module],
+    training: TrainingOptions,
+    parallel: ParallelOptions,
+    device: Device,
+    train_iters: int,
+) -> Stepper:
     """Set up the optimizer over the wrapped chunks.
 
     Args:
         models: What :func:`wrap_for_training` returned.
-        config: ``lr*``, ``adam_*``, ``weight_decay``, ``clip_grad``, ``use_distributed_optimizer``.
+        training: ``lr*``, ``adam_*``, ``weight_decay``, ``clip_grad``, ``bf16``.
+        parallel: ``use_distributed_optimizer``.
         device: gloo groups are asked for only where the device itself is not gloo.
         train_iters: Steps that the schedule decays over.
     """
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.adam_beta1,
-            adam_beta2=config.adam_beta2,
-            adam_eps=config.adam_eps,
-            clip_grad=config.clip_grad,
-            bf16=config.bf16,
-            params_dtype=torch.bfloat16 if config.bf16 else torch.float32,
-            use_distributed_optimizer=config.use_distributed_optimizer,
+            lr=training.lr,
+            min_lr=training.min_lr,
+            weight_decay=training.weight_decay,
+            adam_beta1=training.adam_beta1,
+            adam_beta2=training.adam_beta2,
+            adam_eps=training.adam_eps,
+            clip_grad=training.clip_grad,
+            bf16=training.bf16,
+            params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
         ),
         list(models),
         use_gloo_process_groups=not device.is_cpu,
@@ -104,14 +148,14 @@ def build_stepper(models: Sequence[torch.nn.Module], config: Config, device: Dev
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=config.lr,
-        min_lr=config.min_lr,
-        lr_warmup_steps=min(math.floor(config.lr_warmup_fraction * steps), steps - 1),
+        max_lr=training.lr,
+        min_lr=training.min_lr,
+        lr_warmup_steps=min(math.floor(training.lr_warmup_fraction * steps), steps - 1),
         lr_decay_steps=steps,
-        lr_decay_style=config.lr_decay_style,
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
+        lr_decay_style=training.lr_decay_style,
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
     )
-    return Stepper(optimizer, scheduler)
+    return Stepper(optimizer, scheduler, training.clip_grad, device.reduction_dtype)

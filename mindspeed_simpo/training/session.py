@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from mindspeed_simpo.batch import RunningStatistics
 from mindspeed_simpo.config.config import Config, Layout
 from mindspeed_simpo.config.file import validate
 from mindspeed_simpo.data.batching import Batching
@@ -26,19 +27,22 @@ from mindspeed_simpo.device import Device, open_device
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.loss import reference
 from mindspeed_simpo.loss.head import fused_head
+from mindspeed_simpo.loss.pair_loss import PairLoss
 from mindspeed_simpo.loss.reference import ReferenceTable
+from mindspeed_simpo.loss.running import RunningTracker
+from mindspeed_simpo.loss.scoring import PairScorer
 from mindspeed_simpo.model.description import ModelSpec, read_model_spec, resolve_model
 from mindspeed_simpo.model.megatron.export import export_hf
 from mindspeed_simpo.model.megatron.gpt import build_model
 from mindspeed_simpo.model.megatron.weights import fill_weights, load_hf_weights
-from mindspeed_simpo.objectives import make_objective
 from mindspeed_simpo.parallel import Groups, initialize, seed_model_ranks, shutdown
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.parallel.roll_call import naming_lost_ranks
 from mindspeed_simpo.training import checkpoint, reference_pass
+from mindspeed_simpo.training.metrics import MetricSums
 from mindspeed_simpo.training.optimizer import wrap_precision
 from mindspeed_simpo.training.progress import counting, set_up_logging
-from mindspeed_simpo.training.schedule import PairSchedule
+from mindspeed_simpo.training.schedule.runner import PairSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,9 @@ class Session:
     spec: ModelSpec
     models: Sequence[torch.nn.Module]
     """Pipeline chunks, with the weights that ``init_from`` asks for."""
+    metric_sums: MetricSums
+    running: RunningTracker
+    """Statistics that the objective tracks over the global batches."""
 
     @property
     def is_main(self) -> bool:
@@ -85,19 +92,9 @@ class Session:
             data_parallel_size=self.groups.data.size(),
         )
 
-    def schedule(self, models: list[torch.nn.Module], table: reference.ReferenceTable | None) -> PairSchedule:
+    def schedule(self, models: list[torch.nn.Module], table: ReferenceTable | None) -> PairSchedule:
         """The configured objective over the given chunks."""
-        return PairSchedule(
-            models=models,
-            objective=make_objective(self.config),
-            groups=self.groups,
-            vocab_size=self.spec.vocab_size,
-            device=self.device.torch_device,
-            reference=table,
-            sequence_parallel=self.config.sequence_parallel and self.layout.tensor > 1,
-            pair_schedule=self.config.pair_schedule,
-            fused=fused_head(self.config),
-        )
+        return build_schedule(self.config, models, self.spec, self.groups, self.device, table, self.running.current)
 
     def export(self, output: Path) -> None:
         """Write the model as it stands as a Hugging Face folder.
@@ -108,6 +105,38 @@ class Session:
         source = resolve_model(self.config.model_name_or_path, weights=False)
         with fail_together(self.groups.world):
             export_hf(self.models, self.spec, self.groups, source=source, output=output, tokenizer=self.tokenizer)
+
+
+def build_schedule(
+    config: Config,
+    models: list[torch.nn.Module],
+    spec: ModelSpec,
+    groups: Groups,
+    device: Device,
+    table: ReferenceTable | None = None,
+    running: Callable[[], RunningStatistics | None] | None = None,
+) -> PairSchedule:
+    """The configured objective, head and pair schedule over pipeline chunks.
+
+    Args:
+        config: The objective's keys, ``pair_schedule`` and the head's options.
+        models: Wrapped or not.
+        spec: Of the model.
+        groups: Of the layout that the models were built with.
+        device: Of the models.
+        table: Sums under the reference model, where the objective needs them.
+        running: Statistics of the objective's tracked value.
+    """
+    return PairSchedule(
+        models=models,
+        scorer=PairScorer(PairLoss.of(config), table, running),
+        groups=groups,
+        vocab_size=spec.vocab_size,
+        device=device.torch_device,
+        sequence_parallel=config.sequence_parallel and groups.tensor.size() > 1,
+        pair_schedule=config.pair_schedule,
+        fused=fused_head(config),
+    )
 
 
 def export_checkpoint(load: str, output: Path) -> None:
@@ -166,7 +195,9 @@ def _build_session(config: Config, layout: Layout, device: Device, groups: Group
     with fail_together(groups.world):
         models = build_model(spec, config, groups, device)
         fill_weights(models, spec, config, groups)
-    return Session(config, layout, device, groups, tokenizer, spec, models)
+    sums = MetricSums(config.objective, groups, device)
+    running = RunningTracker(config.objective, groups, device)
+    return Session(config, layout, device, groups, tokenizer, spec, models, sums, running)
 
 
 def reference_tables(session: Session, datasets: Sequence[PairDataset | None]) -> list[ReferenceTable | None]:
@@ -178,7 +209,7 @@ def reference_tables(session: Session, datasets: Sequence[PairDataset | None]) -
         ModelError: on every rank, where ``ref_model`` cannot be read or has another tokenizer or shape.
     """
     config, device, groups = session.config, session.device, session.groups
-    if config.stage != "dpo":
+    if not config.objective.needs_reference:
         return [None for _ in datasets]
     with fail_together(groups.world):
         if config.ref_model is not None:
@@ -192,7 +223,7 @@ def reference_tables(session: Session, datasets: Sequence[PairDataset | None]) -
         return tables
     if config.ref_model is not None:
         load_hf_weights(session.models, session.spec, config.ref_model, groups)
-    schedule = session.schedule(wrap_precision(session.models, config), None)
+    schedule = session.schedule(wrap_precision(session.models, bf16=config.bf16), None)
     for index, data in enumerate(datasets):
         if data is None or not missing[index]:
             continue

@@ -12,18 +12,23 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from mindspeed_simpo.batch import PairBatch
 from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.options import OutputOptions
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data
 from mindspeed_simpo.data.loader import PairLoader, PreparedAhead
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import CheckpointError, ConfigError, TrainingError
+from mindspeed_simpo.loss.reference import ReferenceTable
+from mindspeed_simpo.loss.scoring import ScoredBatch
 from mindspeed_simpo.parallel.collectives import fail_together
-from mindspeed_simpo.training import checkpoint, metrics, not_finite
+from mindspeed_simpo.training import checkpoint, not_finite
+from mindspeed_simpo.training.metrics import MetricsWriter
 from mindspeed_simpo.training.optimizer import Stepper, build_stepper, wrap_for_training, wrap_precision
 from mindspeed_simpo.training.progress import Progress, log_to_file
-from mindspeed_simpo.training.schedule import PairSchedule, ScoredBatch
+from mindspeed_simpo.training.schedule.runner import PairSchedule
 from mindspeed_simpo.training.session import Session, open_session, reference_tables
 
 logger = logging.getLogger(__name__)
@@ -43,19 +48,19 @@ def train(config: Config, device: Device) -> None:
             if config.load is not None:
                 resumed = checkpoint.find(config.load)
         train_data = session.prepare("train")
-        eval_data = session.prepare("eval") if _evaluates(config) else None
+        eval_data = session.prepare("eval") if has_eval_data(config) and config.eval_iters != 0 else None
         tables = reference_tables(session, [train_data, eval_data])
-        models = wrap_for_training(session.models, config)
+        models = wrap_for_training(session.models, config, bf16=config.bf16)
         train_iters = config.train_iters
         if train_iters is None:
             train_iters = max(1, len(train_data) // config.global_batch_size)
-        stepper = build_stepper(models, config, device, train_iters)
-        run = Run(session, models, stepper, train_data, eval_data, tables, train_iters)
+        stepper = build_stepper(models, config, config, device, train_iters)
+        run = Run(session, config, models, stepper, train_data, eval_data, tables, train_iters)
         if resumed is not None:
             run.resume(*resumed)
         with fail_together(session.groups.world):
             if session.is_main:
-                run.open_outputs(stack, resumed_step=run.step if resumed else None)
+                run.open_outputs(stack, config.model_dump(), resumed_step=run.step if resumed else None)
         run.fit()
 
 
@@ -70,9 +75,10 @@ def evaluate(config: Config, device: Device) -> dict[str, float]:
         [table] = reference_tables(session, [data])
         if config.load is not None:
             with fail_together(session.groups.world):
-                folder, _ = checkpoint.find(config.load)
+                folder, state = checkpoint.find(config.load)
             checkpoint.load(folder, session.models, None, session.groups, device)
-        schedule = session.schedule(wrap_precision(session.models, config), table)
+            session.running.load(state.running)
+        schedule = session.schedule(wrap_precision(session.models, bf16=config.bf16), table)
         values = _evaluate(session, schedule, session.loader(data), None)
     if not math.isfinite(values["loss"]):
         weights = config.load or config.model_name_or_path
@@ -86,106 +92,128 @@ class Run:
     def __init__(
         self,
         session: Session,
+        options: OutputOptions,
         models: list[torch.nn.Module],
         stepper: Stepper,
         train_data: PairDataset,
         eval_data: PairDataset | None,
-        tables: Sequence[Any],
+        tables: Sequence[ReferenceTable | None],
         train_iters: int,
     ) -> None:
         """Put the parts together; nothing runs yet."""
-        self.session, self.config = session, session.config
+        self.session, self.options = session, options
         self.models, self.stepper, self.train_data = models, stepper, train_data
         self.train_iters = train_iters
         self.schedule = session.schedule(models, tables[0])
         self.eval_schedule = session.schedule(models, tables[1])
         self.train_loader = PreparedAhead(session.loader(train_data))
         self.eval_loader = session.loader(eval_data) if eval_data is not None else None
-        self.root = Path(self.config.output_dir)
-        self.writer: metrics.MetricsWriter | None = None
+        self.global_batch_size = session.config.global_batch_size
+        self.root = Path(options.output_dir)
+        self.writer: MetricsWriter | None = None
         self.progress: Progress | None = None
         self.step = 0
-        self.consumed_pairs = 0
+
+    @property
+    def consumed_pairs(self) -> int:
+        """Pairs of all steps so far."""
+        return self.step * self.global_batch_size
 
     def resume(self, folder: Path, state: checkpoint.TrainingState) -> None:
         """Go on from a verified checkpoint."""
-        if state.data_fingerprint != self.train_data.fingerprint or state.config.seed != self.config.seed:
+        ours = self.session.config
+        if state.data_fingerprint != self.train_data.fingerprint or state.config.seed != ours.seed:
             raise _everywhere(
                 CheckpointError(
                     f"load: {folder} was written by a run on other data or another seed; the order of the pairs would "
                     "not go on where it stopped. Give the same data, tokenizer, seq_length and seed"
                 )
             )
-        if state.config.bf16 != self.config.bf16:
+        if state.config.bf16 != ours.bf16:
             raise _everywhere(
                 CheckpointError(f"load: {folder} was written with bf16: {state.config.bf16}; go on with the same")
             )
         checkpoint.load(folder, self.models, self.stepper, self.session.groups, self.session.device)
-        self.step, self.consumed_pairs = state.step, state.consumed_pairs
+        self.session.running.load(state.running)
+        self.step = state.step
         logger.info("resumed from %s at step %d", folder, self.step)
 
-    def open_outputs(self, stack: ExitStack, resumed_step: int | None) -> None:
-        """Open the files and the display of the main rank."""
-        text = yaml.safe_dump(self.config.model_dump(), sort_keys=False, allow_unicode=True)
+    def open_outputs(self, stack: ExitStack, resolved: dict[str, Any], resumed_step: int | None) -> None:
+        """Open the files and the display of the main rank; ``resolved`` is every key with its value."""
+        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
         try:
             (self.root / "config.yaml").write_text(text, encoding="utf-8")
             stack.enter_context(log_to_file(self.root / "run.log"))
-            self.writer = stack.enter_context(metrics.MetricsWriter(self.config, resumed_step))
+            self.writer = stack.enter_context(MetricsWriter(self.options, resolved, resumed_step))
         except OSError as error:
             raise ConfigError(f"output_dir: cannot write in {self.root}: {error}") from None
         self.progress = stack.enter_context(Progress(self.train_iters, self.step))
 
     def fit(self) -> None:
         """Train from the current step to the last one."""
-        config = self.config
+        options = self.options
         if self.step >= self.train_iters:
             logger.warning("nothing to train: the checkpoint is at step %d of %d", self.step, self.train_iters)
         if self.step == 0:
             self.evaluate()
         while self.step < self.train_iters:
-            line = self.train_step()
-            if self.step % config.log_interval == 0 or self.step == self.train_iters:
-                self.report(line)
-            last = self.step == self.train_iters
-            if last or (config.eval_interval and self.step % config.eval_interval == 0):
+            last = self.step + 1 == self.train_iters
+            self.train_step(logged=last or (self.step + 1) % options.log_interval == 0)
+            if last or (options.eval_interval and self.step % options.eval_interval == 0):
                 self.evaluate()
-            if last or (config.save_interval and self.step % config.save_interval == 0):
+            if last or (options.save_interval and self.step % options.save_interval == 0):
                 self.save()
-        if config.export_hf:
+        if options.export_hf:
             self.session.export(self.root / "hf")
 
-    def train_step(self) -> dict[str, Any]:
-        """One update; returns its metrics line."""
+    def train_step(self, *, logged: bool) -> None:
+        """One update, and its metrics line where it is ``logged``; only then does the host wait for the device."""
         begin = time.perf_counter()
+        session = self.session
         micro_batches = self.train_loader.train_step(self.consumed_pairs)
         for model in self.models:
             model.zero_grad_buffer()  # type: ignore[operator]
         self.stepper.optimizer.zero_grad()
-        scored = self.schedule.forward_backward(micro_batches, self.config.global_batch_size)
-        session = self.session
-        sums = metrics.reduce_sums(metrics.local_sums(scored, session.groups, session.device), session.groups)
-        values = metrics.means(sums)
-        if not math.isfinite(values["loss"]):
-            self.stop_not_finite("loss", micro_batches, scored)
-        grad_norm, learning_rate = self.stepper.step()
-        if not math.isfinite(grad_norm):
-            self.stop_not_finite("gradient norm", micro_batches, scored)
+        scored = self.schedule.forward_backward(micro_batches, self.global_batch_size)
+        sums = session.metric_sums.reduce(session.metric_sums.local(scored))
+        squared_norm = self.stepper.squared_norm()
+        if not self._is_finite(sums[0], squared_norm.squeeze(), logged=logged):
+            self.stop_not_finite("loss" if not sums[0].isfinite() else "gradient norm", micro_batches, scored)
+        learning_rate = self.stepper.update(squared_norm)
+        session.running.update(scored)
         self.step += 1
-        self.consumed_pairs += self.config.global_batch_size
-        seconds = time.perf_counter() - begin
-        pairs, tokens = values.pop("pairs"), values.pop("tokens")
-        return {
-            "step": self.step,
-            "split": "train",
-            **values,
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "consumed_pairs": self.consumed_pairs,
-            "pairs_per_second": pairs / seconds,
-            "tokens_per_second": tokens / seconds,
-            "peak_memory_bytes": session.device.peak_memory_bytes(),
-            "step_seconds": seconds,
-        }
+        if logged:
+            totals = session.metric_sums.totals(sums)
+            seconds = time.perf_counter() - begin
+            self.report(
+                {
+                    "step": self.step,
+                    "split": "train",
+                    **totals.means,
+                    "grad_norm": squared_norm.item() ** 0.5,
+                    "learning_rate": learning_rate,
+                    "consumed_pairs": self.consumed_pairs,
+                    "pairs_per_second": totals.pairs / seconds,
+                    "tokens_per_second": totals.tokens / seconds,
+                    "peak_memory_bytes": session.device.peak_memory_bytes(),
+                    "step_seconds": seconds,
+                }
+            )
+
+    def _is_finite(self, *numbers: Tensor, logged: bool) -> bool:
+        """Whether the step may change the parameters; without a wait for the device unless the step is ``logged``."""
+        finite = torch.stack([number.isfinite() for number in numbers]).all()
+        if logged:
+            return bool(finite)
+        try:
+            self.session.device.assert_async(
+                finite,
+                f"step {self.step + 1}: the loss or the gradient norm is not finite; resume from the last checkpoint "
+                "with a lower lr, and with log_interval: 1 to have the pairs of that step written",
+            )
+        except RuntimeError:  # a CPU asserts at once
+            return False
+        return True
 
     def evaluate(self) -> None:
         """Score the held-out pairs and write the line."""
@@ -194,7 +222,7 @@ class Run:
         begin = time.perf_counter()
         for model in self.models:
             model.eval()
-        values = _evaluate(self.session, self.eval_schedule, self.eval_loader, self.config.eval_iters)
+        values = _evaluate(self.session, self.eval_schedule, self.eval_loader, self.options.eval_iters)
         for model in self.models:
             model.train()
         line = {"step": self.step, "split": "eval", **values, "consumed_pairs": self.consumed_pairs}
@@ -206,7 +234,8 @@ class Run:
             step=self.step,
             consumed_pairs=self.consumed_pairs,
             data_fingerprint=self.train_data.fingerprint,
-            config=self.config,
+            running=self.session.running.state(),
+            config=self.session.config,
         )
         session = self.session
         folder = checkpoint.save(
@@ -216,7 +245,7 @@ class Run:
             self.stepper,
             session.groups,
             session.device,
-            self.config.save_total_limit,
+            self.options.save_total_limit,
         )
         logger.info("saved %s", folder)
 
@@ -256,17 +285,10 @@ class Run:
 def _evaluate(
     session: Session, schedule: PairSchedule, loader: PairLoader, max_batches: int | None
 ) -> dict[str, float]:
-    total = metrics.local_sums([], session.groups, session.device)
+    total = session.metric_sums.local([])
     for micro_batches in loader.eval_steps(max_batches):
-        total += metrics.local_sums(schedule.forward(micro_batches), session.groups, session.device)
-    values = metrics.means(metrics.reduce_sums(total, session.groups))
-    values.pop("tokens")
-    values.pop("pairs")
-    return values
-
-
-def _evaluates(config: Config) -> bool:
-    return has_eval_data(config) and config.eval_iters != 0
+        total += session.metric_sums.local(schedule.forward(micro_batches))
+    return session.metric_sums.totals(session.metric_sums.reduce(total)).means
 
 
 def _claim_output(config: Config, *, is_main: bool) -> None:

@@ -91,28 +91,32 @@ def _rank(folder, batches, runs, prepare, layout_options):
     layout = configs[0].layout(dist.get_world_size())
     groups = initialize(layout, device)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    return [_train(batches, run, config, layout, groups, device) for run, config in zip(runs, configs, strict=True)]
+    return [_train(batches, run, config, groups, device) for run, config in zip(runs, configs, strict=True)]
 
 
-def _train(batches, run, config, layout, groups, device):
+def _train(batches, run, config, groups, device):
     from pathlib import Path
 
     from mindspeed_simpo.loss.reference import ReferenceTable
+    from mindspeed_simpo.loss.running import RunningTracker
     from mindspeed_simpo.model.description import read_model_spec
     from mindspeed_simpo.model.megatron.gpt import build_model
     from mindspeed_simpo.model.megatron.weights import fill_weights, gather_hf_tensors
-    from mindspeed_simpo.training import checkpoint, metrics
+    from mindspeed_simpo.training import checkpoint
+    from mindspeed_simpo.training.metrics import MetricSums
     from mindspeed_simpo.training.optimizer import build_stepper, wrap_for_training
-    from mindspeed_simpo.training.session import Session
+    from mindspeed_simpo.training.session import build_schedule
 
     spec = read_model_spec(config.model_name_or_path)
     models = build_model(spec, config, groups, device)
     fill_weights(models, spec, config, groups)
-    wrapped = wrap_for_training(models, config)
-    stepper = build_stepper(wrapped, config, device, len(batches))
+    wrapped = wrap_for_training(models, config, bf16=config.bf16)
+    stepper = build_stepper(wrapped, config, config, device, len(batches))
     references = None if run.references is None else torch.tensor(run.references, dtype=torch.float64)
-    session = Session(config, layout, device, groups, tokenizer=None, spec=spec, models=models)
-    schedule = session.schedule(wrapped, None if references is None else ReferenceTable(references))
+    table = None if references is None else ReferenceTable(references)
+    running = RunningTracker(config.objective, groups, device)
+    schedule = build_schedule(config, wrapped, spec, groups, device, table, running.current)
+    metric_sums = MetricSums(config.objective, groups, device)
     if run.load:
         checkpoint.load(Path(run.load), wrapped, stepper, groups, device)
     result = {"losses": [], "grad_norms": []}
@@ -122,14 +126,16 @@ def _train(batches, run, config, layout, groups, device):
         stepper.optimizer.zero_grad()
         micro_batches = _micro_batches(pairs, step * len(pairs), config, groups)
         scored = schedule.forward_backward(micro_batches, sum(pair is not None for pair in pairs))
-        sums = metrics.reduce_sums(metrics.local_sums(scored, groups, device), groups)
+        sums = metric_sums.reduce(metric_sums.local(scored))
         if step == 0:
             _complete_sharded_gradients(wrapped, config)
             gathered = gather_hf_tensors(wrapped, spec, groups, value=lambda parameter: parameter.main_grad)
             result["grads"] = {name: tensor.clone().numpy() for name, tensor in gathered}
-        grad_norm, _ = stepper.step()
-        result["losses"].append(metrics.means(sums)["loss"])
-        result["grad_norms"].append(grad_norm)
+        squared_norm = stepper.squared_norm()
+        stepper.update(squared_norm)
+        running.update(scored)
+        result["losses"].append(metric_sums.totals(sums).means["loss"])
+        result["grad_norms"].append(squared_norm.item() ** 0.5)
     if run.save:
         state = checkpoint.TrainingState(
             step=len(batches), consumed_pairs=0, data_fingerprint="", config=config.model_dump()

@@ -71,15 +71,17 @@ def _metrics():
 
     from mindspeed_simpo.config.config import Layout
     from mindspeed_simpo.device import open_device
+    from mindspeed_simpo.objectives import OBJECTIVES
     from mindspeed_simpo.parallel import initialize
-    from mindspeed_simpo.training import metrics
+    from mindspeed_simpo.training.metrics import MetricSums
     from tests.ranks.traffic import Traffic
 
     device = open_device("cpu")
     groups = initialize(Layout(data=2), device)
+    sums = MetricSums(OBJECTIVES["simpo"], groups, device)
     with Traffic(world=dist.group.WORLD) as traffic:
-        metrics.reduce_sums(metrics.local_sums([], groups, device), groups)
-    return dict(traffic.calls), dict(traffic.bytes), metrics.NUM_SUMS
+        sums.reduce(sums.local([]))
+    return dict(traffic.calls), dict(traffic.bytes), sums.size
 
 
 def test_metrics_take_one_collective():

@@ -96,7 +96,7 @@ def supervised_term_divided_twice():
 
 def loss_divided_by_context_ranks():
     """``loss / cp`` in front of a schedule and a DDP that already make the sum a mean."""
-    from mindspeed_simpo.training.schedule import PairSchedule
+    from mindspeed_simpo.training.schedule.runner import PairSchedule
 
     original = PairSchedule.forward_backward
 

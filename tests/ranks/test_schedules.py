@@ -113,7 +113,7 @@ def _rank(folder, token_pairs, references, options, modes):
 def _one_mode(config, token_pairs, references, device, groups):
     from mindspeed_simpo.loss.reference import ReferenceTable
     from mindspeed_simpo.model.megatron.weights import gather_hf_tensors
-    from mindspeed_simpo.training import metrics
+    from mindspeed_simpo.training.metrics import MetricSums
     from scripts.engine import build_engine
     from tests.ranks.parity import _complete_sharded_gradients, _micro_batches
 
@@ -121,10 +121,11 @@ def _one_mode(config, token_pairs, references, device, groups):
     wrapped, schedule = build_engine(config, device, groups, table)
     micro_batches = _micro_batches(token_pairs, 0, config, groups)
     scored = schedule.forward_backward(micro_batches, len(token_pairs))
-    sums = metrics.reduce_sums(metrics.local_sums(scored, groups, device), groups)
+    metric_sums = MetricSums(config.objective, groups, device)
+    sums = metric_sums.reduce(metric_sums.local(scored))
     _complete_sharded_gradients(wrapped, config)
     gathered = gather_hf_tensors(wrapped, wrapped[0].module.spec, groups, value=lambda parameter: parameter.main_grad)
-    return metrics.means(sums), {name: tensor.clone().numpy() for name, tensor in gathered}
+    return metric_sums.totals(sums).means, {name: tensor.clone().numpy() for name, tensor in gathered}
 
 
 def compare(modes, results, expected_metrics, expected_grads):

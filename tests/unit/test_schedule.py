@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from mindspeed_simpo.batch import IGNORE_INDEX, LossOutput, PairBatch, TokenizedPair, even_halves
+from mindspeed_simpo.config.options import TaskOptions
 from mindspeed_simpo.errors import ConfigError
-from mindspeed_simpo.objectives import simpo
+from mindspeed_simpo.loss.pair_loss import PairLoss
 from tests.ranks.launcher import run_ranks
 
 N = IGNORE_INDEX
+simpo = PairLoss.of(TaskOptions())
 
 
 def batch(*lengths, seq=12):
@@ -24,7 +26,7 @@ CHOSEN, REJECTED = torch.tensor([-3.0, -5.0], dtype=torch.float64), torch.tensor
 
 
 def _gradients_are_those_of_the_joint_loss():
-    from mindspeed_simpo.training.schedule import PairScorer
+    from mindspeed_simpo.loss.scoring import PairScorer
 
     leaves = CHOSEN.clone().requires_grad_(), REJECTED.clone().requires_grad_()
     pairs = batch(4, 5, 6, 7)
@@ -39,7 +41,7 @@ def _gradients_are_those_of_the_joint_loss():
 
 
 def _an_objective_that_needs_more_than_the_sums_is_refused():
-    from mindspeed_simpo.training.schedule import PairScorer
+    from mindspeed_simpo.loss.scoring import PairScorer
 
     temperature = torch.ones((), dtype=torch.float64, requires_grad=True)
 
@@ -52,7 +54,7 @@ def _an_objective_that_needs_more_than_the_sums_is_refused():
 
 
 def _an_objective_may_ignore_a_side():
-    from mindspeed_simpo.training.schedule import PairScorer
+    from mindspeed_simpo.loss.scoring import PairScorer
 
     def supervised(inputs):
         zero = torch.zeros_like(inputs.chosen_logprob)

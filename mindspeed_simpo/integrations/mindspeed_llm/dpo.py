@@ -22,7 +22,7 @@ from mindspeed_simpo.integrations.mindspeed_llm.pairs import (
 )
 from mindspeed_simpo.integrations.mindspeed_llm.refusals import task_options
 from mindspeed_simpo.integrations.mindspeed_llm.report import Metrics, pair_metrics
-from mindspeed_simpo.objectives import make_objective
+from mindspeed_simpo.loss.pair_loss import PairLoss
 
 
 class ExactDPOTrainer(DPOTrainer):  # type: ignore[misc]
@@ -32,7 +32,7 @@ class ExactDPOTrainer(DPOTrainer):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self._objective = make_objective(task_options(get_args()))
+        self._objective = PairLoss.of(task_options(get_args()))
         self._groups = upstream_groups()
         super().__init__()
 

@@ -70,8 +70,9 @@ def pair_inputs(
     logprobs: Float[Tensor, " row"], tokens: Int[Tensor, " row"], reference: Float[Tensor, " row"] | None = None
 ) -> LossInputs:
     """Rows ``[chosen 0..n-1, rejected 0..n-1]`` as pairs."""
-    halves = [*logprobs.chunk(2), *tokens.chunk(2), *(reference.chunk(2) if reference is not None else ())]
-    return LossInputs(*halves)
+    (chosen, rejected), (chosen_tokens, rejected_tokens) = logprobs.chunk(2), tokens.chunk(2)
+    references = reference.chunk(2) if reference is not None else (None, None)
+    return LossInputs(chosen, rejected, chosen_tokens, rejected_tokens, *references)
 
 
 def mean_loss(output: LossOutput) -> Tensor:

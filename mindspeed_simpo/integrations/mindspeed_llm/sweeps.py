@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mindspeed_simpo.integrations.mindspeed_llm.pairs import mean_loss, pair_inputs, row_tokens
 from mindspeed_simpo.integrations.mindspeed_llm.report import Metrics, pair_metrics
-from mindspeed_simpo.objectives import Objective
+from mindspeed_simpo.loss.scoring import LossOfPairs
 from mindspeed_simpo.parallel import Groups
 
 Batch = Mapping[str, Tensor]
@@ -30,7 +30,7 @@ Logprobs = Callable[[Tensor, Tensor], Float[Tensor, " row"]]
 class Sweeps:
     """Runs a pipeline schedule twice for one iteration."""
 
-    def __init__(self, forward: Forward, logprobs: Logprobs, objective: Objective, groups: Groups) -> None:
+    def __init__(self, forward: Forward, logprobs: Logprobs, objective: LossOfPairs, groups: Groups) -> None:
         self._forward = forward
         self._logprobs = logprobs
         self._objective = objective

@@ -26,7 +26,7 @@ from mindspeed_simpo.integrations.mindspeed_llm.refusals import task_options
 from mindspeed_simpo.integrations.mindspeed_llm.report import Metrics, pair_metrics
 from mindspeed_simpo.integrations.mindspeed_llm.sweeps import Sweeps
 from mindspeed_simpo.loss.head import FusedHead
-from mindspeed_simpo.objectives import make_objective
+from mindspeed_simpo.loss.pair_loss import PairLoss
 
 Loss = tuple[Tensor, Metrics]
 
@@ -36,7 +36,7 @@ class SimPOTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self) -> None:
         args = get_args()
-        self._objective = make_objective(task_options(args))
+        self._objective = PairLoss.of(task_options(args))
         self._groups = upstream_groups()
         self._head: ResponseHead | None = None
         if args.fused_logprob:

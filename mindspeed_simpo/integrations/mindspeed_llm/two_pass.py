@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mindspeed_simpo.integrations.mindspeed_llm.pairs import mean_loss, pair_inputs, row_tokens
 from mindspeed_simpo.integrations.mindspeed_llm.report import Metrics, pair_metrics
-from mindspeed_simpo.objectives import Objective
+from mindspeed_simpo.loss.scoring import LossOfPairs
 from mindspeed_simpo.parallel import Groups
 
 
@@ -41,7 +41,7 @@ Score = Callable[[torch.nn.Module, Rows], Float[Tensor, " row"]]
 
 
 def forward_step(
-    model: torch.nn.Module, rows: Rows, score: Score, objective: Objective, groups: Groups
+    model: torch.nn.Module, rows: Rows, score: Score, objective: LossOfPairs, groups: Groups
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Metrics]]]:
     """Rejected without a graph; chosen with its backward; rejected with the graph that the schedule's backward uses.
 

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from mindspeed_simpo.batch import PairBatch, moved
 from mindspeed_simpo.loss.head import FusedHead, sequence_logprobs
-from mindspeed_simpo.objectives import Objective
+from mindspeed_simpo.loss.scoring import PairScorer, ScoredBatch
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.training.schedule.rows import HeldRows, Rows
-from mindspeed_simpo.training.schedule.scoring import PairScorer, ReferenceLookup, ScoredBatch
 
 PairScheduleName = Literal["concat", "split", "two_pass"]
 LossOfPass = Callable[[Float[Tensor, " sequence"]], tuple[Tensor, Any]]
@@ -52,12 +51,10 @@ class PairSchedule:
 
     models: Sequence[torch.nn.Module]
     """Pipeline chunks of this rank, wrapped in DDP where gradients are wanted."""
-    objective: Objective
+    scorer: PairScorer
     groups: Groups
     vocab_size: int
     device: torch.device
-    reference: ReferenceLookup | None = None
-    """DPO's reference sums by ``pair_ids``, nats."""
     sequence_parallel: bool = False
     """Whether tensor-parallel ranks divide the sequence between them outside of attention and MLP."""
     pair_schedule: PairScheduleName = "concat"
@@ -91,7 +88,7 @@ class PairSchedule:
     def _joint_loss(
         self, batch: PairBatch, weight: float, logprobs: Float[Tensor, " sequence"]
     ) -> tuple[Tensor, ScoredBatch]:
-        loss, scored = self._scorer(batch.to(self.device), *logprobs.chunk(2))
+        loss, scored = self.scorer(batch.to(self.device), *logprobs.chunk(2))
         return loss * weight, scored
 
     def _two_pass(self, micro_batches: Sequence[PairBatch], weight: float) -> list[ScoredBatch]:
@@ -102,7 +99,7 @@ class PairSchedule:
         passes = []
         for index, (batch, (first, second)) in enumerate(zip(micro_batches, halves, strict=True)):
             order = moved(torch.cat([first.sequences, second.sequences]), self.device)
-            loss = _LossInTwo(self._scorer, batch, weight, order, swept[index] if swept else None)
+            loss = _LossInTwo(self.scorer, batch, weight, order, swept[index] if swept else None)
             passes += [Pass(first.rows, loss.of_first), Pass(second.rows, loss.of_second)]
         return self._run(passes, forward_only=False)[::2]
 
@@ -166,10 +163,6 @@ class PairSchedule:
                 get_attr_wrapped_model(model, "set_input_tensor")(hidden.contiguous())
             outputs.append(self._score(model, part))
         return torch.cat(outputs, dim=outputs[0].dim() // 2)
-
-    @property
-    def _scorer(self) -> PairScorer:
-        return PairScorer(self.objective, self.reference)
 
     @property
     def _sequence_multiple(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mindspeed_simpo.batch import LossInputs, LossOutput, PairBatch
+from mindspeed_simpo.batch import LossInputs, LossOutput, PairBatch, RunningStatistics
 from mindspeed_simpo.errors import ConfigError
-from mindspeed_simpo.objectives import Objective
 
+LossOfPairs = Callable[[LossInputs], LossOutput]
+"""Usually a :class:`~mindspeed_simpo.loss.pair_loss.PairLoss`."""
 ReferenceLookup = Callable[[Int[Tensor, " pair"]], tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]]
 
 
@@ -28,10 +30,13 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class PairScorer:
-    """The objective and, for DPO, the reference's sums."""
+    """The loss of pairs, with what it needs beside the model's sums."""
 
-    objective: Objective
+    loss: LossOfPairs
     reference: ReferenceLookup | None = None
+    """Sums under the reference model by ``pair_ids``, nats."""
+    running: Callable[[], RunningStatistics | None] | None = None
+    """Statistics of the objective's tracked value over the global batches so far."""
 
     def __call__(
         self, batch: PairBatch, chosen: Float[Tensor, " pair"], rejected: Float[Tensor, " pair"]
@@ -43,10 +48,15 @@ class PairScorer:
             chosen: Sums of response-token log-probabilities, whole-sequence and whole-vocabulary, nats.
             rejected: See ``chosen``.
         """
-        counts = batch.response_tokens.chunk(2)
-        references = self.reference(batch.pair_ids) if self.reference is not None else ()
-        output = self.objective(LossInputs(chosen, rejected, *counts, *references))
-        detached = LossInputs(chosen.detach(), rejected.detach(), *counts, *references)
+        chosen_tokens, rejected_tokens = batch.response_tokens.chunk(2)
+        lookup = self.reference
+        reference_chosen, reference_rejected = lookup(batch.pair_ids) if lookup is not None else (None, None)
+        running = self.running() if self.running is not None else None
+        inputs = LossInputs(
+            chosen, rejected, chosen_tokens, rejected_tokens, reference_chosen, reference_rejected, running
+        )
+        detached = dataclasses.replace(inputs, chosen_logprob=chosen.detach(), rejected_logprob=rejected.detach())
+        output = self.loss(inputs)
         return output.loss.sum(), ScoredBatch(batch, detached, output)
 
     @torch.enable_grad()

@@ -1,0 +1,49 @@
+"""What is logged of each pair, by name: the one list for the engine's metrics and the plug-in's."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mindspeed_simpo.batch import LossInputs, LossOutput
+
+METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "sft_loss",
+    "response_tokens/chosen",
+    "response_tokens/rejected",
+)
+"""Metrics of every objective; those that an objective declares follow them."""
+
+
+def pair_metrics(inputs: LossInputs, output: LossOutput, dtype: torch.dtype) -> dict[str, Float[Tensor, " pair"]]:
+    """Every metric of each pair, in the order of ``METRICS``, then the objective's own.
+
+    Args:
+        inputs: Detached sums and counts.
+        output: What the objective says of them.
+        dtype: In which the metrics will be summed.
+    """
+    chosen_tokens, rejected_tokens = inputs.chosen_tokens.to(dtype), inputs.rejected_tokens.to(dtype)
+    chosen_reward, rejected_reward = output.chosen_reward.to(dtype), output.rejected_reward.to(dtype)
+    values = (
+        output.loss.detach().to(dtype),
+        chosen_reward,
+        rejected_reward,
+        (chosen_reward > rejected_reward).to(dtype),
+        chosen_reward - rejected_reward,
+        inputs.chosen_logprob.to(dtype) / chosen_tokens.clamp(min=1),
+        inputs.rejected_logprob.to(dtype) / rejected_tokens.clamp(min=1),
+        output.sft_loss.to(dtype),
+        chosen_tokens,
+        rejected_tokens,
+    )
+    own = {name: metric.to(dtype) for name, metric in output.metrics.items()}
+    return dict(zip(METRICS, values, strict=True)) | own

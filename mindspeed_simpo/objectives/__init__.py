@@ -1,0 +1,33 @@
+"""The objectives that ``stage`` names, one file each: formula, keys, ranges and texts in one declaration.
+
+The files of this folder are the registry: each whose name does not begin with an underscore declares one ``OBJECTIVE``.
+To add an objective is to add a file. No file imports torch when it is loaded, for the configuration reads the keys
+before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import MappingProxyType
+
+from mindspeed_simpo.objectives._declaration import Keys, Objective
+
+__all__ = ["DEFAULT_STAGE", "OBJECTIVES", "Keys", "Objective"]
+
+DEFAULT_STAGE = "simpo"
+
+
+def _registry() -> dict[str, Objective]:
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        if not module.name.startswith("_"):
+            objective = importlib.import_module(f"{__name__}.{module.name}").OBJECTIVE
+            assert objective.stage == module.name, f"objectives/{module.name}.py declares the stage {objective.stage!r}"
+            found[objective.stage] = objective
+    # the default stands first in help texts and tables
+    return {stage: found[stage] for stage in sorted(found, key=lambda stage: (stage != DEFAULT_STAGE, stage))}
+
+
+OBJECTIVES = MappingProxyType(_registry())
+"""Every objective by the value of ``stage``."""

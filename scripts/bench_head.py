@@ -53,24 +53,24 @@ def _our_head(*, fused: bool, shape: dict[str, int]) -> Any:
     from mindspeed_simpo.batch import LossInputs, ScoredTokens
     from mindspeed_simpo.config.config import Config, Layout
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.loss.head import FusedHead, sequence_logprobs
+    from mindspeed_simpo.loss.head import ResponseHead
     from mindspeed_simpo.loss.pair_loss import PairLoss
     from mindspeed_simpo.parallel import initialize
 
     groups = initialize(Layout(), open_device("cpu"))
     config = Config(model_name_or_path="none", data_path="none", simpo_beta=BETA, gamma_beta_ratio=MARGIN / BETA)
     objective = PairLoss.of(config)
-    chunks = FusedHead(shape["chunk_tokens"], weight_grad_awaited=False) if fused else None
+    head = ResponseHead(
+        groups.tensor,
+        groups.context,
+        vocab_size=shape["vocab"],
+        sum_dtype=torch.float64,
+        chunk_tokens=shape["chunk_tokens"] if fused else None,
+        weight_grad_awaited=False,
+    )
 
     def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        sums = sequence_logprobs(
-            hidden.transpose(0, 1),
-            weight,
-            scored=ScoredTokens.of(targets),
-            groups=groups,
-            vocab_size=shape["vocab"],
-            fused=chunks,
-        )
+        sums = head(hidden.transpose(0, 1), weight, ScoredTokens.of(targets))
         counts = (targets != IGNORED).sum(1).chunk(2)
         return objective(LossInputs(*sums.chunk(2), *counts)).loss.mean()
 

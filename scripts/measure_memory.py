@@ -10,6 +10,7 @@ the CPU time of the process, which other programs on the machine disturb less.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -150,7 +151,7 @@ def _batches(arguments: argparse.Namespace, pairs: int) -> list[Any]:
 
 
 def _heads(arguments: argparse.Namespace, device: Device, groups: Any, hidden_size: int) -> dict[str, Any]:
-    from mindspeed_simpo.loss.head import FusedHead, vocab_parallel_logprobs
+    from mindspeed_simpo.loss.head import ResponseHead
 
     generator = torch.Generator().manual_seed(0)
     tokens, vocab = arguments.head_tokens, arguments.head_vocab
@@ -162,12 +163,15 @@ def _heads(arguments: argparse.Namespace, device: Device, groups: Any, hidden_si
     # the gradient's place is there before and after, as megatron's DDP holds it
     weight.main_grad = torch.zeros_like(weight)
     weight.grad_added_to_main_grad = False
-    heads = {"unfused": None, "fused": FusedHead(arguments.chunk_tokens, weight_grad_awaited=False)}
+    whole = ResponseHead(
+        groups.tensor, groups.context, vocab_size=vocab, sum_dtype=torch.float64, weight_grad_awaited=False
+    )
+    heads = {"unfused": whole, "fused": dataclasses.replace(whole, chunk_tokens=arguments.chunk_tokens)}
 
     def run(name: str) -> list[torch.Tensor]:
         hidden.grad = weight.grad = None
         weight.main_grad.zero_()
-        logprobs = vocab_parallel_logprobs(hidden, weight, targets, groups=groups, vocab_size=vocab, fused=heads[name])
+        logprobs = heads[name].token_logprobs(hidden, weight, targets)
         logprobs.backward(upstream)
         if weight.grad is not None:
             weight.main_grad.add_(weight.grad)

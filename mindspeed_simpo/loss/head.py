@@ -1,15 +1,15 @@
-"""Log-probabilities of responses, from hidden states, under tensor and context parallelism.
+"""The response head: hidden states to log-probability sums of responses, under tensor and context parallelism.
 
 Shape legend: ``row`` = rows of the model's input, ``seq`` = positions on this rank, ``sequence`` = what is scored: each
-row, or all that a packed one holds, ``token`` = response tokens of them,
-``hidden`` = model width, ``shard`` = this tensor-parallel rank's slice of the vocabulary.
+row, or all that a packed one holds, ``token`` = response tokens of them, ``chunk`` = some of these tokens, ``hidden`` =
+model width, ``shard`` = this tensor-parallel rank's slice of the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_simpo.batch import ScoredTokens
-from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.device import reduction_dtype
-from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import copy_to, gather_along_first, sum_over
 
 _ROWS_AT_ONCE = 8192
@@ -28,100 +25,123 @@ _ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
-class FusedHead:
-    """Head and log-probability a chunk of tokens at a time: logits are never kept, the backward computes them again."""
+class ResponseHead:
+    r"""``sum_t log softmax(cap(W h_t))[y_t]`` over the response tokens of each sequence.
 
-    chunk_tokens: int
-    """Response tokens whose logits exist at one time."""
+    Only hidden states that predict a response token reach the output weight, so no ``[seq, vocabulary]`` tensor of
+    prompt or padding positions exists. ``cap(z) = softcap tanh(z / softcap)``, or ``z`` without a softcap.
+
+    Chunked or not, the numbers are those of one formula: logits in the dtype of the hidden states, the rest in fp32,
+    the parts of a token's log-probability and all sums in ``sum_dtype``.
+    """
+
+    tensor_group: dist.ProcessGroup
+    """Ranks that hold equal shards of the vocabulary, in rank order."""
+    context_group: dist.ProcessGroup
+    """Ranks that hold different positions of each sequence."""
+    vocab_size: int
+    """Ids that exist; the padding of the output weight above them has probability zero."""
+    sum_dtype: torch.dtype
+    """fp64; fp32 where the device or its collectives have no fp64."""
+    softcap: float | None = None
+    chunk_tokens: int | None = None
+    """Response tokens whose logits exist at one time, computed again in the backward; None keeps all logits."""
+    sequence_parallel: bool = False
+    """Whether the ranks of ``tensor_group`` hold different positions of the hidden states."""
     weight_grad_awaited: bool = True
-    """Whether a hook waits for the weight's ``.grad``: DDP that overlaps its reduction with the backward. Zeros are
-    then made for it, for the gradient itself goes to ``main_grad``; else no tensor of the weight's size is made."""
+    """Whether a hook waits for the weight's ``.grad``: DDP that overlaps its reduction with the backward. With chunks,
+    zeros are then made for it, for the gradient itself goes to ``main_grad``; else no tensor of that size is made."""
 
+    def __call__(
+        self,
+        hidden: Float[Tensor, "hidden_seq row hidden"],
+        weight: Float[Tensor, "shard hidden"],
+        scored: ScoredTokens,
+    ) -> Float[Tensor, " sequence"]:
+        """Score the responses.
 
-def fused_head(config: Config) -> FusedHead | None:
-    """The head that ``fused_logprob`` and ``logprob_chunk_tokens`` ask for; None where logits are whole."""
-    if not config.fused_logprob:
-        return None
-    return FusedHead(config.logprob_chunk_tokens, weight_grad_awaited=config.overlap_grad_reduce)
+        Args:
+            hidden: Final hidden states, after the last norm, of this context-parallel rank's positions; with
+                ``sequence_parallel`` only this tensor-parallel rank's part of them.
+            weight: This rank's rows of the output embedding.
+            scored: The response tokens that these positions predict, ids of the whole vocabulary; targets were shifted
+                on the whole sequence before it was sliced. On the device of ``hidden``.
 
+        Returns:
+            Nats, in ``sum_dtype``, on every rank of both groups; 0 for a sequence without response tokens.
+        """
+        if self.sequence_parallel:
+            hidden = gather_along_first(hidden, self.tensor_group)
+        states = hidden.flatten(0, 1).index_select(0, scored.state)
+        if not self.sequence_parallel:
+            states = copy_to(states, self.tensor_group)
+        logprobs = self.token_logprobs(states, weight, scored.target)
+        by_position = logprobs.new_zeros(scored.num_sequences, scored.seq_length)
+        by_position = by_position.index_put((scored.sequence, scored.place), logprobs)
+        return sum_over(by_position.sum(dim=1, dtype=self.sum_dtype), self.context_group)
 
-def sequence_logprobs(
-    hidden: Float[Tensor, "hidden_seq row hidden"],
-    weight: Float[Tensor, "shard hidden"],
-    *,
-    scored: ScoredTokens,
-    groups: Groups,
-    vocab_size: int,
-    sequence_parallel: bool = False,
-    fused: FusedHead | None = None,
-) -> Float[Tensor, " sequence"]:
-    r"""``sum_t log softmax(W h_t)[y_t]`` over the response tokens of each sequence.
+    def token_logprobs(
+        self,
+        states: Float[Tensor, "token hidden"],
+        weight: Float[Tensor, "shard hidden"],
+        targets: Int[Tensor, " token"],
+    ) -> Float[Tensor, " token"]:
+        r"""``log softmax(cap(W h))[y]`` of each token, nats, in ``sum_dtype``.
 
-    Only hidden states that predict a response token reach the head, so no ``[seq, vocabulary]`` tensor of prompt or
-    padding positions exists.
+        Forward communicates one MAX all-reduce of one number a token and one SUM of two; backward is
+        ``onehot - softmax`` on each shard and communicates nothing. Targets are ids of the whole vocabulary, so no id
+        is special. With chunks the weight gradient is summed in fp32, in ``weight.main_grad`` where megatron's DDP has
+        made one.
+        """
+        if self.chunk_tokens is not None:
+            logprobs: Tensor = _ChunkedLogprob.apply(states, weight, targets, self)  # type: ignore[no-untyped-call]
+            return logprobs
+        logits = torch.nn.functional.linear(states, weight).float()
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        existing = self.existing_rows(weight)
+        if existing < weight.shape[0]:
+            logits[:, existing:] = float("-inf")
+        return logits_logprobs(logits, targets, self.tensor_group, self.sum_dtype)
 
-    Args:
-        hidden: Final hidden states, after the last norm, of this context-parallel rank's positions; with
-            ``sequence_parallel`` only this tensor-parallel rank's part of them.
-        weight: This rank's rows of the output embedding.
-        scored: The response tokens that these positions predict, ids of the whole vocabulary; targets were shifted on
-            the whole sequence before it was sliced. On the device of ``hidden``.
-        groups: Sums run over ``groups.context``; the vocabulary is divided over ``groups.tensor``.
-        vocab_size: Ids that exist; the padding above it has probability zero.
-        sequence_parallel: Whether the ranks of ``groups.tensor`` hold different positions of ``hidden``.
-        fused: Set where logits are to exist for a chunk of tokens only.
+    def existing_rows(self, weight: Float[Tensor, "shard hidden"]) -> int:
+        """Rows of this rank's shard that are no padding."""
+        first_id = self.tensor_group.rank() * weight.shape[0]
+        return max(0, min(weight.shape[0], self.vocab_size - first_id))
 
-    Returns:
-        Nats, summed in fp64 (fp32 on NPUs); 0 for a sequence without response tokens.
-    """
-    if sequence_parallel:
-        hidden = gather_along_first(hidden, groups.tensor)
-    selected = hidden.flatten(0, 1).index_select(0, scored.state)
-    if not sequence_parallel:
-        selected = copy_to(selected, groups.tensor)
-    token_logprobs = vocab_parallel_logprobs(
-        selected, weight, scored.target, groups=groups, vocab_size=vocab_size, fused=fused
-    )
-    spread = token_logprobs.new_zeros(scored.num_sequences, scored.seq_length)
-    spread = spread.index_put((scored.sequence, scored.place), token_logprobs)
-    return sum_over(spread.sum(dim=1, dtype=reduction_dtype(spread.device)), groups.context)
+    def logit_chunks(
+        self, states: Float[Tensor, "token hidden"], weight: Float[Tensor, "shard hidden"]
+    ) -> Iterator[tuple[slice, Float[Tensor, "chunk shard"]]]:
+        """fp32 logits of each chunk of tokens before the softcap, in a buffer that the next chunk overwrites."""
+        assert self.chunk_tokens is not None
+        size = max(1, min(self.chunk_tokens, len(states)))
+        buffer = states.new_empty(size, len(weight), dtype=torch.float32)
+        for start in range(0, len(states), size):
+            rows = states[start : start + size]
+            logits = buffer[: len(rows)]
+            if states.dtype == logits.dtype:
+                torch.mm(rows, weight.t(), out=logits)
+            else:
+                logits.copy_(rows @ weight.t())
+            yield slice(start, start + size), logits
 
+    def cap_(self, logits: Float[Tensor, "token shard"], weight: Float[Tensor, "shard hidden"]) -> None:
+        """In place: the softcap, and minus infinity for ids that do not exist."""
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        logits[:, self.existing_rows(weight) :] = float("-inf")
 
-def vocab_parallel_logprobs(
-    hidden: Float[Tensor, "token hidden"],
-    weight: Float[Tensor, "shard hidden"],
-    targets: Int[Tensor, " token"],
-    *,
-    groups: Groups,
-    vocab_size: int,
-    fused: FusedHead | None = None,
-) -> Float[Tensor, " token"]:
-    r"""``log softmax(W h)[y]`` with the vocabulary divided over ``groups.tensor``.
-
-    Forward communicates one MAX all-reduce of one number a token and one SUM of two; backward is ``onehot - softmax``
-    on each shard and communicates nothing. Targets are ids of the whole vocabulary, so no id is special.
-
-    Fused or not, the numbers are those of one formula: logits in the dtype of ``hidden``, the rest in fp32. The fused
-    weight gradient is summed over the chunks in fp32, in ``weight.main_grad`` where megatron's DDP has made one.
-
-    Returns:
-        Nats, fp64 (fp32 on NPUs).
-    """
-    first_id = groups.tensor.rank() * weight.shape[0]
-    existing = max(0, min(weight.shape[0], vocab_size - first_id))
-    if fused is not None:
-        logprobs: Tensor = _FusedLogprob.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, targets - first_id, groups.tensor, existing, fused
-        )
-        return logprobs
-    logits = torch.nn.functional.linear(hidden, weight).float()
-    if existing < weight.shape[0]:
-        logits[:, existing:] = float("-inf")
-    return logits_logprobs(logits, targets, groups.tensor)
+    def uncap_grad_(self, grad: Float[Tensor, "token shard"], logits: Float[Tensor, "token shard"]) -> None:
+        """In place: the gradient by capped logits -> that by uncapped ones, ``grad (1 - tanh(z / softcap)^2)``."""
+        if self.softcap is not None:
+            grad.mul_(1 - torch.tanh(logits / self.softcap).square_())
 
 
 def logits_logprobs(
-    logits: Float[Tensor, "token shard"], targets: Int[Tensor, " token"], tensor_group: dist.ProcessGroup
+    logits: Float[Tensor, "token shard"],
+    targets: Int[Tensor, " token"],
+    tensor_group: dist.ProcessGroup,
+    sum_dtype: torch.dtype,
 ) -> Float[Tensor, " token"]:
     r"""``log softmax(logits)[y]`` with the vocabulary divided over ``tensor_group`` in equal shards, in rank order.
 
@@ -129,140 +149,140 @@ def logits_logprobs(
         logits: fp32 or fp64, this rank's shard; minus infinity where an id does not exist.
         targets: Ids of the whole vocabulary.
         tensor_group: Ranks that hold the shards.
+        sum_dtype: In which the parts of a log-probability are added.
 
     Returns:
-        Nats, fp64 (fp32 on NPUs). Backward is ``onehot - softmax`` on each shard and communicates nothing.
+        Nats, in ``sum_dtype``. Backward is ``onehot - softmax`` on each shard and communicates nothing.
     """
-    first_id = tensor_group.rank() * logits.shape[-1]
-    logprobs: Tensor = _ShardLogprob.apply(logits, targets - first_id, tensor_group)  # type: ignore[no-untyped-call]
+    logprobs: Tensor = _ShardLogprob.apply(logits, targets, tensor_group, sum_dtype)  # type: ignore[no-untyped-call]
     return logprobs
 
 
 class _ShardLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Float[Tensor, "token shard"], targets: Int[Tensor, " token"], group: dist.ProcessGroup
+        ctx: Any,
+        logits: Float[Tensor, "token shard"],
+        targets: Int[Tensor, " token"],
+        group: dist.ProcessGroup,
+        sum_dtype: torch.dtype,
     ) -> Float[Tensor, " token"]:
-        exponentials, sums = _exponentials(logits, targets)
-        logprobs, scale = _over_shards(sums, _within(targets, logits.shape[-1])[1], group)
-        ctx.save_for_backward(exponentials, targets, scale)
+        local_targets = targets - group.rank() * logits.shape[-1]
+        owned = _Owned.of(local_targets, logits.shape[-1])
+        exponentials, terms = _softmax_terms(logits, owned)
+        logprobs, scale = _all_reduce_softmax(terms, owned, group, sum_dtype)
+        ctx.save_for_backward(exponentials, scale, local_targets)
         return logprobs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Float[Tensor, " token"]) -> tuple[Tensor, None, None]:
-        exponentials, targets, scale = ctx.saved_tensors
-        return _logit_grad(exponentials, targets, scale, grad.to(scale.dtype)), None, None
+    def backward(ctx: Any, grad: Float[Tensor, " token"]) -> tuple[Tensor, None, None, None]:
+        exponentials, scale, local_targets = ctx.saved_tensors
+        owned = _Owned.of(local_targets, exponentials.shape[-1])
+        return _logit_grad(exponentials, scale, owned, grad.to(scale.dtype)), None, None, None
 
 
-class _FusedLogprob(torch.autograd.Function):
+class _ChunkedLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Float[Tensor, "token hidden"],
+        states: Float[Tensor, "token hidden"],
         weight: Float[Tensor, "shard hidden"],
         targets: Int[Tensor, " token"],
-        group: dist.ProcessGroup,
-        existing: int,
-        fused: FusedHead,
+        head: ResponseHead,
     ) -> Float[Tensor, " token"]:
-        sums = hidden.new_empty(3, len(hidden), dtype=torch.float32)
-        for tokens, logits in _logit_chunks(hidden, weight, existing, fused.chunk_tokens):
-            sums[:, tokens] = _exponentials(logits, targets[tokens], out=logits)[1]
-        logprobs, scale = _over_shards(sums, _within(targets, len(weight))[1], group)
-        ctx.save_for_backward(hidden, weight, targets, sums[0].clone(), scale)
+        local_targets = targets - head.tensor_group.rank() * len(weight)
+        owned = _Owned.of(local_targets, len(weight))
+        terms = states.new_empty(3, len(states), dtype=torch.float32)
+        for tokens, logits in head.logit_chunks(states, weight):
+            head.cap_(logits, weight)
+            terms[:, tokens] = _softmax_terms(logits, owned.part(tokens), out=logits)[1]
+        logprobs, scale = _all_reduce_softmax(terms, owned, head.tensor_group, head.sum_dtype)
+        ctx.save_for_backward(states, weight, terms[0].clone(), scale, local_targets)
         # megatron's DDP marks the parameters whose main_grad it reduces
         ctx.main_grad = getattr(weight, "main_grad", None) if hasattr(weight, "grad_added_to_main_grad") else None
-        ctx.existing, ctx.fused = existing, fused
+        ctx.head = head
         return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, " token"]) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, maximum, scale = ctx.saved_tensors
-        grad = grad.to(scale.dtype)
+        states, weight, local_max, scale, local_targets = ctx.saved_tensors
+        head, owned, grad = ctx.head, _Owned.of(local_targets, len(weight)), grad.to(scale.dtype)
         needs_weight = ctx.needs_input_grad[1]
-        hidden_grad = torch.empty_like(hidden)
+        states_grad = torch.empty_like(states)
         weight_grad = ctx.main_grad
         if needs_weight and weight_grad is None:
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-        for tokens, logits in _logit_chunks(hidden, weight, ctx.existing, ctx.fused.chunk_tokens):
-            exponentials = logits.sub_(maximum[tokens, None]).exp_()
-            logit_grad = _logit_grad(exponentials, targets[tokens], scale[tokens], grad[tokens], out=exponentials)
-            logit_grad = logit_grad.to(hidden.dtype)
-            torch.mm(logit_grad, weight, out=hidden_grad[tokens])
+        for tokens, logits in head.logit_chunks(states, weight):
+            uncapped = logits.clone() if head.softcap is not None else logits
+            head.cap_(logits, weight)
+            exponentials = logits.sub_(local_max[tokens, None]).exp_()
+            logit_grad = _logit_grad(exponentials, scale[tokens], owned.part(tokens), grad[tokens], out=exponentials)
+            head.uncap_grad_(logit_grad, uncapped)
+            logit_grad = logit_grad.to(states.dtype)
+            torch.mm(logit_grad, weight, out=states_grad[tokens])
             if needs_weight:
-                _add_product(weight_grad, logit_grad.t(), hidden[tokens])
+                _add_product(weight_grad, logit_grad.t(), states[tokens])
         if needs_weight and ctx.main_grad is not None:
-            weight_grad = torch.zeros_like(weight) if ctx.fused.weight_grad_awaited else None
+            weight_grad = torch.zeros_like(weight) if head.weight_grad_awaited else None
         elif needs_weight:
             weight_grad = weight_grad.to(weight.dtype)
-        return hidden_grad, weight_grad if needs_weight else None, None, None, None, None
+        return states_grad, weight_grad if needs_weight else None, None, None
 
 
-def _logit_chunks(
-    hidden: Float[Tensor, "token hidden"], weight: Float[Tensor, "shard hidden"], existing: int, chunk_tokens: int
-) -> Iterator[tuple[slice, Float[Tensor, "chunk shard"]]]:
-    """fp32 logits of each chunk of tokens, in a buffer that the next chunk overwrites."""
-    size = max(1, min(chunk_tokens, len(hidden)))
-    buffer = hidden.new_empty(size, len(weight), dtype=torch.float32)
-    for start in range(0, len(hidden), size):
-        rows = hidden[start : start + size]
-        logits = buffer[: len(rows)]
-        if hidden.dtype == logits.dtype:
-            torch.mm(rows, weight.t(), out=logits)
-        else:
-            logits.copy_(rows @ weight.t())
-        logits[:, existing:] = float("-inf")
-        yield slice(start, start + size), logits
+class _Owned(NamedTuple):
+    """Which targets are in this rank's shard, and where."""
+
+    column: Int[Tensor, "token 1"]
+    """Index in the shard; 0 where the target is in another rank's."""
+    mask: Bool[Tensor, " token"]
+
+    @classmethod
+    def of(cls, local_targets: Int[Tensor, " token"], shard: int) -> _Owned:
+        mask = (local_targets >= 0) & (local_targets < shard)
+        return cls(local_targets.where(mask, 0)[:, None], mask)
+
+    def part(self, tokens: slice) -> _Owned:
+        return _Owned(self.column[tokens], self.mask[tokens])
 
 
-def _exponentials(
-    logits: Float[Tensor, "token shard"],
-    targets: Int[Tensor, " token"],
-    out: Float[Tensor, "token shard"] | None = None,
+def _softmax_terms(
+    logits: Float[Tensor, "token shard"], owned: _Owned, out: Float[Tensor, "token shard"] | None = None
 ) -> tuple[Float[Tensor, "token shard"], Float[Tensor, "3 token"]]:
-    """``exp(logits - maximum)`` of one shard; by token that maximum, the exponentials' sum and the target's logit."""
+    """``exp(logits - local_max)`` of one shard; by token ``local_max``, the exponentials' sum, the target's logit."""
     # a shard of nothing but padding has no maximum
-    maximum = logits.amax(dim=-1).clamp_(min=torch.finfo(logits.dtype).min)
-    at_target = logits.gather(-1, _within(targets, logits.shape[-1])[0])[:, 0]
-    exponentials = torch.sub(logits, maximum[:, None], out=out).exp_()
-    return exponentials, torch.stack([maximum, exponentials.sum(dim=-1), at_target])
+    local_max = logits.amax(dim=-1).clamp_(min=torch.finfo(logits.dtype).min)
+    target_logit = logits.gather(-1, owned.column)[:, 0]
+    exponentials = torch.sub(logits, local_max[:, None], out=out).exp_()
+    return exponentials, torch.stack([local_max, exponentials.sum(dim=-1), target_logit])
 
 
-def _over_shards(
-    sums: Float[Tensor, "3 token"], mine: Bool[Tensor, " token"], group: dist.ProcessGroup
+def _all_reduce_softmax(
+    terms: Float[Tensor, "3 token"], owned: _Owned, group: dist.ProcessGroup, sum_dtype: torch.dtype
 ) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
-    """What all shards say together: the target's log-probability, and what makes exponentials probabilities."""
-    maximum, total, at_target = sums
-    highest = maximum.clone()
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    rescale = (maximum - highest).exp_()
-    reduced = torch.stack([total * rescale, at_target.where(mine, 0.0)])
+    """The target's log-probability over all shards, and what makes this shard's exponentials probabilities."""
+    local_max, local_sum, target_logit = terms
+    global_max = local_max.clone()
+    dist.all_reduce(global_max, op=dist.ReduceOp.MAX, group=group)
+    rescale = (local_max - global_max).exp_()
+    reduced = torch.stack([local_sum * rescale, target_logit.where(owned.mask, 0.0)])
     dist.all_reduce(reduced, group=group)
-    normaliser, at_target = reduced
+    global_sum, target_logit = reduced
     # three numbers of different size: in fp32 their sum would be the least exact of all steps
-    wide = reduction_dtype(total.device)
-    return at_target.to(wide) - highest - normaliser.to(wide).log(), rescale / normaliser
+    return target_logit.to(sum_dtype) - global_max - global_sum.to(sum_dtype).log(), rescale / global_sum
 
 
 def _logit_grad(
     exponentials: Float[Tensor, "token shard"],
-    targets: Int[Tensor, " token"],
     scale: Float[Tensor, " token"],
+    owned: _Owned,
     grad: Float[Tensor, " token"],
     out: Float[Tensor, "token shard"] | None = None,
 ) -> Float[Tensor, "token shard"]:
     """``grad (onehot - scale exponentials)``."""
-    index, mine = _within(targets, exponentials.shape[-1])
-    result = torch.mul(exponentials, (-grad * scale)[:, None], out=out)
-    return result.scatter_add_(-1, index, (grad * mine)[:, None])
-
-
-def _within(targets: Int[Tensor, " token"], shard: int) -> tuple[Int[Tensor, "token 1"], Bool[Tensor, " token"]]:
-    """Index of each target in the shard, 0 where it is another shard's, and whether it is this one's."""
-    mine = (targets >= 0) & (targets < shard)
-    return targets.where(mine, 0)[:, None], mine
+    logit_grad = torch.mul(exponentials, (-grad * scale)[:, None], out=out)
+    return logit_grad.scatter_add_(-1, owned.column, (grad * owned.mask)[:, None])
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

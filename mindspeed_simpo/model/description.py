@@ -64,6 +64,7 @@ class ModelSpec:
     vocab_size: int
     tied: bool
     """Whether the output layer is the embedding."""
+    logit_softcap: float | None
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -224,6 +225,7 @@ def _spec(path: Path, family: str, rope: RopeSpec, dtype: str, hf: Any) -> Model
         ffn_size=hf.intermediate_size,
         vocab_size=hf.vocab_size,
         tied=bool(hf.tie_word_embeddings),
+        logit_softcap=None,
         qkv_bias=family == "qwen2" or attention_bias,
         o_bias=attention_bias,
         mlp_bias=family == "llama" and bool(getattr(hf, "mlp_bias", False)),

@@ -26,7 +26,7 @@ from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import Device, open_device
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.loss import reference
-from mindspeed_simpo.loss.head import fused_head
+from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.loss.pair_loss import PairLoss
 from mindspeed_simpo.loss.reference import ReferenceTable
 from mindspeed_simpo.loss.running import RunningTracker
@@ -130,12 +130,19 @@ def build_schedule(
     return PairSchedule(
         models=models,
         scorer=PairScorer(PairLoss.of(config), table, running),
+        head=ResponseHead(
+            groups.tensor,
+            groups.context,
+            vocab_size=spec.vocab_size,
+            sum_dtype=device.reduction_dtype,
+            softcap=spec.logit_softcap,
+            chunk_tokens=config.logprob_chunk_tokens if config.fused_logprob else None,
+            sequence_parallel=config.sequence_parallel and groups.tensor.size() > 1,
+            weight_grad_awaited=config.overlap_grad_reduce,
+        ),
         groups=groups,
-        vocab_size=spec.vocab_size,
         device=device.torch_device,
-        sequence_parallel=config.sequence_parallel and groups.tensor.size() > 1,
         pair_schedule=config.pair_schedule,
-        fused=fused_head(config),
     )
 
 

@@ -16,7 +16,7 @@ def _loss_path(tensor, context, sequence_parallel):
     from mindspeed_simpo.batch import IGNORE_INDEX, ScoredTokens
     from mindspeed_simpo.config.config import Layout
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.loss.head import sequence_logprobs
+    from mindspeed_simpo.loss.head import ResponseHead
     from mindspeed_simpo.parallel import initialize
     from tests.ranks.traffic import Traffic
 
@@ -27,15 +27,11 @@ def _loss_path(tensor, context, sequence_parallel):
     local = positions // tensor if sequence_parallel else positions
     hidden = torch.randn(local, ROWS, HIDDEN, requires_grad=True)
     weight = torch.randn(VOCAB // tensor, HIDDEN, requires_grad=True)
+    head = ResponseHead(
+        groups.tensor, groups.context, vocab_size=VOCAB, sum_dtype=torch.float64, sequence_parallel=sequence_parallel
+    )
     with Traffic(tensor=groups.tensor, context=groups.context) as forward:
-        sums = sequence_logprobs(
-            hidden,
-            weight,
-            scored=ScoredTokens.of(targets),
-            groups=groups,
-            vocab_size=VOCAB,
-            sequence_parallel=sequence_parallel,
-        )
+        sums = head(hidden, weight, ScoredTokens.of(targets))
     with Traffic(tensor=groups.tensor, context=groups.context) as backward:
         sums.sum().backward()
     counted = [

@@ -35,7 +35,7 @@ def undifferentiated_tensor_reduction():
     """The owner of a label completes its log-probability, the other shards add a zero: they lose the softmax term."""
     from mindspeed_simpo.loss import head as logprobs
 
-    def logits_logprobs(logits, targets, tensor_group):
+    def logits_logprobs(logits, targets, tensor_group, sum_dtype):
         shard = logits.shape[-1]
         local = targets - tensor_group.rank() * shard
         mine = (local >= 0) & (local < shard)
@@ -44,7 +44,7 @@ def undifferentiated_tensor_reduction():
         shifted = logits - highest[:, None]
         normaliser = _undifferentiated_sum(shifted.exp().sum(dim=-1), tensor_group)
         at_target = shifted.gather(-1, local.where(mine, 0)[:, None])[:, 0]
-        return _undifferentiated_sum((at_target - normaliser.log()).where(mine, 0.0), tensor_group)
+        return _undifferentiated_sum((at_target - normaliser.log()).where(mine, 0.0), tensor_group).to(sum_dtype)
 
     _put_in_place_of(logprobs.logits_logprobs, logits_logprobs)
 
@@ -55,8 +55,8 @@ def label_zero_means_nothing():
 
     original = logprobs.logits_logprobs
 
-    def logits_logprobs(logits, targets, tensor_group):
-        return original(logits, targets, tensor_group).where(targets % logits.shape[-1] != 0, 0.0)
+    def logits_logprobs(logits, targets, tensor_group, sum_dtype):
+        return original(logits, targets, tensor_group, sum_dtype).where(targets % logits.shape[-1] != 0, 0.0)
 
     _put_in_place_of(original, logits_logprobs)
 
@@ -81,17 +81,16 @@ def shift_after_slicing():
 
 def supervised_term_divided_twice():
     """``pref_ftx`` times a mean that is divided by the length once more."""
-    from mindspeed_simpo import objectives
+    from mindspeed_simpo.loss.pair_loss import PairLoss
 
-    original = objectives.simpo
+    original = PairLoss.__call__
 
-    def simpo(inputs, *, pref_ftx, **options):
-        once = original(inputs, pref_ftx=pref_ftx, **options)
-        none = original(inputs, pref_ftx=0.0, **options)
+    def twice_divided(self, inputs):
+        once, none = original(self, inputs), original(dataclasses.replace(self, pref_ftx=0.0), inputs)
         twice = none.loss + (once.loss - none.loss) / inputs.chosen_tokens.clamp(min=1)
         return dataclasses.replace(once, loss=twice)
 
-    _put_in_place_of(original, simpo)
+    PairLoss.__call__ = twice_divided
 
 
 def loss_divided_by_context_ranks():

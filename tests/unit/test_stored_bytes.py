@@ -110,7 +110,7 @@ VOCAB, TOKENS, HIDDEN, CHUNK = 152_000, 96, 8, 8
 def _head_on_rank():
     from mindspeed_simpo.config.config import Layout
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.loss.head import FusedHead, vocab_parallel_logprobs
+    from mindspeed_simpo.loss.head import ResponseHead
     from mindspeed_simpo.parallel import initialize
 
     groups = initialize(Layout(), open_device("cpu"))
@@ -120,11 +120,14 @@ def _head_on_rank():
     upstream = torch.randn(TOKENS, generator=generator)
     weight = torch.randn(VOCAB, HIDDEN, generator=generator).requires_grad_()
     counts, results = [], []
-    for fused in (None, FusedHead(CHUNK)):
+    for chunk_tokens in (None, CHUNK):
+        head = ResponseHead(
+            groups.tensor, groups.context, vocab_size=VOCAB, sum_dtype=torch.float64, chunk_tokens=chunk_tokens
+        )
         leaf = hidden.clone().requires_grad_()
         weight.grad = None
         with PeakBytes([leaf, weight]) as made, StoredBytes([leaf, weight]) as stored:
-            logprobs = vocab_parallel_logprobs(leaf, weight, targets, groups=groups, vocab_size=VOCAB, fused=fused)
+            logprobs = head.token_logprobs(leaf, weight, targets)
             logprobs.backward(upstream)
         counts.append((made.peak, made.largest, stored.peak))
         results.append((logprobs.detach(), leaf.grad, weight.grad))

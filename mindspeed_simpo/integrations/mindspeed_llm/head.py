@@ -9,22 +9,18 @@ from torch import Tensor
 
 from mindspeed_simpo.batch import ScoredTokens
 from mindspeed_simpo.errors import ConfigError
-from mindspeed_simpo.loss.head import FusedHead, sequence_logprobs
-from mindspeed_simpo.parallel import Groups
+from mindspeed_simpo.loss.head import ResponseHead
 
 
-class ResponseHead:
+class OutputLayerHead:
     """Scores ``targets`` with the weight of the output layer whose forward it replaces; logits are never stored.
 
     The layer stays where it is, so that checkpoints, initialisation and tied weights are upstream's.
     """
 
-    def __init__(self, groups: Groups, vocab_size: int, sequence_parallel: bool, fused: FusedHead) -> None:
+    def __init__(self, head: ResponseHead) -> None:
         self.targets: Int[Tensor, "row seq"] | None = None
-        self._groups = groups
-        self._vocab_size = vocab_size
-        self._sequence_parallel = sequence_parallel
-        self._fused = fused
+        self._head = head
 
     def replace(self, output_layer: Any) -> None:
         """Take the place of ``output_layer.forward``.
@@ -39,15 +35,8 @@ class ResponseHead:
             hidden: Float[Tensor, "seq row hidden"], weight: Tensor | None = None, *_: Any, **__: Any
         ) -> tuple[Float[Tensor, "1 row"], None]:
             assert self.targets is not None
-            sums = sequence_logprobs(
-                hidden,
-                output_layer.weight if weight is None else weight,
-                scored=ScoredTokens.of(self.targets),
-                groups=self._groups,
-                vocab_size=self._vocab_size,
-                sequence_parallel=self._sequence_parallel,
-                fused=self._fused,
-            )
+            weight = output_layer.weight if weight is None else weight
+            sums = self._head(hidden, weight, ScoredTokens.of(self.targets))
             # the model goes on to swap the first two dimensions, as of logits
             return sums[None], None
 

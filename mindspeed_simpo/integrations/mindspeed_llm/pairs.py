@@ -12,6 +12,7 @@ from megatron.core import mpu
 from torch import Tensor
 
 from mindspeed_simpo.batch import IGNORE_INDEX, LossInputs, LossOutput
+from mindspeed_simpo.device import reduction_dtype
 from mindspeed_simpo.errors import TrainingError
 from mindspeed_simpo.loss.head import logits_logprobs
 from mindspeed_simpo.parallel import Groups
@@ -56,7 +57,9 @@ def row_logprobs(
     stages.
     """
     scored = targets != IGNORE_INDEX
-    token_logprobs = logits_logprobs(logits[scored].float(), targets[scored], groups.tensor)
+    token_logprobs = logits_logprobs(
+        logits[scored].float(), targets[scored], groups.tensor, reduction_dtype(logits.device)
+    )
     spread = token_logprobs.new_zeros(targets.shape).masked_scatter(scored, token_logprobs)
     return sum_over(spread.sum(dim=1), groups.context)
 

@@ -12,8 +12,9 @@ from megatron.training import get_args, get_timers
 from mindspeed_llm.tasks.posttrain.sft import SFTTrainer
 from torch import Tensor
 
+from mindspeed_simpo.device import reduction_dtype
 from mindspeed_simpo.integrations.mindspeed_llm import adapters, two_pass
-from mindspeed_simpo.integrations.mindspeed_llm.head import ResponseHead
+from mindspeed_simpo.integrations.mindspeed_llm.head import OutputLayerHead
 from mindspeed_simpo.integrations.mindspeed_llm.pairs import (
     NextTokenLabels,
     mean_loss,
@@ -25,7 +26,7 @@ from mindspeed_simpo.integrations.mindspeed_llm.pairs import (
 from mindspeed_simpo.integrations.mindspeed_llm.refusals import task_options
 from mindspeed_simpo.integrations.mindspeed_llm.report import Metrics, pair_metrics
 from mindspeed_simpo.integrations.mindspeed_llm.sweeps import Sweeps
-from mindspeed_simpo.loss.head import FusedHead
+from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.loss.pair_loss import PairLoss
 
 Loss = tuple[Tensor, Metrics]
@@ -38,11 +39,19 @@ class SimPOTrainer(SFTTrainer):  # type: ignore[misc]
         args = get_args()
         self._objective = PairLoss.of(task_options(args))
         self._groups = upstream_groups()
-        self._head: ResponseHead | None = None
+        self._head: OutputLayerHead | None = None
         if args.fused_logprob:
             # a hook of megatron's DDP waits for the weight's gradient where it overlaps its reduction
-            fused = FusedHead(args.logprob_chunk_tokens, weight_grad_awaited=args.overlap_grad_reduce)
-            self._head = ResponseHead(self._groups, args.padded_vocab_size, args.sequence_parallel, fused)
+            head = ResponseHead(
+                self._groups.tensor,
+                self._groups.context,
+                vocab_size=args.padded_vocab_size,
+                sum_dtype=reduction_dtype(torch.device("cpu")),
+                chunk_tokens=args.logprob_chunk_tokens,
+                sequence_parallel=args.sequence_parallel,
+                weight_grad_awaited=args.overlap_grad_reduce,
+            )
+            self._head = OutputLayerHead(head)
         two_pass, pipelined = args.pair_schedule == "two_pass", args.pipeline_model_parallel_size > 1
         self._two_pass = two_pass and not pipelined
         self.sweeps = (

@@ -15,7 +15,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from mindspeed_simpo.batch import PairBatch, moved
-from mindspeed_simpo.loss.head import FusedHead, sequence_logprobs
+from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.loss.scoring import PairScorer, ScoredBatch
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.training.schedule.rows import HeldRows, Rows
@@ -52,14 +52,10 @@ class PairSchedule:
     models: Sequence[torch.nn.Module]
     """Pipeline chunks of this rank, wrapped in DDP where gradients are wanted."""
     scorer: PairScorer
+    head: ResponseHead
     groups: Groups
-    vocab_size: int
     device: torch.device
-    sequence_parallel: bool = False
-    """Whether tensor-parallel ranks divide the sequence between them outside of attention and MLP."""
     pair_schedule: PairScheduleName = "concat"
-    fused: FusedHead | None = None
-    """Set where the head's logits are to exist for a chunk of tokens only."""
 
     def forward_backward(self, micro_batches: Sequence[PairBatch], num_pairs: int) -> list[ScoredBatch]:
         """Leave the gradient of the global batch's mean loss in ``main_grad``, reduced over all ranks.
@@ -142,14 +138,7 @@ class PairSchedule:
 
     def _score(self, model: torch.nn.Module, rows: HeldRows) -> Tensor:
         """Log-probability sums of the sequences on the last stage, hidden states ``[seq, row, hidden]`` before it."""
-        head = partial(
-            sequence_logprobs,
-            scored=rows.scored,
-            groups=self.groups,
-            vocab_size=self.vocab_size,
-            sequence_parallel=self.sequence_parallel,
-            fused=self.fused,
-        )
+        head = partial(self.head, scored=rows.scored)
         output: Tensor = model(rows.tokens, position_ids=rows.position_ids, documents=rows.documents, head=head)
         return output
 
@@ -166,7 +155,7 @@ class PairSchedule:
 
     @property
     def _sequence_multiple(self) -> int:
-        tensor = self.groups.tensor.size() if self.sequence_parallel else 1
+        tensor = self.groups.tensor.size() if self.head.sequence_parallel else 1
         context = self.groups.context.size()
         return tensor * (2 * context if context > 1 else 1)
 

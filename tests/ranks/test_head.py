@@ -26,11 +26,12 @@ def _problem(vocab_size, padded):
     return hidden, weight, targets, upstream
 
 
-def _dense(vocab_size, padded):
+def _dense(vocab_size, padded, softcap=None):
     hidden, weight, targets, upstream = _problem(vocab_size, padded)
     hidden.requires_grad_()
     weight.requires_grad_()
-    logprobs = torch.log_softmax(hidden.transpose(0, 1) @ weight[:vocab_size].T, dim=-1)
+    logits = hidden.transpose(0, 1) @ weight[:vocab_size].T
+    logprobs = torch.log_softmax(logits if softcap is None else softcap * torch.tanh(logits / softcap), dim=-1)
     scored = targets != IGNORE_INDEX
     token = logprobs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     sums = torch.where(scored, token, 0.0).sum(dim=1)
@@ -48,9 +49,9 @@ def _heads_on_rank(tensor, variants):
     return [_head(groups, *variant) for variant in variants]
 
 
-def _head(groups, vocab_size, padded, chunk_tokens, dtype=torch.float32, sequence_parallel=False):
+def _head(groups, vocab_size, padded, chunk_tokens, dtype=torch.float32, sequence_parallel=False, softcap=None):
     """Sums and both gradients; chunk_tokens None is the head that holds all logits."""
-    from mindspeed_simpo.loss.head import FusedHead, sequence_logprobs
+    from mindspeed_simpo.loss.head import ResponseHead
 
     rank, ranks = groups.tensor.rank(), groups.tensor.size()
     hidden, weight, targets, upstream = _problem(vocab_size, padded)
@@ -59,21 +60,22 @@ def _head(groups, vocab_size, padded, chunk_tokens, dtype=torch.float32, sequenc
         targets = torch.nn.functional.pad(targets, (0, -SEQ % ranks), value=IGNORE_INDEX)
     hidden = hidden.to(dtype, copy=True).requires_grad_()
     shard = weight.to(dtype).chunk(ranks)[rank].clone().requires_grad_()
-    sums = sequence_logprobs(
-        hidden,
-        shard,
-        scored=ScoredTokens.of(targets),
-        groups=groups,
+    head = ResponseHead(
+        groups.tensor,
+        groups.context,
         vocab_size=vocab_size,
+        sum_dtype=torch.float64,
+        softcap=softcap,
+        chunk_tokens=chunk_tokens,
         sequence_parallel=sequence_parallel,
-        fused=None if chunk_tokens is None else FusedHead(chunk_tokens),
     )
+    sums = head(hidden, shard, ScoredTokens.of(targets))
     sums.backward(upstream.float())
     return [result.detach().float().numpy() for result in (sums, hidden.grad, shard.grad)]
 
 
-def _check(ranks, vocab_size, padded, *, sequence_parallel=False, exact=1e-6):
-    sums, hidden_grad, weight_grad = _dense(vocab_size, padded)
+def _check(ranks, vocab_size, padded, *, sequence_parallel=False, softcap=None, exact=1e-6):
+    sums, hidden_grad, weight_grad = _dense(vocab_size, padded, softcap)
     ranks = [tuple(map(torch.from_numpy, result)) for result in ranks]
     for rank_sums, _, _ in ranks:
         torch.testing.assert_close(rank_sums.double(), sums, rtol=exact, atol=exact)
@@ -105,6 +107,13 @@ def test_sequence_parallel_ranks_hold_parts_of_the_hidden_states():
         _check(ranks, 29, 32, sequence_parallel=True)
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_capped_logits(tensor):
+    variants = [(29, 32, chunk, torch.float32, False, 0.7) for chunk in CHUNKS]
+    for ranks in zip(*run_ranks(_heads_on_rank, tensor, tensor, variants), strict=True):
+        _check(ranks, 29, 32, softcap=0.7)
+
+
 def test_bfloat16_heads_agree():
     variants = [(29, 32, chunk, torch.bfloat16) for chunk in CHUNKS]
     for ranks in zip(*run_ranks(_heads_on_rank, 2, 2, variants), strict=True):
@@ -114,16 +123,15 @@ def test_bfloat16_heads_agree():
 def _nothing_scored_on_rank():
     from mindspeed_simpo.config.config import Layout
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.loss.head import FusedHead, sequence_logprobs
+    from mindspeed_simpo.loss.head import ResponseHead
     from mindspeed_simpo.parallel import initialize
 
     groups = initialize(Layout(tensor=2), open_device("cpu"))
     hidden = torch.randn(SEQ, ROWS, HIDDEN, requires_grad=True)
     weight = torch.randn(16, HIDDEN, requires_grad=True)
     targets = torch.full((ROWS, SEQ), IGNORE_INDEX)
-    sums = sequence_logprobs(
-        hidden, weight, scored=ScoredTokens.of(targets), groups=groups, vocab_size=32, fused=FusedHead(4)
-    )
+    head = ResponseHead(groups.tensor, groups.context, vocab_size=32, sum_dtype=torch.float64, chunk_tokens=4)
+    sums = head(hidden, weight, ScoredTokens.of(targets))
     sums.sum().backward()
     return [tensor.detach().abs().sum().item() for tensor in (sums, hidden.grad, weight.grad)]
 
@@ -135,7 +143,7 @@ def test_no_response_token_at_all():
 def _main_grad_on_rank(dtype, awaited):
     from mindspeed_simpo.config.config import Layout
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.loss.head import FusedHead, sequence_logprobs
+    from mindspeed_simpo.loss.head import ResponseHead
     from mindspeed_simpo.parallel import initialize
 
     groups = initialize(Layout(), open_device("cpu"))
@@ -143,10 +151,15 @@ def _main_grad_on_rank(dtype, awaited):
     weight = torch.nn.Parameter(weight.to(dtype))
     weight.main_grad = torch.ones(weight.shape)
     weight.grad_added_to_main_grad = False  # as megatron's DDP marks it
-    fused = FusedHead(4, weight_grad_awaited=awaited)
-    sums = sequence_logprobs(
-        hidden.to(dtype), weight, scored=ScoredTokens.of(targets), groups=groups, vocab_size=29, fused=fused
+    head = ResponseHead(
+        groups.tensor,
+        groups.context,
+        vocab_size=29,
+        sum_dtype=torch.float64,
+        chunk_tokens=4,
+        weight_grad_awaited=awaited,
     )
+    sums = head(hidden.to(dtype), weight, ScoredTokens.of(targets))
     sums.backward(upstream.float())
     return weight.main_grad.numpy(), None if weight.grad is None else bool(weight.grad.any())
 

@@ -19,7 +19,8 @@ import torch
 from transformers import Qwen2Config
 
 from mindspeed_simpo.batch import TokenizedPair
-from mindspeed_simpo.config.config import Config, Layout
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.device import open_device
 from scripts.engine import build_engine

@@ -42,7 +42,7 @@ FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform"
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both comparisons, with what they ran on."""
     device = open_device(arguments.device)
-    from mindspeed_simpo.config.config import Layout
+    from mindspeed_simpo.config.layout import Layout
     from mindspeed_simpo.parallel import initialize
 
     groups = initialize(Layout(), device)

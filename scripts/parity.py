@@ -100,7 +100,7 @@ def tables(cells: Sequence[Cell], *, every_cell: bool) -> list[Table]:
                 by_row.add_row(name, cell.objective, *figures([cell]), style=None if cell.holds else "red")
             continue
         holds = all(cell.holds for cell in group)
-        by_row.add_row(name, str(group[0].row.topology.ranks), *figures(group), style=None if holds else "red")
+        by_row.add_row(name, str(group[0].row.layout.ranks), *figures(group), style=None if holds else "red")
     by_objective = Table("objective", "rows", *HEADER, title="The same, worst of all rows")
     for name, group in grouped(cells, lambda cell: cell.objective):
         by_objective.add_row(name, str(len(group)), *figures(group))

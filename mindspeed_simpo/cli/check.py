@@ -15,7 +15,9 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
-from mindspeed_simpo.config.config import Config, Layout
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.layout import Layout
+from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data, prepare_pairs
 from mindspeed_simpo.data.largest import LargestPass, largest_pass
@@ -55,7 +57,7 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     """Look at model, data, tokens, settings, layout and memory, and report on stdout.
 
     Args:
-        config: Validated; ``config.layout(world_size)`` holds.
+        config: Validated; ``make_layout(config, world_size)`` holds.
         world_size: Ranks that the run will have.
         console: Where the report goes.
 
@@ -79,7 +81,7 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     findings.warnings += judge_budget(config, parts)
     findings.warnings += judge_settings(config)
     if spec is not None:
-        layout = config.layout(world_size)
+        layout = make_layout(config, world_size)
         device = find_device() if config.device == "auto" else config.device
         estimates = estimate_memory(spec, config, layout, _largest(config, layout, parts), device)
         _print_layout(console, config, layout, spec, estimates)

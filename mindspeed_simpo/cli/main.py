@@ -20,6 +20,7 @@ import tyro
 from mindspeed_simpo.cli import flags, launch
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import load_config
+from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.errors import ConfigError, SimpoError
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _resolve(command: Any) -> tuple[Config, int]:
     try:
         nproc = _parse_nproc(command.nproc_per_node)
         config = load_config(command.config, flags.given(command))
-        config.layout(_world_size(nproc))
+        make_layout(config, _world_size(nproc))
     except ConfigError as error:
         error.everywhere = True
         raise

@@ -1,4 +1,4 @@
-"""The configuration: all options side by side, what they have to agree on, and the layout of the ranks.
+"""The configuration: all options side by side, and what they have to agree on.
 
 A YAML key ``simpo_beta`` is the flag ``--simpo-beta``. Names are Megatron's and MindSpeed-LLM's wherever they have one.
 Nothing heavy is imported, so that a mistake is told at once.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from mindspeed_simpo.config import supported
+from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.config.options import (
     DataOptions,
     ModelOptions,
@@ -18,8 +19,8 @@ from mindspeed_simpo.config.options import (
     ParallelOptions,
     TaskOptions,
     TrainingOptions,
+    effect_of,
 )
-from mindspeed_simpo.errors import ConfigError
 
 
 class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOptions, OutputOptions):
@@ -39,10 +40,10 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
         """``batching``, with ``auto`` resolved: the form with the fewest tokens that the layout is claimed for."""
         if self.batching != "auto":
             return self.batching
-        topology, options = self._topology(data_parallel_size=1), self._claimed_options()
-        if supported.refusal(topology, options | {"batching": "prefix_shared"}) is None:
+        layout = self.layout_with(data=1)
+        if supported.refusal(layout, self.arithmetic(batching="prefix_shared")) is None:
             return "prefix_shared"
-        return "packed" if supported.refusal(topology, options | {"batching": "packed"}) is None else "padded"
+        return "packed" if supported.refusal(layout, self.arithmetic(batching="packed")) is None else "padded"
 
     @property
     def prompt_limit(self) -> int:
@@ -64,80 +65,23 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
 
     @property
     def sequence_multiple(self) -> int:
-        """What the padded length of a sequence must be a multiple of, so that every rank gets equal parts."""
-        tensor = self.tensor_model_parallel_size if self.sequence_parallel else 1
-        context = 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
-        return tensor * context
+        """See :attr:`Layout.sequence_multiple`."""
+        return self.layout_with(data=1).sequence_multiple
 
-    def layout(self, world_size: int) -> Layout:
-        """Divide ``world_size`` ranks into the configured axes.
-
-        Raises:
-            ConfigError: where the layout does not fill the ranks, the global batch does not divide, or the parity
-                matrix does not have the combination.
-        """
-        tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        context = self.context_parallel_size
-        model_ranks = tensor * pipeline * context
-        if world_size % model_ranks:
-            raise ConfigError(
-                f"{world_size} ranks cannot hold tensor_model_parallel_size {tensor} x pipeline_model_parallel_size "
-                f"{pipeline} x context_parallel_size {context} = {model_ranks}: "
-                f"start a multiple of {model_ranks} ranks (--nproc-per-node), or change the sizes"
-            )
-        data_parallel_size = world_size // model_ranks
-        pairs_at_once = data_parallel_size * self.micro_batch_size
-        if self.global_batch_size % pairs_at_once:
-            raise ConfigError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of {pairs_at_once} = "
-                f"{data_parallel_size} data-parallel ranks x micro_batch_size {self.micro_batch_size}"
-            )
-        num_microbatches = self.global_batch_size // pairs_at_once
-        if self.num_layers_per_virtual_pipeline_stage is not None and num_microbatches % pipeline:
-            raise ConfigError(
-                f"num_layers_per_virtual_pipeline_stage: the interleaved schedule needs a multiple of "
-                f"pipeline_model_parallel_size {pipeline} micro-batches, found {num_microbatches} = global_batch_size "
-                f"{self.global_batch_size} / ({data_parallel_size} data-parallel ranks x micro_batch_size "
-                f"{self.micro_batch_size})"
-            )
-        self._refuse_what_is_not_claimed(data_parallel_size)
+    def layout_with(self, data: int) -> Layout:
+        """The configured axes with ``data`` data-parallel ranks; unchecked, see ``config.validation``."""
         return Layout(
-            tensor=tensor,
-            pipeline=pipeline,
-            context=context,
-            data=data_parallel_size,
-            num_microbatches=num_microbatches,
-        )
-
-    def _refuse_what_is_not_claimed(self, data_parallel_size: int) -> None:
-        options = self._claimed_options() | {"batching": self.batching_in_use}
-        refused = supported.refusal(self._topology(data_parallel_size), options)
-        if refused is not None:
-            raise ConfigError(refused)
-
-    def _topology(self, data_parallel_size: int) -> supported.Topology:
-        return supported.Topology(
             tensor=self.tensor_model_parallel_size,
             context=self.context_parallel_size,
             pipeline=self.pipeline_model_parallel_size,
-            data=data_parallel_size,
+            data=data,
             sequence_parallel=self.sequence_parallel,
-            virtual_stages=self.num_layers_per_virtual_pipeline_stage is not None,
+            virtual_pipeline=self.num_layers_per_virtual_pipeline_stage is not None,
             distributed_optimizer=self.use_distributed_optimizer,
         )
 
-    def _claimed_options(self) -> dict[str, object]:
-        """Values of the keys that the parity matrix varies, without ``batching``."""
-        return {key: getattr(self, key) for key in supported.PLAIN if key != "batching"}
-
-
-class Layout(BaseModel):
-    """Degrees of each parallel axis; their product is the number of ranks."""
-
-    model_config = ConfigDict(frozen=True)
-
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-    data: int = 1
-    num_microbatches: int = 1
+    def arithmetic(self, **values: object) -> dict[str, object]:
+        """Every option that changes how numbers are computed, with its value; ``values`` take the place of some."""
+        names = [name for name, field in type(self).model_fields.items() if effect_of(field) == "arithmetic"]
+        found = {name: getattr(self, name) for name in names if name != "batching"}
+        return {"batching": values.get("batching") or self.batching_in_use} | found | values

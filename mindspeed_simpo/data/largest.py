@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from mindspeed_simpo.batch import even_halves
-from mindspeed_simpo.config.config import Config, Layout
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.loader import PairStream
 

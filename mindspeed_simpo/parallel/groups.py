@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from mindspeed_simpo.config.config import Layout
+from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.device import Device
 
 

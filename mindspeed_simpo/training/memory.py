@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mindspeed_simpo.config.config import Config, Layout
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.largest import LargestPass, PassShape
 from mindspeed_simpo.device import DeviceName
 from mindspeed_simpo.model.description import ModelSpec

@@ -16,8 +16,10 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import RunningStatistics
-from mindspeed_simpo.config.config import Config, Layout
+from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import validate
+from mindspeed_simpo.config.layout import Layout
+from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.cache import cache_folder
 from mindspeed_simpo.data.dataset import PairDataset, prepare_pairs
@@ -182,7 +184,7 @@ def open_session(config: Config, device: Device) -> Iterator[Session]:
     Raises:
         SimpoError: on every rank.
     """
-    layout = config.layout(int(os.environ.get("WORLD_SIZE", "1")))
+    layout = make_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     try:
         with naming_lost_ranks():
             groups = initialize(layout, device, config.distributed_timeout_minutes)

@@ -1,4 +1,4 @@
-"""The parity matrix: one step of the engine at a topology, by each objective, against the dense fp64 oracle."""
+"""The parity matrix: one step of the engine at a layout, by each objective, against the dense fp64 oracle."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindspeed_simpo.config import supported
-from mindspeed_simpo.config.supported import Option, Topology
+from mindspeed_simpo.config.layout import Layout
 from tests import oracle
 from tests.hf import make_checkpoint, make_token_pairs
+from tests.ranks.claimed import COVERING, MATRIX, OPTIONS, OPTIONS_TOGETHER, Option
 from tests.ranks.parity import Run, engine_runs, worst_error
 
 LOSS, GRADIENT, PARAMETER = 1e-6, 1e-5, 1e-5
@@ -41,14 +41,14 @@ _LONGEST = 18
 
 @dataclass(frozen=True)
 class Row:
-    """A topology, with the options that are not plain, for a family of models."""
+    """A layout, with the options that are not plain, for a family of models."""
 
-    topology: Topology
+    layout: Layout
     options: tuple[Option, ...] = ()
     family: str = "qwen2"
 
     def __str__(self) -> str:
-        parts = [str(self.topology), *map(str, self.options)]
+        parts = [str(self.layout), *map(str, self.options)]
         return ", ".join([*parts, self.family] if self.family != "qwen2" else parts)
 
 
@@ -74,26 +74,26 @@ class Cell:
 
 def all_rows() -> list[Row]:
     """Everything that is claimed, by rising number of ranks."""
-    most_axes = supported.COVERING[-3:]
-    options = [Row(topology, (option,)) for option in supported.OPTIONS for topology in option.rows]
-    together = [Row(topology, options) for options in supported.OPTIONS_TOGETHER for topology in _rows_of_all(options)]
-    families = [Row(topology, family=family) for family in FAMILIES for topology in most_axes]
-    rows = [*map(Row, supported.MATRIX), *options, *together, *families]
-    return sorted(dict.fromkeys(rows), key=lambda row: row.topology.ranks)
+    most_axes = COVERING[-3:]
+    options = [Row(layout, (option,)) for option in OPTIONS for layout in option.rows]
+    together = [Row(layout, options) for options in OPTIONS_TOGETHER for layout in _rows_of_all(options)]
+    families = [Row(layout, family=family) for family in FAMILIES for layout in most_axes]
+    rows = [*map(Row, MATRIX), *options, *together, *families]
+    return sorted(dict.fromkeys(rows), key=lambda row: row.layout.ranks)
 
 
 def quick_rows() -> list[Row]:
     """What continuous integration runs: every pair of axes, all options at once, and each family."""
-    most_axes = supported.COVERING[-1]
+    most_axes = COVERING[-1]
     families = [Row(most_axes, family=family) for family in FAMILIES]
-    together = [Row(_rows_of_all(options)[-1], options) for options in supported.OPTIONS_TOGETHER]
-    return list(dict.fromkeys([*map(Row, supported.COVERING), *together, *families]))
+    together = [Row(_rows_of_all(options)[-1], options) for options in OPTIONS_TOGETHER]
+    return list(dict.fromkeys([*map(Row, COVERING), *together, *families]))
 
 
-def _rows_of_all(options: tuple[Option, ...]) -> list[Topology]:
+def _rows_of_all(options: tuple[Option, ...]) -> list[Layout]:
     """The topologies of the option that has the fewest axes; every one of them claims these axes."""
     narrowest = min(options, key=lambda option: len(option.axes))
-    return [topology for topology in narrowest.rows if all(topology.axes <= option.axes for option in options)]
+    return [layout for layout in narrowest.rows if all(layout.axes <= option.axes for option in options)]
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ class _Shape:
     pairs: int
 
 
-def _shape_of(topology: Topology, family: str) -> _Shape:
-    """A model and a global batch that the topology divides; four layers are uneven on three stages."""
-    layers = {3: 6, 4: 8}.get(topology.pipeline, 4) if topology.virtual_stages else 4
-    heads, kv_heads = (6, 3) if topology.tensor == 3 else (8, 4)
-    return _Shape(family, layers, heads, kv_heads, pairs=6 if 3 in (topology.data, topology.pipeline) else 8)
+def _shape_of(layout: Layout, family: str) -> _Shape:
+    """A model and a global batch that the layout divides; four layers are uneven on three stages."""
+    layers = {3: 6, 4: 8}.get(layout.pipeline, 4) if layout.virtual_pipeline else 4
+    heads, kv_heads = (6, 3) if layout.tensor == 3 else (8, 4)
+    return _Shape(family, layers, heads, kv_heads, pairs=6 if 3 in (layout.data, layout.pipeline) else 8)
 
 
 def boundary_ids(vocab_size, ranks=(2, 3, 4)):
@@ -141,12 +141,12 @@ class Matrix:
 
     def cells(self, row: Row, objectives=tuple(OBJECTIVES), prepare=None) -> list[Cell]:
         """One optimizer step by each objective; ``prepare`` as :func:`tests.ranks.parity.engine_runs` takes it."""
-        shape = _shape_of(row.topology, row.family)
+        shape = _shape_of(row.layout, row.family)
         runs = [
             Run(OBJECTIVES[name], self._references(shape) if OBJECTIVES[name].get("stage") == "dpo" else None)
             for name in objectives
         ]
-        keys = {**ADAM, "lr": LR, "lr_decay_style": "constant", **layout_keys(row.topology, shape.layers, shape.pairs)}
+        keys = {**ADAM, "lr": LR, "lr_decay_style": "constant", **layout_keys(row.layout, shape.layers, shape.pairs)}
         for option in row.options:
             keys |= {option.key: option.value, **option.companions}
         batches = [global_batch(shape.pairs)]
@@ -185,20 +185,20 @@ class Matrix:
         return loss, grad_norm, grads, {name: param.detach() for name, param in params.items()}
 
 
-def layout_keys(topology: Topology, num_layers, num_pairs):
-    """The configuration keys of a topology, and the micro-batches that its pipeline needs."""
-    stages = topology.pipeline
-    size = 2 if num_pairs % (2 * topology.data) == 0 else 1
-    if topology.virtual_stages and num_pairs // (size * topology.data) % stages:
+def layout_keys(layout: Layout, num_layers, num_pairs):
+    """The configuration keys of a layout, and the micro-batches that its pipeline needs."""
+    stages = layout.pipeline
+    size = 2 if num_pairs % (2 * layout.data) == 0 else 1
+    if layout.virtual_pipeline and num_pairs // (size * layout.data) % stages:
         size = 1
     return {
-        "tensor_model_parallel_size": topology.tensor,
-        "context_parallel_size": topology.context,
+        "tensor_model_parallel_size": layout.tensor,
+        "context_parallel_size": layout.context,
         "pipeline_model_parallel_size": stages,
-        "data_parallel_size": topology.data,
-        "sequence_parallel": topology.sequence_parallel,
-        "use_distributed_optimizer": topology.distributed_optimizer,
-        "num_layers_per_virtual_pipeline_stage": num_layers // (2 * stages) if topology.virtual_stages else None,
+        "data_parallel_size": layout.data,
+        "sequence_parallel": layout.sequence_parallel,
+        "use_distributed_optimizer": layout.distributed_optimizer,
+        "num_layers_per_virtual_pipeline_stage": num_layers // (2 * stages) if layout.virtual_pipeline else None,
         "micro_batch_size": size,
     }
 

@@ -85,7 +85,8 @@ def transformers_result(folder):
 
 def engine_model(folder, layout, **options):
     """Spec, groups, device and filled model of one rank; ``layout`` is (tensor, pipeline, data)."""
-    from mindspeed_simpo.config.config import Config, Layout
+    from mindspeed_simpo.config.config import Config
+    from mindspeed_simpo.config.layout import Layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
 

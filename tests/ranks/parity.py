@@ -73,6 +73,7 @@ def _rank(folder, batches, runs, prepare, layout_options):
 
     from mindspeed_simpo.config import supported
     from mindspeed_simpo.config.config import Config
+    from mindspeed_simpo.config.validation import make_layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
 
@@ -88,7 +89,7 @@ def _rank(folder, batches, runs, prepare, layout_options):
         )
         for run in runs
     ]
-    layout = configs[0].layout(dist.get_world_size())
+    layout = make_layout(configs[0], dist.get_world_size())
     groups = initialize(layout, device)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     return [_train(batches, run, config, groups, device) for run, config in zip(runs, configs, strict=True)]

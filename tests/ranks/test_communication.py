@@ -14,7 +14,7 @@ def _loss_path(tensor, context, sequence_parallel):
     import torch
 
     from mindspeed_simpo.batch import IGNORE_INDEX, ScoredTokens
-    from mindspeed_simpo.config.config import Layout
+    from mindspeed_simpo.config.layout import Layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.loss.head import ResponseHead
     from mindspeed_simpo.parallel import initialize
@@ -65,7 +65,7 @@ def test_sequence_parallel_gathers_hidden_states_once_and_scatters_their_gradien
 def _metrics():
     import torch.distributed as dist
 
-    from mindspeed_simpo.config.config import Layout
+    from mindspeed_simpo.config.layout import Layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.objectives import OBJECTIVES
     from mindspeed_simpo.parallel import initialize
@@ -93,6 +93,7 @@ def _micro_batch(folder, options):
     import torch.distributed as dist
 
     from mindspeed_simpo.config.config import Config
+    from mindspeed_simpo.config.validation import make_layout
     from mindspeed_simpo.data.collate import collate_padded
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
@@ -106,7 +107,7 @@ def _micro_batch(folder, options):
     from mindspeed_simpo.batch import IGNORE_INDEX, TokenizedPair
 
     config = Config(model_name_or_path=folder, data_path="unused", global_batch_size=2, micro_batch_size=2, **options)
-    groups = initialize(config.layout(dist.get_world_size()), device)
+    groups = initialize(make_layout(config, dist.get_world_size()), device)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     _, schedule = build_engine(config, device, groups)
     pairs = [TokenizedPair(*pair, source="test") for pair in make_token_pairs(2, seed=3)]

@@ -41,7 +41,7 @@ def _dense(vocab_size, padded, softcap=None):
 
 def _heads_on_rank(tensor, variants):
     """``_head`` of each variant."""
-    from mindspeed_simpo.config.config import Layout
+    from mindspeed_simpo.config.layout import Layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
 
@@ -121,7 +121,7 @@ def test_bfloat16_heads_agree():
 
 
 def _nothing_scored_on_rank():
-    from mindspeed_simpo.config.config import Layout
+    from mindspeed_simpo.config.layout import Layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.loss.head import ResponseHead
     from mindspeed_simpo.parallel import initialize
@@ -141,7 +141,7 @@ def test_no_response_token_at_all():
 
 
 def _main_grad_on_rank(dtype, awaited):
-    from mindspeed_simpo.config.config import Layout
+    from mindspeed_simpo.config.layout import Layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.loss.head import ResponseHead
     from mindspeed_simpo.parallel import initialize

@@ -45,6 +45,7 @@ def _waits_of_steps(folder, token_pairs, options, modes):
 
     from mindspeed_simpo.batch import TokenizedPair
     from mindspeed_simpo.config.config import Config
+    from mindspeed_simpo.config.validation import make_layout
     from mindspeed_simpo.data.batching import Batching
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
@@ -59,7 +60,7 @@ def _waits_of_steps(folder, token_pairs, options, modes):
     for mode in modes:
         config = Config(**common, **options, **mode)
         if groups is None:
-            groups = initialize(config.layout(torch.distributed.get_world_size()), device)
+            groups = initialize(make_layout(config, torch.distributed.get_world_size()), device)
             tensor_parallel.model_parallel_cuda_manual_seed(1)
         _, schedule = build_engine(config, device, groups)
         batching = Batching.of(config)

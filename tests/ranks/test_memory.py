@@ -17,6 +17,7 @@ def _counted_on_rank(folder, token_pairs, options, modes):
 
     from mindspeed_simpo.batch import TokenizedPair
     from mindspeed_simpo.config.config import Config
+    from mindspeed_simpo.config.validation import make_layout
     from mindspeed_simpo.data.batching import Batching
     from mindspeed_simpo.data.largest import largest_pass
     from mindspeed_simpo.data.loader import PairLoader
@@ -32,7 +33,7 @@ def _counted_on_rank(folder, token_pairs, options, modes):
     for mode in modes:
         values = {"seq_length": 256, "global_batch_size": PAIRS, **options, **mode}
         config = Config(model_name_or_path=folder, data_path="unused", **values)
-        layout = config.layout(dist.get_world_size())
+        layout = make_layout(config, dist.get_world_size())
         if groups is None:
             groups = initialize(layout, device)
             tensor_parallel.model_parallel_cuda_manual_seed(1)

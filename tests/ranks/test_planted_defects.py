@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mindspeed_simpo.config.supported import Topology
+from mindspeed_simpo.config.layout import Layout
 from tests.ranks.matrix import GRADIENT, LOSS, Cell, Row
 from tests.ranks.parity import worst_error
 
@@ -105,7 +105,7 @@ def loss_divided_by_context_ranks():
     PairSchedule.forward_backward = forward_backward
 
 
-TENSOR, CONTEXT = Row(Topology(tensor=2)), Row(Topology(context=2))
+TENSOR, CONTEXT = Row(Layout(tensor=2)), Row(Layout(context=2))
 
 
 @pytest.mark.parametrize(

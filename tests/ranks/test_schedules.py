@@ -91,11 +91,14 @@ def _rank(folder, token_pairs, references, options, modes):
     from megatron.core import tensor_parallel
 
     from mindspeed_simpo.config.config import Config
+    from mindspeed_simpo.config.validation import make_layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
 
     device = open_device("cpu")
-    layout = Config(model_name_or_path=folder, data_path="unused", **options).layout(torch.distributed.get_world_size())
+    layout = make_layout(
+        Config(model_name_or_path=folder, data_path="unused", **options), torch.distributed.get_world_size()
+    )
     groups = initialize(layout, device)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     return [

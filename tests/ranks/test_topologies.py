@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 
-from mindspeed_simpo.config import supported
+from mindspeed_simpo.config.layout import AXES, Layout
+from mindspeed_simpo.config.supported import ANY, CLAIMS, PLAIN
+from tests.ranks.claimed import COVERING, MATRIX, OPTIONS
 from tests.ranks.matrix import OBJECTIVES, VOCABULARY, all_rows, boundary_ids, global_batch, quick_rows
 
 
@@ -16,15 +18,35 @@ def test_the_step_equals_the_oracle(matrix, row):
 
 
 def test_these_rows_have_every_pair_of_axes():
-    covered = {pair for row in quick_rows() for pair in itertools.combinations(sorted(row.topology.axes), 2)}
-    assert covered == set(itertools.combinations(sorted(supported.AXES), 2))
+    covered = {pair for row in quick_rows() for pair in itertools.combinations(sorted(row.layout.axes), 2)}
+    assert covered == set(itertools.combinations(sorted(AXES), 2))
 
 
 def test_every_claim_is_a_row_of_the_matrix():
     rows = all_rows()
-    assert {row.topology for row in rows if not row.options} >= {*supported.MATRIX, *supported.COVERING}
-    for option in supported.OPTIONS:
-        assert {row.topology for row in rows if row.options == (option,)} == set(option.rows)
+    assert {row.layout for row in rows if not row.options} >= {*MATRIX, *COVERING}
+    for option in OPTIONS:
+        assert {row.layout for row in rows if row.options == (option,)} == set(option.rows)
+
+
+def test_every_combination_of_axes_is_a_row():
+    needs = {"SP": "TP", "VPP": "PP"}
+    for used in itertools.chain.from_iterable(itertools.combinations(AXES, size) for size in range(len(AXES) + 1)):
+        if all(needs[axis] in used for axis in needs if axis in used):
+            assert any(row.axes == set(used) for row in [Layout(), *MATRIX]), used
+
+
+def test_every_claimed_value_has_rows_with_the_axes_that_are_claimed():
+    for claim in CLAIMS:
+        if claim.value is ANY or claim.value == PLAIN[claim.key] or claim.key == "context_parallel_algo":
+            continue
+        [option] = [option for option in OPTIONS if (option.key, option.value) == (claim.key, claim.value)]
+        assert option.axes == claim.axes, claim
+
+
+def test_no_row_stands_twice():
+    assert len(set(MATRIX)) == len(MATRIX)
+    assert len({str(row) for row in MATRIX}) == len(MATRIX)
 
 
 def test_a_batch_has_the_labels_that_break_shards():

@@ -12,6 +12,7 @@ import pytest
 import tyro
 
 from mindspeed_simpo.cli import main as cli
+from mindspeed_simpo.config.validation import make_layout
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "scripts" / "ascend"
@@ -142,7 +143,7 @@ def test_engine_scripts(script, upstream_root, monkeypatch):
     config, _ = cli._resolve(command)
     assert config.stage == "simpo"
     assert config.model_name_or_path == "/model"
-    assert config.layout(8 * nodes).data >= 1
+    assert make_layout(config, 8 * nodes).data >= 1
 
 
 def test_flags_after_the_script_win(upstream_root):

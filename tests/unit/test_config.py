@@ -8,6 +8,7 @@ import yaml
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import load_config
 from mindspeed_simpo.config.options import OPTION_GROUPS
+from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.errors import ConfigError
 
 REPO = Path(__file__).parents[2]
@@ -98,7 +99,7 @@ def test_unknown_key_names_the_nearest(tmp_path, key, nearest):
             {"micro_batch_size": 3, "global_batch_size": 8},
             "global_batch_size (8) is not a multiple of micro_batch_size",
         ),
-        ({"ref_model": "other"}, "ref_model is DPO's"),
+        ({"ref_model": "other"}, "ref_model: SimPO has no reference model: remove ref_model"),
         ({"simpo_loss_type": "hinge", "simpo_label_smoothing": 0.1}, "simpo_label_smoothing needs"),
         ({"dpo_loss_type": "ipo", "dpo_label_smoothing": 0.1}, "dpo_label_smoothing needs"),
         ({"recompute_granularity": "full"}, "recompute_granularity: full goes with recompute_method"),
@@ -157,14 +158,14 @@ def test_exponents_that_yaml_reads_as_text_are_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("values", "world_size", "degrees"),
     [
-        ({}, 1, (1, 1, 1, 128)),
-        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 8, (2, 2, 2, 64)),
-        ({"micro_batch_size": 4}, 4, (1, 1, 4, 8)),
+        ({}, 1, (1, 1, 1)),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 8, (2, 2, 2)),
+        ({"micro_batch_size": 4}, 4, (1, 1, 4)),
     ],
 )
 def test_layout_fills_the_ranks(values, world_size, degrees):
-    layout = Config(**REQUIRED, **values).layout(world_size)
-    assert (layout.tensor, layout.pipeline, layout.data, layout.num_microbatches) == degrees
+    layout = make_layout(Config(**REQUIRED, **values), world_size)
+    assert (layout.tensor, layout.pipeline, layout.data) == degrees
 
 
 @pytest.mark.parametrize(
@@ -176,5 +177,5 @@ def test_layout_fills_the_ranks(values, world_size, degrees):
 )
 def test_layout_that_does_not_fit(values, world_size, expected):
     with pytest.raises(ConfigError) as caught:
-        Config(**REQUIRED, **values).layout(world_size)
+        make_layout(Config(**REQUIRED, **values), world_size)
     assert expected in str(caught.value)

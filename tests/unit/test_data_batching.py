@@ -9,6 +9,7 @@ import torch
 
 from mindspeed_simpo.batch import FILLER_PAIR, IGNORE_INDEX, Branch, Documents, TokenizedPair
 from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching, fill, spread
 from mindspeed_simpo.data.collate import COLLATE, collate_packed, collate_padded, collate_prefix_shared
 from mindspeed_simpo.data.loader import PairLoader
@@ -209,5 +210,5 @@ VIRTUAL = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_s
 def test_what_does_not_combine_is_refused(options, fragment):
     config = Config(model_name_or_path="m", data_path="d", **options)
     with pytest.raises(ConfigError, match=fragment):
-        config.layout(4)
-    assert Config(model_name_or_path="m", data_path="d", batching="packed", pair_schedule="two_pass").layout(2)
+        make_layout(config, 4)
+    assert make_layout(Config(model_name_or_path="m", data_path="d", batching="packed", pair_schedule="two_pass"), 2)

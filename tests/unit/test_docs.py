@@ -16,6 +16,7 @@ from mindspeed_simpo.cli import flags
 from mindspeed_simpo.cli import main as cli
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import load_config, validate
+from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.errors import ConfigError
 
 REPO = Path(__file__).parents[2]
@@ -164,7 +165,7 @@ def test_commands_parse(page, tmp_path, monkeypatch):
                 load_config(command.config, flags.given(command))
             elif argv[0] != "export":
                 config, ranks = cli._resolve(command)
-                assert config.layout(cli._world_size(ranks)).data >= 1
+                assert make_layout(config, cli._world_size(ranks)).data >= 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

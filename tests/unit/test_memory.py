@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mindspeed_simpo.config import supported
-from mindspeed_simpo.config.config import Config, Layout
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.largest import largest_pass
 from mindspeed_simpo.model.description import read_model_spec
 from mindspeed_simpo.model.naming import pipeline_chunks
@@ -50,12 +51,12 @@ def test_stages_and_tensor_ranks_hold_the_model_together(spec):
 
 def test_fp32_needs_16_bytes_a_parameter_and_bf16_18(spec):
     for values, size in (({}, 16), ({"bf16": True}, 18)):
-        [stage] = estimate_memory(spec, config(**values), Layout(num_microbatches=8))
+        [stage] = estimate_memory(spec, config(**values), Layout())
         assert stage.parameters + stage.gradients + stage.optimizer == size * 1_033_600
 
 
 def test_distributed_optimizer_divides_its_state(spec):
-    layout = Layout(data=4, num_microbatches=2)
+    layout = Layout(data=4)
     [alone] = estimate_memory(spec, config(), layout)
     [shared] = estimate_memory(spec, config(use_distributed_optimizer=True), layout)
     assert shared.optimizer == alone.optimizer // 4
@@ -63,7 +64,7 @@ def test_distributed_optimizer_divides_its_state(spec):
 
 
 def test_first_stage_keeps_the_most_micro_batches_and_the_last_the_logits(spec):
-    first, last = estimate_memory(spec, config(), Layout(pipeline=2, num_microbatches=8))
+    first, last = estimate_memory(spec, config(), Layout(pipeline=2))
     assert first.activations == 2 * last.activations
     assert first.head == 0
     assert last.head == (20 + 10) * (960 * 8 + 2 * 4 * 128)
@@ -72,7 +73,7 @@ def test_first_stage_keeps_the_most_micro_batches_and_the_last_the_logits(spec):
 
 
 def test_virtual_stages_keep_more_in_flight(spec):
-    layout = Layout(pipeline=2, num_microbatches=8)
+    layout = Layout(pipeline=2)
     plain = estimate_memory(spec, config(pipeline_model_parallel_size=2), layout)
     split = estimate_memory(
         spec, config(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1), layout
@@ -82,12 +83,12 @@ def test_virtual_stages_keep_more_in_flight(spec):
 
 
 def test_context_and_sequence_ranks_divide_activations(spec):
-    [alone] = estimate_memory(spec, config(), Layout(num_microbatches=8))
-    [context] = estimate_memory(spec, config(), Layout(context=2, num_microbatches=8))
+    [alone] = estimate_memory(spec, config(), Layout())
+    [context] = estimate_memory(spec, config(), Layout(context=2))
     # gathered keys and values do not shrink
     assert alone.activations < 2 * context.activations < 1.5 * alone.activations
     assert 2 * context.head == alone.head
-    tensor = Layout(tensor=2, num_microbatches=8)
+    tensor = Layout(tensor=2)
     [whole] = estimate_memory(spec, config(), tensor)
     [divided] = estimate_memory(spec, config(sequence_parallel=True), tensor)
     assert divided.activations < whole.activations
@@ -95,7 +96,7 @@ def test_context_and_sequence_ranks_divide_activations(spec):
 
 def test_recompute_saves_activations(spec):
     def activations(**values) -> int:
-        [stage] = estimate_memory(spec, config(**values), Layout(num_microbatches=8))
+        [stage] = estimate_memory(spec, config(**values), Layout())
         return stage.activations
 
     full = {"recompute_granularity": "full", "recompute_method": "uniform"}
@@ -105,7 +106,7 @@ def test_recompute_saves_activations(spec):
 
 
 def test_two_passes_keep_half_and_chunks_bound_the_logits(spec):
-    layout = Layout(num_microbatches=8)
+    layout = Layout()
     [concat] = estimate_memory(spec, config(), layout)
     [two_pass] = estimate_memory(spec, config(pair_schedule="two_pass"), layout)
     assert two_pass.activations == pytest.approx(concat.activations / 2, rel=0.01)
@@ -115,16 +116,14 @@ def test_two_passes_keep_half_and_chunks_bound_the_logits(spec):
 
 
 def test_head_and_backward_are_not_there_at_the_same_time(spec):
-    [stage] = estimate_memory(spec, config(), Layout(num_microbatches=8))
+    [stage] = estimate_memory(spec, config(), Layout())
     lasting = stage.parameters + stage.gradients + stage.optimizer + stage.activations
     assert stage.total == lasting + max(stage.head, stage.backward) < lasting + stage.head + stage.backward
 
 
 def test_devices_keep_different_things(spec):
     """Heads share groups: only CPUs copy keys and values, and keep the projection too; NPUs keep 16 numbers a head."""
-    [cpu], [cuda], [npu] = (
-        estimate_memory(spec, config(), Layout(num_microbatches=8), name) for name in ("cpu", "cuda", "npu")
-    )
+    [cpu], [cuda], [npu] = (estimate_memory(spec, config(), Layout(), name) for name in ("cpu", "cuda", "npu"))
     tokens, layers, heads = 2 * 60, 4, spec.num_heads
     queries, keys = heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     assert cpu.activations - cuda.activations == layers * tokens * 4 * (2 * queries - keys)

@@ -147,7 +147,7 @@ def test_a_layout_that_the_model_cannot_have(tmp_path):
         ({"gamma_beta_ratio": 1.4}, ["gamma_beta_ratio 1.4"]),
         ({"lr": 2e-6}, ["lr 2e-06: the paper's runs use 3e-7 to 1e-6"]),
         ({"lr": 1e-5}, ["lr 1e-05", "degrade"]),
-        ({"stage": "dpo", "dpo_beta": 2.5, "simpo_beta": 99}, ["dpo_beta 2.5"]),
+        ({"stage": "dpo", "dpo_beta": 2.5, "simpo_beta": 99}, ["dpo_beta 2.5", "simpo_beta: of no effect"]),
         ({"init_from": "config", "lr": 1e-3}, ["random weights"]),
     ],
 )

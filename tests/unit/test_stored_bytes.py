@@ -31,6 +31,7 @@ def _stored_on_rank(folder, pairs, schedules):
 
     from mindspeed_simpo.batch import TokenizedPair
     from mindspeed_simpo.config.config import Config
+    from mindspeed_simpo.config.validation import make_layout
     from mindspeed_simpo.data.batching import Batching
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
@@ -46,7 +47,7 @@ def _stored_on_rank(folder, pairs, schedules):
         )
         [batch] = Batching.of(config).micro_batches(pairs, list(range(len(pairs))))
         if not peaks:
-            groups = initialize(config.layout(1), device)
+            groups = initialize(make_layout(config, 1), device)
             tensor_parallel.model_parallel_cuda_manual_seed(1)
         models, runner = build_engine(config, device, groups)
         with StoredBytes(models[0].parameters()) as stored:
@@ -108,7 +109,7 @@ VOCAB, TOKENS, HIDDEN, CHUNK = 152_000, 96, 8, 8
 
 
 def _head_on_rank():
-    from mindspeed_simpo.config.config import Layout
+    from mindspeed_simpo.config.layout import Layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.loss.head import ResponseHead
     from mindspeed_simpo.parallel import initialize

@@ -1,0 +1,116 @@
+"""The rows of the parity matrix: layouts and options, chosen so that they hold every claim of ``config.supported``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from mindspeed_simpo.config.layout import Layout
+
+
+def _products(sizes: Iterable[int], most_ranks: int) -> Iterator[Layout]:
+    """Every layout of these sizes, the pipeline's 3 besides, that fits the ranks."""
+    sizes = tuple(sizes)
+    switches = (False, True)
+    for tensor, context, pipeline, data in itertools.product(sizes, sizes, (1, 2, 3, 4), sizes):
+        if tensor * context * pipeline * data > most_ranks:
+            continue
+        for sequence, virtual, sharded in itertools.product(switches, switches, switches):
+            if (sequence and tensor == 1) or (virtual and pipeline == 1):
+                continue
+            yield Layout(tensor, context, pipeline, data, sequence, virtual, sharded)
+
+
+_ODD_SIZES = (
+    Layout(tensor=3),
+    Layout(tensor=3, sequence_parallel=True),
+    Layout(context=3),
+    Layout(data=3, distributed_optimizer=True),
+    Layout(tensor=3, pipeline=2, sequence_parallel=True),
+    Layout(tensor=2, context=3, sequence_parallel=True, distributed_optimizer=True),
+    Layout(context=3, data=2),
+)
+# All four sizes above one at a time take 16 ranks.
+_FOUR_AXES = tuple(
+    Layout(2, 2, 2, 2, sequence, virtual, sharded)
+    for sequence, virtual, sharded in itertools.product((False, True), repeat=3)
+)
+
+MATRIX: tuple[Layout, ...] = (*_products((1, 2, 4), most_ranks=8), *_ODD_SIZES, *_FOUR_AXES)
+"""The rows of the matrix in which every option is plain."""
+
+COVERING: tuple[Layout, ...] = (
+    Layout(tensor=2),
+    Layout(tensor=4),
+    Layout(tensor=2, sequence_parallel=True),
+    Layout(context=2),
+    Layout(context=4),
+    Layout(pipeline=2),
+    Layout(pipeline=3),
+    Layout(pipeline=2, virtual_pipeline=True),
+    Layout(data=2),
+    Layout(tensor=2, context=2),
+    Layout(tensor=2, context=2, pipeline=2),
+    Layout(context=2, data=2, distributed_optimizer=True),
+    Layout(2, 2, 2, 1, sequence_parallel=True, virtual_pipeline=True, distributed_optimizer=True),
+    Layout(2, 1, 2, 2, sequence_parallel=True, virtual_pipeline=True, distributed_optimizer=True),
+)
+"""Few rows in which every axis, and every pair of axes, occurs: what continuous integration runs."""
+
+_PAIRS_OF_AXES = COVERING[-3:]
+
+_WHOLE_ROWS = (
+    Layout(),
+    Layout(tensor=4),
+    Layout(tensor=2, data=2, sequence_parallel=True, distributed_optimizer=True),
+    Layout(tensor=2, pipeline=2, sequence_parallel=True),
+    Layout(pipeline=3, data=2),
+    Layout(2, 1, 2, 2, sequence_parallel=True, distributed_optimizer=True),
+)
+"""Without CP and VPP, which packed rows do not go with."""
+
+# a budget that gives several micro-batches, and not equally many to all ranks
+_BUDGET = {"max_tokens_per_micro_batch": 60}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A claimed value of an option, and the rows that hold it."""
+
+    key: str
+    value: object
+    rows: tuple[Layout, ...]
+    companions: dict = field(default_factory=dict, hash=False)
+    """Keys that are set with it."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.value}"
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """Every axis of its rows."""
+        return frozenset().union(*(row.axes for row in self.rows))
+
+
+_PACKED = Option("batching", "packed", _WHOLE_ROWS, _BUDGET)
+_PREFIX_SHARED = Option("batching", "prefix_shared", _WHOLE_ROWS, _BUDGET)
+OPTIONS: tuple[Option, ...] = (
+    Option("pair_schedule", "split", _PAIRS_OF_AXES),
+    Option("pair_schedule", "two_pass", _PAIRS_OF_AXES),
+    # a chunk that does not divide the tokens
+    Option("fused_logprob", True, _PAIRS_OF_AXES, {"logprob_chunk_tokens": 7}),
+    Option("overlap_grad_reduce", True, _PAIRS_OF_AXES),
+    Option("recompute_granularity", "full", _PAIRS_OF_AXES, {"recompute_method": "uniform", "recompute_num_layers": 1}),
+    Option("recompute_granularity", "selective", _PAIRS_OF_AXES),
+    _PACKED,
+    _PREFIX_SHARED,
+)
+"""A line for each claim of ``config.supported`` that is not plain; MindSpeed's algorithms have tests of their own."""
+
+OPTIONS_TOGETHER: tuple[tuple[Option, ...], ...] = (
+    OPTIONS[1:5],
+    (_PACKED, *OPTIONS[1:5]),
+    (_PREFIX_SHARED, *OPTIONS[2:5]),
+)
+"""Options that the matrix also has all at once: without packing, packed, and with shared prompts."""

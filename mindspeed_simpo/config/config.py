@@ -45,11 +45,6 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
         return "packed" if supported.refusal(topology, options | {"batching": "packed"}) is None else "padded"
 
     @property
-    def prompt_limit(self) -> int:
-        """``max_prompt_length`` with its default, tokens."""
-        return self.max_prompt_length if self.max_prompt_length is not None else self.seq_length // 2
-
-    @property
     def token_budget(self) -> int:
         """``max_tokens_per_micro_batch`` with its default: one pair of the longest sequences."""
         if self.max_tokens_per_micro_batch is not None:

@@ -130,6 +130,11 @@ class DataOptions(_Options):
             )
         return self
 
+    @property
+    def prompt_limit(self) -> int:
+        """``max_prompt_length`` with its default, tokens."""
+        return self.max_prompt_length if self.max_prompt_length is not None else self.seq_length // 2
+
 
 class TrainingOptions(_Options):
     """Training."""

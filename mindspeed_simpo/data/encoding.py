@@ -8,9 +8,9 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
-from mindspeed_simpo.data.rows import ConversationPair
+from mindspeed_simpo.data.conversations import ConversationPair
+from mindspeed_simpo.data.problems import ExampleError, malformed
 from mindspeed_simpo.data.template import ChatFormat
-from mindspeed_simpo.data.turns import RowError, malformed
 
 _ANCHOR = "\n"
 
@@ -72,8 +72,8 @@ class PairEncoder:
         """Encode one pair; one that is tokenised already is only checked and, where asked, cut.
 
         Raises:
-            RowError: as :meth:`ChatFormat.render`; of kind ``too_long`` where truncation is ``error`` or ``drop``; of
-                kind ``identical`` where chosen and rejected are the same tokens.
+            ExampleError: as :meth:`ChatFormat.render`; of kind ``too_long`` where truncation is ``error`` or ``drop``;
+                of kind ``identical`` where chosen and rejected are the same tokens.
         """
         if isinstance(pair, TokenizedPair):
             return self._taken(pair)
@@ -93,7 +93,7 @@ class PairEncoder:
 
     def _fitted(self, encoded: EncodedPair, before_header: str | None) -> EncodedPair:
         if encoded.chosen_ids == encoded.rejected_ids:
-            raise RowError("identical", "chosen and rejected are the same tokens")
+            raise ExampleError("identical", "chosen and rejected are the same tokens")
         longest = len(encoded.prompt_ids) + max(len(encoded.chosen_ids), len(encoded.rejected_ids))
         return encoded if longest <= self._seq_length else self._cut(encoded, before_header)
 
@@ -102,13 +102,13 @@ class PairEncoder:
         lengths = f"prompt {len(prompt)} tokens, chosen {len(chosen)}, rejected {len(rejected)}"
         longest = len(prompt) + max(len(chosen), len(rejected))
         if self._truncation in ("error", "drop"):
-            raise RowError("too_long", f"{longest} tokens ({lengths}), seq_length is {self._seq_length}")
+            raise ExampleError("too_long", f"{longest} tokens ({lengths}), seq_length is {self._seq_length}")
         room = self._seq_length - max(len(chosen), len(rejected))
         keep = min(len(prompt), max(room, self._prompt_limit))
         head, header = self._untouchable(prompt, before_header)
         keep = max(keep, head + header)
         if keep >= self._seq_length:
-            raise RowError(
+            raise ExampleError(
                 "too_long",
                 f"{longest} tokens ({lengths}): the assistant header alone has {head + header}, "
                 f"so that seq_length {self._seq_length} leaves no room for the response",
@@ -116,7 +116,9 @@ class PairEncoder:
         cut_prompt = self._cut_prompt(prompt, keep, head, header)
         room = self._seq_length - len(cut_prompt)
         if chosen[:room] == rejected[:room]:
-            raise RowError("identical", f"chosen and rejected are the same in the {room} tokens that truncation leaves")
+            raise ExampleError(
+                "identical", f"chosen and rejected are the same in the {room} tokens that truncation leaves"
+            )
         return EncodedPair(
             cut_prompt,
             chosen[:room],
@@ -146,7 +148,7 @@ class PairEncoder:
         ids = self._tokenise(text, continues=True)
         end = self._format.end_of_turn_id
         if not ids:
-            raise RowError("empty", f"{name}: the response has no token")
+            raise ExampleError("empty", f"{name}: the response has no token")
         if end in ids:
             raise malformed(f"{name}: the end-of-turn token appears within the response")
         return [*ids, end]

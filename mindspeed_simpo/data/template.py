@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mindspeed_simpo.data.rows import ConversationPair
-from mindspeed_simpo.data.turns import Message, RowError, malformed
+from mindspeed_simpo.data.conversations import ConversationPair
+from mindspeed_simpo.data.problems import ExampleError, malformed
+from mindspeed_simpo.data.turns import Message
 from mindspeed_simpo.errors import ModelError
 
 _QUESTION = "WhatIsTwoAndTwo"
@@ -47,7 +48,7 @@ class ChatFormat:
         try:
             prompt = self._render([question], None, header=True)
             whole = self._render([question, answer], None, header=False)
-        except RowError as error:
+        except ExampleError as error:
             raise ModelError(error.message) from None
         if _QUESTION not in prompt or _ANSWER not in whole:
             raise ModelError("the chat template leaves out the user or the assistant turn of a conversation")
@@ -64,8 +65,8 @@ class ChatFormat:
         """Render the prompt with the generation prompt and both whole conversations without.
 
         Raises:
-            RowError: where the template refuses or leaves out a turn, where a text contains a special token (it would
-                turn into that token), or where the prompt is no prefix of the whole.
+            ExampleError: where the template refuses or leaves out a turn, where a text contains a special token (which
+                would be tokenised as such), or where the prompt is no prefix of the whole.
         """
         self._check_texts(pair)
         tools = json.loads(pair.tools) if pair.tools is not None else None
@@ -98,7 +99,7 @@ class ChatFormat:
     def _response(self, name: str, prompt: str, whole: str) -> str:
         if not whole.startswith(prompt):
             common = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-            raise RowError(
+            raise ExampleError(
                 "not_prefix",
                 f"{name}: the rendered prompt is not a prefix of the rendered conversation: after "
                 f"{prompt[max(0, common - 20) : common]!r} the prompt has {prompt[common : common + 20]!r}, "
@@ -112,7 +113,7 @@ class ChatFormat:
             if not mark:
                 raise malformed(f"{name}: the chat template renders no {self._end_of_turn} after the response")
         if not response.strip():
-            raise RowError("empty", f"{name}: the chat template renders no text for the response")
+            raise ExampleError("empty", f"{name}: the chat template renders no text for the response")
         return response
 
     def _before_header(self, messages: Sequence[Message], tools: Any, prompt: str) -> str:

@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mindspeed_simpo.data import hub
-from mindspeed_simpo.data.turns import printable
+from mindspeed_simpo.data.problems import printable
 from mindspeed_simpo.errors import ModelError
 
 

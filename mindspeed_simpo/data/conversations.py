@@ -27,7 +27,7 @@ _SPARE_MESSAGES_COLUMN = "messages"
 
 @dataclass(frozen=True)
 class _Cells:
-    """The columns of an example that are read, by canonical name, and what the data calls them."""
+    """The columns of an example that are read, by canonical name, and the names that the data has for them."""
 
     values: dict[str, Any]
     columns: dict[str, str]
@@ -179,7 +179,7 @@ class ExampleReader:
         raise malformed(f"{where}: expected text, a message or a list of messages, found {found(value)}")
 
     def _prompt(self, cells: _Cells, chosen: list[Message]) -> list[Message] | None:
-        """Turns before the answer, or ``None`` where the answers themselves hold them."""
+        """The turns before the answer, or ``None`` where both answers are whole conversations."""
         for name in ("messages", "prompt"):
             if (name == "messages" and name in cells.values) or isinstance(cells.get(name), list):
                 return read_messages(cells.get(name), cells.columns[name], self.tags)

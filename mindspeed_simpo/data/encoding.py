@@ -31,23 +31,23 @@ class EncodedPair:
 
 
 class PairEncoder:
-    """Render, tokenise and, where asked, cut pairs.
+    """Render and tokenise pairs, and cut those that are too long where ``truncation`` asks for it.
 
-    ``prompt_ids`` is the prompt with the generation prompt, ``chosen_ids`` and ``rejected_ids`` are what follows it up
-    to and with one end-of-turn token. Prompt and response are tokenised separately, as at generation, and no special
-    token is added beyond those that the template renders.
+    ``prompt_ids`` is the prompt with the generation prompt, ``chosen_ids`` and ``rejected_ids`` are what follows the
+    prompt, up to and including one end-of-turn token. Prompt and response are tokenised separately, as at generation,
+    and no special token is added beyond those that the template renders.
 
     Truncation of a pair longer than ``seq_length`` (``keep_end``, ``keep_start``: which end of the prompt stays): the
-    prompt is cut as far as needed for the longer response, but not below ``prompt_limit``; what closes the last turn
-    and the assistant header always stay, and so does a BOS at the start, without which many models degrade. Chosen and
-    rejected share the cut prompt. A response that is then still too long loses its tail, with its end of turn, never
-    its first token.
+    prompt is cut as far as needed for the longer response, but not below ``prompt_limit``; the text that closes the
+    last turn, the assistant header and a BOS at the start are never cut; without the BOS many models degrade. Chosen
+    and rejected share the cut prompt. A response that is then still too long loses its tail, with its end of turn,
+    never its first token.
 
     Args:
         tokenizer: With a chat template.
         seq_length: Longest sequence, tokens.
         prompt_limit: Where the prompt is cut no further, tokens.
-        truncation: ``error`` and ``drop`` report a pair that is too long; which of the two is the caller's.
+        truncation: ``error`` and ``drop`` both raise for a pair that is too long; the caller tells them apart.
 
     Raises:
         ModelError: where the chat template cannot serve.
@@ -69,7 +69,7 @@ class PairEncoder:
         self._anchor_ids = self._find_anchor()
 
     def encode(self, pair: ConversationPair | TokenizedPair) -> EncodedPair:
-        """Encode one pair; one that is tokenised already is only checked and, where asked, cut.
+        """Encode one pair; a tokenised pair is only checked and, where truncation asks for it, cut.
 
         Raises:
             ExampleError: as :meth:`ChatFormat.render`; of kind ``too_long`` where truncation is ``error`` or ``drop``;
@@ -136,7 +136,7 @@ class PairEncoder:
     def _untouchable(self, prompt: list[int], before_header: str | None) -> tuple[int, int]:
         """Tokens at the start (BOS) and at the end (assistant header) of the prompt that no truncation cuts."""
         head = int(bool(prompt) and prompt[0] == self._tokenizer.bos_token_id)
-        if before_header is None:  # tokenised elsewhere: where the header begins is not known
+        if before_header is None:  # a tokenised pair: the start of its assistant header is unknown
             return head, 0
         before = self._tokenise(before_header)
         common = 0
@@ -154,7 +154,7 @@ class PairEncoder:
         return [*ids, end]
 
     def _tokenise(self, text: str, *, continues: bool = False) -> list[int]:
-        """Ids of ``text`` as it stands; with ``continues``, as it stands after other text."""
+        """Ids of ``text`` alone; with ``continues``, its ids where it follows other text."""
         if continues and self._anchor_ids:
             ids = self._ids(_ANCHOR + text)
             if ids[: len(self._anchor_ids)] == self._anchor_ids:
@@ -166,9 +166,9 @@ class PairEncoder:
         return list(encoded["input_ids"])
 
     def _find_anchor(self) -> list[int]:
-        """Ids of a newline for tokenizers that put a space before every text (Llama-2's kind), else nothing.
+        """Ids of a newline for tokenizers that put a space before every text, such as Llama-2's, else an empty list.
 
-        A response follows a prompt: a model never generates that extra space, so it must not be trained on.
+        A response follows a prompt: a model never generates that space, so that it must not be a target.
         """
         anchor = self._ids(_ANCHOR)
         anchored = self._ids(_ANCHOR + "a")

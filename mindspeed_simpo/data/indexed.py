@@ -40,7 +40,7 @@ def is_prefix(path: str | Path) -> bool:
     """Whether ``path`` is the prefix of tokenised pairs: whether its first file exists."""
     try:
         return _path(str(path), KEYS[0], ".idx").is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # a name that the file system cannot hold
         return False
 
 

@@ -64,7 +64,7 @@ class _StrictDecoder(json.JSONDecoder):
         self.complaint = f"not valid JSON: {name} is no JSON value"
 
     def value_at(self, text: str, start: int) -> tuple[Any, int]:
-        """The value that begins at ``start``, or a ``ExampleError`` in its place, and where it ends.
+        """The value that begins at ``start``, or an ``ExampleError`` in its place, and the position after it.
 
         Raises:
             ValueError: where the text is not JSON.

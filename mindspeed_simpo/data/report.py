@@ -140,7 +140,7 @@ def judge(report: DataReport, options: DataOptions) -> None:
             and pairs are too long, and where no pair is left. The message lists the first of them and names the
             option that leaves them out.
     """
-    # Under keep_start and keep_end a pair is too long only where no truncation can help.
+    # With keep_start and keep_end, a pair counts as too long only where truncation cannot make it fit.
     long_is_length = options.truncation in ("error", "drop")
     bad = report.rows - report.kept - (report.too_long if long_is_length else 0)
     complaints = []

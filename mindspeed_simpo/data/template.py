@@ -1,4 +1,4 @@
-"""What a chat template makes of a conversation: prompt text, response text, end of turn."""
+"""Conversations to text, by the tokenizer's chat template: prompt, responses and the end-of-turn token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ANSWER = "FourItIs"
 
 @dataclass(frozen=True)
 class RenderedPair:
-    """A pair as text; the responses come without their end of turn."""
+    """A pair as text; the responses do not contain their end-of-turn token."""
 
     prompt: str
     chosen: str
@@ -31,7 +31,7 @@ class RenderedPair:
 
 
 class ChatFormat:
-    """Render pairs with the tokenizer's chat template, and know where a response ends.
+    """Render pairs with the tokenizer's chat template, and find the token that ends a response.
 
     The end-of-turn token is the first special token that the template renders after an assistant turn (such as
     ``<|im_end|>``, ``<|eot_id|>``, ``</s>``); it need not be ``tokenizer.eos_token``. What the template renders after
@@ -91,7 +91,7 @@ class ChatFormat:
                 add_generation_prompt=header,
             )
         except Exception as error:
-            # Templates are programs: they raise on purpose, and fail in any way on a form they were not written for.
+            # A template is a program: it raises on purpose, or with any error on messages that it was not written for.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise malformed(f"the chat template refuses the conversation: {reason}") from None
         return str(text)
@@ -150,7 +150,7 @@ class ChatFormat:
 
 
 def _any_of(texts: set[str]) -> re.Pattern[str]:
-    # Longest first: of two tokens that begin alike the longer one is meant.
+    # Longest first: where one token is a prefix of another, the longer one must match.
     return re.compile("|".join(re.escape(text) for text in sorted(texts - {""}, key=len, reverse=True)) or "(?!)")
 
 

@@ -43,7 +43,7 @@ class Tags:
     system_tag: str = "system"
 
     def roles(self) -> dict[str, str]:
-        """Role names of the data: the configured ones, beside the ones of chat templates."""
+        """``{role name in the data: role}``, for the configured role names and those of chat templates."""
         return {
             "system": "system",
             "user": "user",
@@ -137,10 +137,10 @@ def _dump(value: Any, where: str) -> str:
 
 
 def read_tools(value: Any, where: str) -> str | None:
-    """JSON list of tool descriptions from a list or its JSON text; ``None`` for nothing.
+    """JSON list of tool descriptions, from a list or its JSON text; ``None`` for an empty list or text.
 
     Raises:
-        ExampleError: where it is no list of objects.
+        ExampleError: where ``value`` is no list of objects.
     """
     if isinstance(value, str):
         if not value.strip():

@@ -34,7 +34,7 @@ class PlacedExample:
     source: int
     """Index of its source."""
     number: int
-    """In its source, see :data:`~mindspeed_simpo.data.source.Example`."""
+    """Its number in that source, see :data:`~mindspeed_simpo.data.source.Example`."""
     value: ConversationPair | TokenizedPair | ExampleError
 
 

@@ -18,9 +18,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from mindspeed_simpo.data.discovery import open_sources
+from mindspeed_simpo.data.conversations import ConversationPair, ExampleReader
 from mindspeed_simpo.data.loader import epoch_order
-from mindspeed_simpo.data.rows import ConversationPair, RowReader
+from mindspeed_simpo.data.paths import open_sources
 
 SEED = 42
 TEMPLATE = (
@@ -125,11 +125,11 @@ def _first_that_fit(
     arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[dict[str, Any]], list[tuple[int, int, int]]]:
     """Whole micro-batches of pairs as messages, and the tokens of their prompts, chosen and rejected answers."""
-    reader = RowReader(None)
+    reader = ExampleReader(None)
     [source] = open_sources(arguments.data, "train", reader.column_names)
     pairs, sizes = [], []
-    for _, row in source.rows():
-        pair = _as_messages(reader.read(row))
+    for _, example in source.examples():
+        pair = _as_messages(reader.read(example))
         prompt = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
         lengths = [len(tokenizer(prompt)["input_ids"])]
         for side in ("chosen", "rejected"):

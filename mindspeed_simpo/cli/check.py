@@ -227,7 +227,7 @@ def _largest(config: Config, layout: Layout, parts: dict[str, PairDataset]) -> L
     half = config.seq_length // 2
     # nothing is known without data: prompts and responses of half the length
     lengths = parts["train"].lengths if "train" in parts else np.full((config.global_batch_size, 3), half)
-    return largest_pass(lengths, config, layout)
+    return largest_pass(lengths, config, Batching.of(config), layout)
 
 
 def _print_layout(

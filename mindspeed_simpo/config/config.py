@@ -6,13 +6,12 @@ Nothing heavy is imported, so that a mistake is told at once.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import model_validator
 
 from mindspeed_simpo.config import supported
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.config.options import (
+    BatchingForm,
     DataOptions,
     ModelOptions,
     OutputOptions,
@@ -36,7 +35,7 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
         return self
 
     @property
-    def batching_in_use(self) -> Literal["padded", "packed", "prefix_shared"]:
+    def batching_in_use(self) -> BatchingForm:
         """``batching``, with ``auto`` resolved: the form with the fewest tokens that the layout is claimed for."""
         if self.batching != "auto":
             return self.batching
@@ -44,11 +43,6 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
         if supported.refusal(layout, self.arithmetic(batching="prefix_shared")) is None:
             return "prefix_shared"
         return "packed" if supported.refusal(layout, self.arithmetic(batching="packed")) is None else "padded"
-
-    @property
-    def prompt_limit(self) -> int:
-        """``max_prompt_length`` with its default, tokens."""
-        return self.max_prompt_length if self.max_prompt_length is not None else self.seq_length // 2
 
     @property
     def token_budget(self) -> int:

@@ -20,7 +20,8 @@ from pydantic.fields import FieldInfo
 from mindspeed_simpo.objectives import DEFAULT_STAGE, OBJECTIVES, Keys, Objective
 
 ContextParallelAlgo = Literal["gathered", "megatron_cp_algo", "ulysses_cp_algo"]
-BatchingName = Literal["auto", "padded", "packed", "prefix_shared"]
+BatchingForm = Literal["padded", "packed", "prefix_shared"]
+BatchingName = Literal["auto", BatchingForm]
 
 
 Effect = Literal["result", "arithmetic", "layout", "none"]
@@ -227,6 +228,11 @@ class DataOptions(_Options):
                 "the response needs room"
             )
         return self
+
+    @property
+    def prompt_limit(self) -> int:
+        """``max_prompt_length`` with its default, tokens."""
+        return self.max_prompt_length if self.max_prompt_length is not None else self.seq_length // 2
 
 
 class TrainingOptions(_Options):

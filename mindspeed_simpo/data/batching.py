@@ -1,46 +1,67 @@
-"""How the pairs of a global batch are dealt to ranks, and one rank's pairs become micro-batches."""
+"""From the pairs of a global batch to the pairs of each data-parallel rank, and from these to micro-batches."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from mindspeed_simpo.batch import PairBatch, TokenizedPair
-from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.config.options import BatchingName
+from mindspeed_simpo.config.options import BatchingForm
 from mindspeed_simpo.data.collate import COLLATE
+
+
+@runtime_checkable
+class BatchingOptions(Protocol):
+    """What :meth:`Batching.of` reads of a configuration."""
+
+    @property
+    def batching_in_use(self) -> BatchingForm:
+        """``batching`` with ``auto`` resolved."""
+
+    @property
+    def micro_batch_size(self) -> int:
+        """See :class:`Batching`."""
+
+    @property
+    def token_budget(self) -> int:
+        """``max_tokens`` of :class:`Batching`."""
+
+    @property
+    def sequence_multiple(self) -> int:
+        """``multiple_of`` of :class:`Batching`."""
 
 
 @dataclass(frozen=True)
 class Batching:
-    """The options that say how pairs share micro-batches."""
+    """How pairs share micro-batches."""
 
-    name: BatchingName
+    name: BatchingForm
     micro_batch_size: int
     """Pairs of a micro-batch where each sequence has a row of its own."""
     max_tokens: int
     """Tokens up to which a micro-batch is filled where its sequences share a row."""
     multiple_of: int = 1
-    """What the length of a row is a multiple of."""
+    """The length of each row is rounded up to a multiple of this number of tokens."""
 
     @classmethod
-    def of(cls, config: Config) -> Batching:
-        """As configured."""
-        return cls(config.batching_in_use, config.micro_batch_size, config.token_budget, config.sequence_multiple)
+    def of(cls, options: BatchingOptions) -> Batching:
+        """The batching that a configuration asks for."""
+        return cls(options.batching_in_use, options.micro_batch_size, options.token_budget, options.sequence_multiple)
 
     def deal(self, sizes: Sequence[int], ranks: int) -> list[list[int]]:
-        """Which pairs of a global batch each data-parallel rank gets; the same on every rank.
+        """Which pairs of a global batch each data-parallel rank gets; every rank computes the same answer.
 
-        ``padded`` deals ``micro_batch_size`` after ``micro_batch_size`` in turn. The packed forms deal by
-        :func:`spread`, so that the ranks, which wait for each other after every step, have about equally many tokens.
+        ``padded`` gives ``micro_batch_size`` pairs to each rank in turn. The packed forms use :func:`spread`, so that
+        the ranks, which wait for each other in the gradient reduction of every step, have about equally many tokens.
 
         Args:
-            sizes: Of each pair of the global batch, see :meth:`size_of`; 0 for a filler.
-            ranks: Data-parallel ranks; no more than pairs.
+            sizes: Tokens of each pair of the global batch, see :meth:`size_of`; 0 for a filler.
+            ranks: Number of data-parallel ranks, at most the number of pairs.
 
         Returns:
-            The numbers of each rank's pairs, ascending.
+            The indices of each rank's pairs, ascending.
         """
         if self.name == "padded":
             turns = [index // self.micro_batch_size % ranks for index in range(len(sizes))]
@@ -50,12 +71,12 @@ class Batching:
     def micro_batches(self, pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int]) -> list[PairBatch]:
         """Micro-batches of one rank's pairs of a global batch; a function of these pairs alone.
 
-        ``padded`` takes ``micro_batch_size`` after ``micro_batch_size``. The packed forms fill micro-batches by
-        :func:`fill`: their number depends on the lengths, and may be another on each data-parallel rank.
+        ``padded`` puts ``micro_batch_size`` consecutive pairs into each micro-batch. The packed forms use :func:`fill`:
+        the number of micro-batches depends on the lengths, and data-parallel ranks may differ in it.
 
         Args:
             pairs: At least one; ``None`` is a filler pair.
-            pair_ids: Row number of each pair in the dataset.
+            pair_ids: Index of each pair in the data set.
         """
         return [
             COLLATE[self.name](
@@ -65,30 +86,30 @@ class Batching:
         ]
 
     def parts(self, sizes: Sequence[int]) -> list[list[int]]:
-        """The pairs of each micro-batch of one rank, by number; ``sizes`` of its pairs, see :meth:`size_of`."""
+        """The indices of the pairs of each micro-batch of one rank, from the :meth:`size_of` of each of its pairs."""
         if self.name == "padded":
             size, number = self.micro_batch_size, len(sizes)
             return [list(range(first, min(first + size, number))) for first in range(0, number, size)]
         return fill(sizes, self.max_tokens // self.multiple_of * self.multiple_of)
 
     def size_of(self, prompt: int, chosen: int, rejected: int) -> int:
-        """Tokens that a pair of these lengths adds to a packed row."""
+        """Tokens that a pair with these numbers of tokens adds to a packed row."""
         return prompt * (2 if self.name == "packed" else 1) + chosen + rejected
 
     def size_of_pair(self, pair: TokenizedPair | None) -> int:
-        """:meth:`size_of` a pair; 0 for a filler."""
+        """:meth:`size_of` of a pair; 0 for a filler pair."""
         return 0 if pair is None else self.size_of(*pair.lengths)
 
 
 def spread(sizes: Sequence[int], bins: int) -> list[list[int]]:
-    """Put every item into the bin that has least, the largest item first; where several have, the one of fewest items.
+    """Greedy balancing: in descending size, each item goes to the bin of smallest total, of fewest items among equals.
 
     Args:
         sizes: Of the items, each at least 0.
-        bins: Their number; none stays empty where there are enough items.
+        bins: Number of bins; no bin stays empty where there are at least as many items.
 
     Returns:
-        The items of each bin by number, ascending.
+        The indices of each bin's items, ascending.
     """
     members: list[list[int]] = [[] for _ in range(bins)]
     load = [(0, 0, number) for number in range(bins)]
@@ -100,14 +121,16 @@ def spread(sizes: Sequence[int], bins: int) -> list[list[int]]:
 
 
 def fill(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put every item into the first bin that has room for it, the largest first; one above the capacity has its own.
+    """First-fit decreasing: in descending size, each item goes to the first bin with room for it, else to a new bin.
+
+    An item above the capacity has a bin of its own.
 
     Args:
         sizes: Of the items, each at least 0.
-        capacity: Of a bin.
+        capacity: Of each bin.
 
     Returns:
-        The items of each bin by number, ascending; the bins by their first item.
+        The indices of each bin's items, ascending; the bins in the order of their first items.
     """
     bins: list[list[int]] = []
     room: list[int] = []

@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: one checksummed Arrow file for each combination of content, tokenizer and options."""
+"""Token ids on disk: one checksummed Arrow file for each combination of content, tokenizer and options."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ SCHEMA = pa.schema(
         ("rejected_cut", pa.int32()),
     ]
 )
-"""``kind`` is null for a row that can be used; then ``message`` is null too, else the token columns are empty."""
+"""``kind`` and ``message`` are null for an example that can be used; else its token columns are empty."""
 
-_BATCH_ROWS = 1000
+_BATCH_EXAMPLES = 1000
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_folder(data_cache_dir: str | None) -> Path:
-    """The configured folder of everything that is computed once and kept, or the default one.
+    """The folder of token ids and reference log-probabilities: ``data_cache_dir``, or the default one.
 
     Raises:
-        ConfigError: where the default, or a ``~``, is meant and this user has no home folder.
+        ConfigError: where the path begins with ``~``, as the default does, and this user has no home folder.
     """
     try:
         return Path(data_cache_dir or "~/.cache/mindspeed_simpo").expanduser()
@@ -52,7 +52,7 @@ def cache_folder(data_cache_dir: str | None) -> Path:
 
 
 def read_table(path: Path) -> Any | None:
-    """The memory-mapped table of a cache file, or ``None`` where there is none or it is damaged."""
+    """The memory-mapped table of a cache file, or ``None`` where the file is absent or damaged."""
     try:
         if not path.is_file():
             return None
@@ -70,7 +70,7 @@ def read_table(path: Path) -> Any | None:
 
 
 def write_table(path: Path, results: Iterable[PlacedResult]) -> None:
-    """Write a cache file; it appears under its name whole or not at all, whoever else writes it meanwhile.
+    """Write a cache file under a temporary name and rename it: ``path`` is whole or absent, also with several writers.
 
     Raises:
         DataError: where the folder cannot be written.
@@ -106,7 +106,7 @@ def _not_writable(path: Path, error: OSError) -> DataError:
 
 
 class _HashingFile:
-    """The writable file that Arrow needs, which also feeds a digest."""
+    """The writable file that Arrow needs; everything written also updates a digest."""
 
     closed = False
 
@@ -127,12 +127,12 @@ class _HashingFile:
 
 def _batches(results: Iterable[PlacedResult]) -> Iterator[Any]:
     results = iter(results)
-    while chunk := list(islice(results, _BATCH_ROWS)):
+    while chunk := list(islice(results, _BATCH_EXAMPLES)):
         yield pa.RecordBatch.from_pylist([_columns(result) for result in chunk], schema=SCHEMA)
 
 
 def _columns(result: PlacedResult) -> dict[str, Any]:
-    columns: dict[str, Any] = {"source": result.source, "line": result.line}
+    columns: dict[str, Any] = {"source": result.source, "line": result.number}
     if isinstance(result.value, Problem):
         empty: dict[str, Any] = {key: [] for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
         cuts = dict.fromkeys(("prompt_cut", "chosen_cut", "rejected_cut"), 0)

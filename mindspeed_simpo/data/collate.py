@@ -1,4 +1,4 @@
-"""Pairs of token ids to one micro-batch: a row for each sequence, or one row for all."""
+"""From the token ids of pairs to the tensors of one micro-batch: one row for each sequence, or one row for all."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def collate_padded(
 ) -> PairBatch:
     """Chosen rows, then rejected rows, right-padded; ``targets[t]`` is token ``t + 1`` where that is a response token.
 
-    The first token of a sequence is never a target, for nothing predicts it: where the prompt is empty that is the
-    first token of the response.
+    The first token of a sequence is never a target, because no position predicts it; with an empty prompt this token is
+    the first one of the response.
 
     Args:
-        pairs: ``P >= 1`` pairs; ``None`` is a filler pair: one padding token a row and no target.
-        pair_ids: Row number of each pair in the dataset; that of a filler is replaced by ``FILLER_PAIR``.
-        multiple_of: The padded length is rounded up to a multiple of it.
+        pairs: ``P >= 1`` pairs; ``None`` is a filler pair: each of its two rows has one padding token and no target.
+        pair_ids: Index of each pair in the data set; the one of a filler is replaced by ``FILLER_PAIR``.
+        multiple_of: The padded length is rounded up to a multiple of this number.
 
     Returns:
         ``tokens`` and ``targets`` int64 ``[2P, seq]``, ``lengths`` int64 ``[2P]`` (0 for a filler), ``pair_ids`` int64
@@ -56,15 +56,16 @@ def collate_packed(
 ) -> PairBatch:
     """All sequences end to end in one row: ``prompt chosen`` of every pair, ``prompt rejected`` of every pair, padding.
 
-    Filler pairs are left out, unless there is nothing else: then one is left.
+    Filler pairs are left out; where all pairs are fillers, one stays.
 
     Args:
         pairs: See :func:`collate_padded`; ``pair_ids`` and ``multiple_of`` likewise.
         pair_ids: See ``pairs``.
-        multiple_of: See ``pairs``; what is missing is a document of padding.
+        multiple_of: See ``pairs``; the tokens that round the length up are one document of padding.
 
     Returns:
-        ``tokens`` int64 ``[1, seq]``, ``targets`` int64 ``[2, seq]``, the rest by the pairs that are left.
+        ``tokens`` int64 ``[1, seq]``, ``targets`` int64 ``[2, seq]``, ``lengths`` and ``pair_ids`` of the pairs
+        that stay.
 
     Raises:
         ValueError: see :func:`collate_padded`.
@@ -85,13 +86,14 @@ def collate_prefix_shared(
 ) -> PairBatch:
     """Each prompt once, in one row: ``prompt chosen`` of every pair, padding, ``rejected`` of every pair.
 
-    A rejected response is a branch: it goes on from the prompt that lies before the chosen one, in attention and in its
-    positions. The last token of a prompt predicts the first token of both.
+    A rejected response is a branch of the prompt that precedes the chosen response: its tokens attend to that prompt
+    and to themselves, and its positions continue those of the prompt. The last token of a prompt predicts the first
+    token of both responses.
 
     Args:
         pairs: See :func:`collate_padded`; ``pair_ids`` and ``multiple_of`` likewise.
         pair_ids: See ``pairs``.
-        multiple_of: See ``pairs``; what is missing is a document of padding.
+        multiple_of: See ``pairs``; the tokens that round the length up are one document of padding.
 
     Returns:
         As :func:`collate_packed`.
@@ -120,11 +122,11 @@ COLLATE: dict[str, Collate] = {
     "packed": collate_packed,
     "prefix_shared": collate_prefix_shared,
 }
-"""By the values of ``batching``."""
+"""The collate function of each value of ``batching``."""
 
 
 class _Row:
-    """A packed row that is being written, document by document."""
+    """A packed row, written document by document."""
 
     def __init__(self, tokens: int, multiple_of: int) -> None:
         length = _rounded(max(1, tokens), multiple_of)
@@ -140,10 +142,16 @@ class _Row:
     def put(
         self, ids: list[int], pair: int, targets: dict[int, list[int]], prefix: tuple[int, int] | None = None
     ) -> int:
-        """Write a document, or a branch of the ``(start, length)`` that is its prefix; targets by side, from its start.
+        """Write a document, or a branch whose prefix is the ``(start, length)`` given.
+
+        Args:
+            ids: Of the tokens to write.
+            pair: Index of the pair in the micro-batch.
+            targets: By side, from the first token that is written.
+            prefix: First token and number of tokens of the prefix, or ``None`` for a document.
 
         Returns:
-            Where it starts.
+            The position in the row of the first token that is written.
         """
         start, self._end = self._end, self._end + len(ids)
         first = 0
@@ -160,12 +168,12 @@ class _Row:
         return start
 
     def pad(self) -> None:
-        """Write the document of padding that rounds the row's length up."""
+        """Write the document of padding that rounds the length of the row up."""
         if self._padding:
             self.put([_PADDING_ID] * self._padding, 0, {})
 
     def batch(self, pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int]) -> PairBatch:
-        """What was written."""
+        """The micro-batch of the documents written so far."""
         documents = Documents(tuple(self._wholes), tuple(self._branches))
         return PairBatch(
             tokens=self._tokens,
@@ -177,7 +185,7 @@ class _Row:
 
 
 def _shifted(prompt: int, response: Sequence[int]) -> list[int]:
-    """Targets of a sequence: the response moved one place to the front, ``IGNORE_INDEX`` over the rest."""
+    """Targets of a sequence: the response shifted left by one token, ``IGNORE_INDEX`` at all other tokens."""
     wanted = response if prompt else response[1:]
     ignored = [IGNORE_INDEX] * (prompt + len(response) - len(wanted) - 1)
     return [*ignored, *wanted, IGNORE_INDEX]

@@ -1,4 +1,4 @@
-"""The pairs of a run: tokenised, checked, cached and counted."""
+"""The pairs of a run, from paths to checked token ids: sources, examples, conversations, token ids, report."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
-from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.options import DataOptions
 from mindspeed_simpo.data.cache import cache_folder, read_table, write_table
-from mindspeed_simpo.data.discovery import Part, open_sources
+from mindspeed_simpo.data.conversations import ConversationPair, ExampleReader
 from mindspeed_simpo.data.encoding import PairEncoder
+from mindspeed_simpo.data.paths import Part, open_sources
+from mindspeed_simpo.data.problems import ExampleError
 from mindspeed_simpo.data.report import DataReport, judge, make_report
-from mindspeed_simpo.data.rows import RowReader
-from mindspeed_simpo.data.sources import Source
+from mindspeed_simpo.data.source import Source
 from mindspeed_simpo.data.tokenizer import tokenizer_digest
-from mindspeed_simpo.data.turns import RowError
-from mindspeed_simpo.data.workers import PlacedRow, encode_rows
+from mindspeed_simpo.data.workers import PlacedExample, encode_examples
 from mindspeed_simpo.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-"""Part of every cache key: raise it when rows are encoded differently."""
+"""Part of every cache key: raise it when examples are encoded differently."""
 
 
 class PairDataset:
-    """Pairs in row order, read from the memory-mapped cache."""
+    """Pairs in the order of the data, read from the memory-mapped cache."""
 
     def __init__(self, table: Any, sources: Sequence[Source], fingerprint: str, report: DataReport) -> None:
         kept = np.flatnonzero(table.column("kind").is_null().to_numpy())
@@ -60,103 +60,108 @@ class PairDataset:
             self._table.column(name)[row].values.to_numpy().tolist()
             for name in ("prompt_ids", "chosen_ids", "rejected_ids")
         )
-        source, line = (self._table.column(name)[row].as_py() for name in ("source", "line"))
-        return TokenizedPair(prompt, chosen, rejected, self._sources[source].where(line))
+        source, number = (self._table.column(name)[row].as_py() for name in ("source", "line"))
+        return TokenizedPair(prompt, chosen, rejected, self._sources[source].where(number))
 
 
-def has_eval_data(config: Config) -> bool:
-    """Whether the configuration names held-out pairs: ``eval_data_path``, or a second weight of ``split``."""
-    return config.eval_data_path is not None or _weights(config.split)[1] > 0
+def has_eval_data(options: DataOptions) -> bool:
+    """Whether the options name held-out pairs: ``eval_data_path``, or a second weight of ``split``."""
+    return options.eval_data_path is not None or _weights(options.split)[1] > 0
 
 
 def prepare_pairs(
-    config: Config, tokenizer: PreTrainedTokenizerBase, part: Literal["train", "eval"], *, progress: bool
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, part: Part, *, progress: bool
 ) -> PairDataset:
-    """Read, check and tokenise one part of the data, or take it from the cache.
+    """Read, check and tokenise one part of the data, or take its token ids from the cache.
 
-    ``train`` is the first part of ``split`` of the rows of ``data_path``, in row order; ``eval`` is all of
-    ``eval_data_path``, else the second part. Call it on one rank of each node first and on the others when that one is
-    done: they then find the cache. Calls at the same time are safe, and only repeat the work.
+    ``train`` is the first part of ``split`` of the examples of ``data_path``, in their order; ``eval`` is all of
+    ``eval_data_path``, else the second part. Call this function on one rank of each host first, and on the others when
+    that rank is done: they then find the cache. Calls at the same time are safe, and only repeat the work.
 
     Args:
-        config: The data options.
+        options: Of the data.
         tokenizer: From :func:`~mindspeed_simpo.data.tokenizer.load_tokenizer`.
         part: Which part.
         progress: Show a progress bar on stderr.
 
     Raises:
-        DataError: where data cannot be read; where rows cannot be used and ``data_errors`` is ``fail``; where pairs are
-            too long and ``truncation`` is ``error``; where no pair is left.
+        DataError: where data cannot be read; where examples cannot be used and ``data_errors`` is ``fail``; where pairs
+            are too long and ``truncation`` is ``error``; where no pair is left.
         ModelError: where the chat template cannot serve.
-        ConfigError: where the configuration has no evaluation data, or ``map_keys`` is wrong.
+        ConfigError: where the options name no evaluation data, or ``map_keys`` is wrong.
     """
-    if part == "eval" and not has_eval_data(config):
+    if part == "eval" and not has_eval_data(options):
         raise ConfigError("no evaluation data: set eval_data_path, or give split a second weight, such as 95,5")
-    whole = part == "eval" and config.eval_data_path is not None
-    reader = RowReader(config.map_keys)
-    sources = open_sources(
-        config.eval_data_path if whole and config.eval_data_path is not None else config.data_path,
-        part if whole else "train",
-        reader.column_names,
-    )
+    reader = ExampleReader(options.map_keys)
+    own_paths = options.eval_data_path if part == "eval" else None
+    if own_paths is not None:
+        sources = open_sources(own_paths, "eval", reader.column_names)
+    else:
+        sources = open_sources(options.data_path, "train", reader.column_names)
     encoder = PairEncoder(
-        tokenizer, seq_length=config.seq_length, prompt_limit=config.prompt_limit, truncation=config.truncation
+        tokenizer, seq_length=options.seq_length, prompt_limit=options.prompt_limit, truncation=options.truncation
     )
-    key = _key(config, tokenizer, sources)
-    table = _load_or_build(config, key, sources, reader, encoder, progress=progress)
-    first, last = (0, table.num_rows) if whole else _bounds(config.split, part, table.num_rows)
+    key = _key(options, tokenizer, sources)
+    table = _load_or_build(options, key, sources, reader, encoder, progress=progress)
+    first, last = (0, table.num_rows) if own_paths is not None else _bounds(options.split, part, table.num_rows)
     if first == last:
-        raise DataError(f"split {config.split} of {table.num_rows} rows leaves no row for the {part} part")
+        raise DataError(f"split {options.split} of {table.num_rows} rows leaves no row for the {part} part")
     table = table.slice(first, last - first)
     report = make_report(table, sources)
-    judge(report, config)
+    judge(report, options)
     fingerprint = hashlib.sha256(f"{key} {first} {last}".encode()).hexdigest()
     return PairDataset(table, sources, fingerprint, report)
 
 
-def _key(config: Config, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> str:
+def _key(options: DataOptions, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> str:
     try:
         contents = [source.digest() for source in sources]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot read the data: {error.strerror}") from None
-    options = [config.map_keys, config.seq_length, config.prompt_limit, config.truncation]
-    facts = [_FORMAT, contents, tokenizer_digest(tokenizer), options]
+    encoding = [options.map_keys, options.seq_length, options.prompt_limit, options.truncation]
+    facts = [_FORMAT, contents, tokenizer_digest(tokenizer), encoding]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _load_or_build(
-    config: Config, key: str, sources: Sequence[Source], reader: RowReader, encoder: PairEncoder, *, progress: bool
+    options: DataOptions,
+    key: str,
+    sources: Sequence[Source],
+    reader: ExampleReader,
+    encoder: PairEncoder,
+    *,
+    progress: bool,
 ) -> Any:
-    path = cache_folder(config.data_cache_dir) / "tokenised" / f"{key}.arrow"
+    path = cache_folder(options.data_cache_dir) / "tokenised" / f"{key}.arrow"
     table = read_table(path)
     if table is not None:
         logger.info("tokenised data from the cache %s", path)
         return table
-    # Counted only to be shown: it reads JSON arrays once more.
+    # Only a progress bar needs the count, which reads JSON arrays once more.
     total = sum(source.count() for source in sources) if progress else None
-    results = encode_rows(_rows(sources, reader), encoder, num_workers=config.num_workers, total=total)
-    write_table(path, results)
+    conversations = _conversations(sources, reader)
+    write_table(path, encode_examples(conversations, encoder, num_workers=options.num_workers, total=total))
     table = read_table(path)
     if table is None:
         raise DataError(f"{path}: the tokenised data cannot be read back; set data_cache_dir to another folder")
     return table
 
 
-def _rows(sources: Sequence[Source], reader: RowReader) -> Iterator[PlacedRow]:
+def _conversations(sources: Sequence[Source], reader: ExampleReader) -> Iterator[PlacedExample]:
     for index, source in enumerate(sources):
         try:
-            for line, value in source.rows():
-                yield PlacedRow(index, line, _read(reader, value))
+            for number, value in source.examples():
+                yield PlacedExample(index, number, _read(reader, value))
         except OSError as error:
             raise DataError(f"{source.name}: cannot read the data: {error.strerror or error}") from None
 
 
-def _read(reader: RowReader, value: Any) -> Any:
-    if isinstance(value, (RowError, TokenizedPair)):
+def _read(reader: ExampleReader, value: Any) -> ConversationPair | TokenizedPair | ExampleError:
+    if isinstance(value, (ExampleError, TokenizedPair)):
         return value
     try:
         return reader.read(value)
-    except RowError as error:
+    except ExampleError as error:
         return error
 
 
@@ -165,9 +170,10 @@ def _weights(split: str) -> list[float]:
     return [*weights, 0.0, 0.0][:3]
 
 
-def _bounds(split: str, part: Part, rows: int) -> tuple[int, int]:
+def _bounds(split: str, part: Part, examples: int) -> tuple[int, int]:
+    """First example of a part and the one after its last."""
     weights = _weights(split)
-    first = round(rows * weights[0] / sum(weights))
+    first = round(examples * weights[0] / sum(weights))
     if part == "train":
         return 0, first
-    return first, round(rows * (weights[0] + weights[1]) / sum(weights))
+    return first, round(examples * (weights[0] + weights[1]) / sum(weights))

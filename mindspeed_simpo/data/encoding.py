@@ -8,9 +8,9 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
-from mindspeed_simpo.data.rows import ConversationPair
+from mindspeed_simpo.data.conversations import ConversationPair
+from mindspeed_simpo.data.problems import ExampleError, malformed
 from mindspeed_simpo.data.template import ChatFormat
-from mindspeed_simpo.data.turns import RowError, malformed
 
 _ANCHOR = "\n"
 
@@ -31,23 +31,23 @@ class EncodedPair:
 
 
 class PairEncoder:
-    """Render, tokenise and, where asked, cut pairs.
+    """Render and tokenise pairs, and cut those that are too long where ``truncation`` asks for it.
 
-    ``prompt_ids`` is the prompt with the generation prompt, ``chosen_ids`` and ``rejected_ids`` are what follows it up
-    to and with one end-of-turn token. Prompt and response are tokenised separately, as at generation, and no special
-    token is added beyond those that the template renders.
+    ``prompt_ids`` is the prompt with the generation prompt, ``chosen_ids`` and ``rejected_ids`` are what follows the
+    prompt, up to and including one end-of-turn token. Prompt and response are tokenised separately, as at generation,
+    and no special token is added beyond those that the template renders.
 
     Truncation of a pair longer than ``seq_length`` (``keep_end``, ``keep_start``: which end of the prompt stays): the
-    prompt is cut as far as needed for the longer response, but not below ``prompt_limit``; what closes the last turn
-    and the assistant header always stay, and so does a BOS at the start, without which many models degrade. Chosen and
-    rejected share the cut prompt. A response that is then still too long loses its tail, with its end of turn, never
-    its first token.
+    prompt is cut as far as needed for the longer response, but not below ``prompt_limit``; the text that closes the
+    last turn, the assistant header and a BOS at the start are never cut; without the BOS many models degrade. Chosen
+    and rejected share the cut prompt. A response that is then still too long loses its tail, with its end of turn,
+    never its first token.
 
     Args:
         tokenizer: With a chat template.
         seq_length: Longest sequence, tokens.
         prompt_limit: Where the prompt is cut no further, tokens.
-        truncation: ``error`` and ``drop`` report a pair that is too long; which of the two is the caller's.
+        truncation: ``error`` and ``drop`` both raise for a pair that is too long; the caller tells them apart.
 
     Raises:
         ModelError: where the chat template cannot serve.
@@ -69,11 +69,11 @@ class PairEncoder:
         self._anchor_ids = self._find_anchor()
 
     def encode(self, pair: ConversationPair | TokenizedPair) -> EncodedPair:
-        """Encode one pair; one that is tokenised already is only checked and, where asked, cut.
+        """Encode one pair; a tokenised pair is only checked and, where truncation asks for it, cut.
 
         Raises:
-            RowError: as :meth:`ChatFormat.render`; of kind ``too_long`` where truncation is ``error`` or ``drop``; of
-                kind ``identical`` where chosen and rejected are the same tokens.
+            ExampleError: as :meth:`ChatFormat.render`; of kind ``too_long`` where truncation is ``error`` or ``drop``;
+                of kind ``identical`` where chosen and rejected are the same tokens.
         """
         if isinstance(pair, TokenizedPair):
             return self._taken(pair)
@@ -93,7 +93,7 @@ class PairEncoder:
 
     def _fitted(self, encoded: EncodedPair, before_header: str | None) -> EncodedPair:
         if encoded.chosen_ids == encoded.rejected_ids:
-            raise RowError("identical", "chosen and rejected are the same tokens")
+            raise ExampleError("identical", "chosen and rejected are the same tokens")
         longest = len(encoded.prompt_ids) + max(len(encoded.chosen_ids), len(encoded.rejected_ids))
         return encoded if longest <= self._seq_length else self._cut(encoded, before_header)
 
@@ -102,13 +102,13 @@ class PairEncoder:
         lengths = f"prompt {len(prompt)} tokens, chosen {len(chosen)}, rejected {len(rejected)}"
         longest = len(prompt) + max(len(chosen), len(rejected))
         if self._truncation in ("error", "drop"):
-            raise RowError("too_long", f"{longest} tokens ({lengths}), seq_length is {self._seq_length}")
+            raise ExampleError("too_long", f"{longest} tokens ({lengths}), seq_length is {self._seq_length}")
         room = self._seq_length - max(len(chosen), len(rejected))
         keep = min(len(prompt), max(room, self._prompt_limit))
         head, header = self._untouchable(prompt, before_header)
         keep = max(keep, head + header)
         if keep >= self._seq_length:
-            raise RowError(
+            raise ExampleError(
                 "too_long",
                 f"{longest} tokens ({lengths}): the assistant header alone has {head + header}, "
                 f"so that seq_length {self._seq_length} leaves no room for the response",
@@ -116,7 +116,9 @@ class PairEncoder:
         cut_prompt = self._cut_prompt(prompt, keep, head, header)
         room = self._seq_length - len(cut_prompt)
         if chosen[:room] == rejected[:room]:
-            raise RowError("identical", f"chosen and rejected are the same in the {room} tokens that truncation leaves")
+            raise ExampleError(
+                "identical", f"chosen and rejected are the same in the {room} tokens that truncation leaves"
+            )
         return EncodedPair(
             cut_prompt,
             chosen[:room],
@@ -134,7 +136,7 @@ class PairEncoder:
     def _untouchable(self, prompt: list[int], before_header: str | None) -> tuple[int, int]:
         """Tokens at the start (BOS) and at the end (assistant header) of the prompt that no truncation cuts."""
         head = int(bool(prompt) and prompt[0] == self._tokenizer.bos_token_id)
-        if before_header is None:  # tokenised elsewhere: where the header begins is not known
+        if before_header is None:  # a tokenised pair: the start of its assistant header is unknown
             return head, 0
         before = self._tokenise(before_header)
         common = 0
@@ -146,13 +148,13 @@ class PairEncoder:
         ids = self._tokenise(text, continues=True)
         end = self._format.end_of_turn_id
         if not ids:
-            raise RowError("empty", f"{name}: the response has no token")
+            raise ExampleError("empty", f"{name}: the response has no token")
         if end in ids:
             raise malformed(f"{name}: the end-of-turn token appears within the response")
         return [*ids, end]
 
     def _tokenise(self, text: str, *, continues: bool = False) -> list[int]:
-        """Ids of ``text`` as it stands; with ``continues``, as it stands after other text."""
+        """Ids of ``text`` alone; with ``continues``, its ids where it follows other text."""
         if continues and self._anchor_ids:
             ids = self._ids(_ANCHOR + text)
             if ids[: len(self._anchor_ids)] == self._anchor_ids:
@@ -164,9 +166,9 @@ class PairEncoder:
         return list(encoded["input_ids"])
 
     def _find_anchor(self) -> list[int]:
-        """Ids of a newline for tokenizers that put a space before every text (Llama-2's kind), else nothing.
+        """Ids of a newline for tokenizers that put a space before every text, such as Llama-2's, else an empty list.
 
-        A response follows a prompt: a model never generates that extra space, so it must not be trained on.
+        A response follows a prompt: a model never generates that space, so that it must not be a target.
         """
         anchor = self._ids(_ANCHOR)
         anchored = self._ids(_ANCHOR + "a")

@@ -1,4 +1,4 @@
-"""Telling local paths from Hugging Face hub ids, and an unreachable hub from an unknown name, without long retries."""
+"""Hugging Face hub ids: told from local paths, and whether the hub can be reached, without long retries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTT
 
 
 def exists(path: Path) -> bool:
-    """Whether a path exists; a name that no file can have does not."""
+    """Whether a path exists; False too for a name that the file system cannot hold (too long, null characters)."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -23,12 +23,16 @@ def exists(path: Path) -> bool:
 
 
 def may_be_hub_id(name: str) -> bool:
-    """Whether a name that is no local path can be a hub id: ``owner/name``, and ``owner`` is no folder here."""
+    """Whether a name that is no local path can be a hub id: ``owner/name``, and no folder ``owner`` exists locally."""
     return _HUB_ID.fullmatch(name) is not None and not exists(Path(name).parent)
 
 
 def unreachable() -> str | None:
-    """Why the hub cannot be asked, or ``None``. A proxy is trusted; offline mode reads the local cache only."""
+    """The reason why the hub cannot be reached, or ``None``.
+
+    ``None`` too where a proxy is configured, which resolves names itself, and in offline mode, where the hub library
+    reads its local cache alone.
+    """
     if constants.HF_HUB_OFFLINE or any(os.environ.get(variable) for variable in _PROXY_VARIABLES):
         return None
     url = urlsplit(constants.ENDPOINT)

@@ -3,15 +3,16 @@
 A ``.bin`` file is int32 token ids, one sequence after the other. Its ``.idx`` file is, little-endian: the magic bytes,
 a version (uint64 1), the code of the dtype (uint8 4 = int32), the number of sequences and of document marks (uint64
 each), the length of each sequence (int32), its offset in bytes (int64) and the document marks (int64: 0, then the
-number of sequences so far after each document). Here every sequence is a document. Labels repeat the ids, with -100
-over the prompt.
+number of sequences so far after each document). In these files every sequence is a document. Labels repeat the ids,
+with -100 over the prompt.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mindspeed_simpo.batch import IGNORE_INDEX, TokenizedPair
+from mindspeed_simpo.data.problems import malformed
+from mindspeed_simpo.data.source import Example, Source
 from mindspeed_simpo.errors import DataError
 
 KEYS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
@@ -34,20 +37,47 @@ def _path(prefix: str, key: str, suffix: str) -> Path:
 
 
 def is_prefix(path: str | Path) -> bool:
-    """Whether ``path`` is the prefix of such files: the first of them exists."""
+    """Whether ``path`` is the prefix of tokenised pairs: whether its first file exists."""
     try:
         return _path(str(path), KEYS[0], ".idx").is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # a name that the file system cannot hold
         return False
 
 
-def files_of(prefix: str | Path) -> list[Path]:
-    """The eight files of a prefix."""
-    return [_path(str(prefix), key, suffix) for key in KEYS for suffix in (".idx", ".bin")]
+class IndexedSource(Source):
+    """The pairs of a prefix as a source: its examples are tokenised already; places are pair numbers, from 1."""
+
+    place = "{name}:pair {number}"
+
+    def __init__(self, prefix: Path, name: str) -> None:
+        super().__init__(name)
+        self._prefix = prefix
+
+    def digest(self) -> str:
+        """See :meth:`Source.digest`."""
+        digest = hashlib.sha256(b"indexed")
+        for path in (_path(str(self._prefix), key, suffix) for key in KEYS for suffix in (".idx", ".bin")):
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+    def count(self) -> int:
+        """See :meth:`Source.count`."""
+        return len(IndexedPairs(self._prefix))
+
+    def examples(self) -> Iterator[Example]:
+        """See :meth:`Source.examples`."""
+        pairs = IndexedPairs(self._prefix)
+        for index in range(len(pairs)):
+            try:
+                yield index + 1, pairs[index]
+            except DataError as error:
+                yield index + 1, malformed(str(error).removeprefix(f"{pairs.where(index)}: "))
 
 
 class IndexedPairs(Sequence[TokenizedPair]):
-    """Pairs of a prefix, memory-mapped; the whole prefix is checked when it is opened, each pair when it is read."""
+    """Pairs of a prefix, memory-mapped. The constructor checks the files as a whole; reading a pair checks the pair."""
 
     def __init__(self, prefix: str | Path) -> None:
         """Open the four files.
@@ -151,14 +181,14 @@ def write_indexed_pairs(prefix: str | Path, pairs: Iterable[TokenizedPair]) -> i
     """Write pairs as MindSpeed-LLM's ``preprocess_data.py`` writes them, byte for byte.
 
     Args:
-        prefix: What ``--output-prefix`` is there, and ``--data-path`` at training.
+        prefix: As ``--output-prefix`` of ``preprocess_data.py``, and ``--data-path`` of the training.
         pairs: In order; read once.
 
     Returns:
         The number of pairs.
 
     Raises:
-        DataError: where the files cannot be written; those of an earlier run are then as they were.
+        DataError: where the files cannot be written; files that an earlier run wrote are then unchanged.
     """
     prefix = str(Path(prefix).expanduser())
     lengths: dict[str, list[int]] = {key: [] for key in KEYS}

@@ -1,4 +1,4 @@
-"""How large the passes of a run through its model get, from the lengths of its pairs alone."""
+"""The largest pass of a run through its model, in tokens, from the lengths of its pairs alone."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 from jaxtyping import Int64
 
 from mindspeed_simpo.batch import even_halves
-from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
+from mindspeed_simpo.config.options import TrainingOptions
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.loader import PairStream
 
 SIMULATED_PAIRS = 200_000
-"""Pairs of the run, from its start, whose micro-batches are looked at."""
+"""Pairs of the run, from its start, whose micro-batches are computed."""
 
 
 class PassShape(NamedTuple):
-    """What one forward of a rank's model takes: a micro-batch, or with ``two_pass`` a half of one."""
+    """The input of one forward of a rank's model: a micro-batch, or with ``two_pass`` one half of a micro-batch."""
 
     tokens: int
     """Of all rows, padding included."""
@@ -28,46 +28,50 @@ class PassShape(NamedTuple):
     scored: int
     """Response tokens."""
     prefixes: int = 0
-    """Tokens of prompts that a branch reads again; ``batching: prefix_shared`` only, like what follows."""
+    """Prompt tokens that a branch attends to again; 0 without ``batching: prefix_shared``, like the fields below."""
     branch_tokens: int = 0
-    """Tokens of the branches."""
+    """Tokens of all branches."""
     longest_branch: int = 0
-    """Tokens of one branch and its prefix."""
+    """Tokens of the longest branch with its prefix."""
 
 
 @dataclass(frozen=True)
 class LargestPass:
-    """The most that one pass of a data-parallel rank takes, each number by itself, and several together."""
+    """The largest pass of any data-parallel rank, and what several passes together need."""
 
     shape: PassShape
+    """Each number is a maximum by itself; the maxima may belong to different passes."""
     in_flight: tuple[int, ...]
-    """Tokens of one, two and so on passes that follow each other, up to the number of pipeline stages."""
+    """Largest sum of tokens of one, two and so on consecutive passes, up to the number of pipeline ranks."""
     passes: int
-    """Of one step."""
+    """Largest number of passes of one step."""
 
 
-def largest_pass(lengths: Int64[np.ndarray, "pair 3"], config: Config, layout: Layout) -> LargestPass:
-    """Deal the pairs of a run as :class:`~mindspeed_simpo.data.loader.PairLoader` does, and keep the largest numbers.
+def largest_pass(
+    lengths: Int64[np.ndarray, "pair 3"], options: TrainingOptions, batching: Batching, layout: Layout
+) -> LargestPass:
+    """Divide the pairs of a run as :class:`~mindspeed_simpo.data.loader.PairLoader` does, and keep the largest numbers.
 
-    Later epochs deal the same pairs in another order; the first one stands for them.
+    One epoch is computed: later epochs have the same pairs in another order.
 
     Args:
         lengths: Tokens of prompt, chosen and rejected response of every pair; at least one pair.
-        config: Batch options, ``seed`` and ``train_iters``.
+        options: ``global_batch_size``, ``train_iters``, ``seed`` and ``pair_schedule`` of the run.
+        batching: Of the run.
         layout: Of the run.
     """
-    size = config.global_batch_size
+    size = options.global_batch_size
     epoch = -(-len(lengths) // size)
-    steps = min(config.train_iters or epoch, epoch, -(-SIMULATED_PAIRS // size))
-    stream = PairStream(len(lengths), config.seed)
-    batching = Batching.of(config)
+    steps = min(options.train_iters or epoch, epoch, -(-SIMULATED_PAIRS // size))
+    stream = PairStream(len(lengths), options.seed)
+    two_pass = options.pair_schedule == "two_pass"
     found: list[list[PassShape]] = []
     for step in range(steps):
         pairs = lengths[stream.take(step * size, size)]
         sizes = [batching.size_of(*row) for row in pairs.tolist()]
         for own in batching.deal(sizes, layout.data):
             parts = batching.parts([sizes[index] for index in own])
-            found.append([shape for part in parts for shape in _passes(pairs[own][part], config)])
+            found.append([shape for part in parts for shape in _passes(pairs[own][part], batching, two_pass=two_pass)])
     shapes = [shape for step_shapes in found for shape in step_shapes]
     return LargestPass(
         shape=PassShape(*map(max, zip(*shapes, strict=True))),
@@ -77,6 +81,8 @@ def largest_pass(lengths: Int64[np.ndarray, "pair 3"], config: Config, layout: L
 
 
 def _window(number: int) -> Callable[[Sequence[PassShape]], int]:
+    """The largest sum of tokens of ``number`` consecutive passes, as a function of the passes of one step."""
+
     def largest(passes: Sequence[PassShape]) -> int:
         tokens = [each.tokens for each in passes]
         return max(sum(tokens[start : start + number]) for start in range(max(1, len(tokens) - number + 1)))
@@ -84,27 +90,27 @@ def _window(number: int) -> Callable[[Sequence[PassShape]], int]:
     return largest
 
 
-def _passes(pairs: Int64[np.ndarray, "part 3"], config: Config) -> Iterator[PassShape]:
+def _passes(pairs: Int64[np.ndarray, "part 3"], batching: Batching, *, two_pass: bool) -> Iterator[PassShape]:
     """The passes of the pairs of one micro-batch."""
     prompt, *sides = pairs.T
-    if config.batching_in_use == "prefix_shared":
+    if batching.name == "prefix_shared":
         responses, prompts, rejected = int(sum(sides).sum()), int(prompt.sum()), sides[1]
-        tokens = _rounded(prompts + responses, config)
+        tokens = _rounded(prompts + responses, batching.multiple_of)
         yield PassShape(tokens, 1, responses, prompts, int(rejected.sum()), int((prompt + rejected).max()))
         return
-    packed = config.batching_in_use == "packed"
-    if packed and config.pair_schedule == "two_pass":
+    packed = batching.name == "packed"
+    if packed and two_pass:
         mixed = even_halves(*((prompt + side).tolist() for side in sides))
         sides = [np.choose(mixed, sides), np.choose(mixed, sides[::-1])]
-    for group in [[side] for side in sides] if config.pair_schedule == "two_pass" else [sides]:
+    for group in [[side] for side in sides] if two_pass else [sides]:
         sequences = [prompt + side for side in group]
         scored = int(sum(group).sum())
         if packed:
-            yield PassShape(_rounded(int(sum(sequences).sum()), config), 1, scored)
+            yield PassShape(_rounded(int(sum(sequences).sum()), batching.multiple_of), 1, scored)
         else:
             rows = len(group) * len(pairs)
-            yield PassShape(rows * _rounded(int(np.max(sequences)), config), rows, scored)
+            yield PassShape(rows * _rounded(int(np.max(sequences)), batching.multiple_of), rows, scored)
 
 
-def _rounded(tokens: int, config: Config) -> int:
-    return -(-tokens // config.sequence_multiple) * config.sequence_multiple
+def _rounded(tokens: int, multiple_of: int) -> int:
+    return -(-tokens // multiple_of) * multiple_of

@@ -1,4 +1,4 @@
-"""Which pairs a rank sees at which step: a function of the seed and the number of consumed pairs alone."""
+"""The micro-batches of each step on each rank: a function of the seed and the number of consumed pairs alone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mindspeed_simpo.errors import DataError
 
 @runtime_checkable
 class Pairs(Protocol):
-    """What a loader needs of a dataset."""
+    """What a loader needs of a data set."""
 
     @property
     def lengths(self) -> Int64[np.ndarray, "pair 3"]:
-        """Tokens of prompt, chosen and rejected response."""
+        """Tokens of prompt, chosen and rejected response of each pair."""
 
     def __len__(self) -> int: ...
 
@@ -31,22 +31,22 @@ class PairLoader:
     """One data-parallel rank's micro-batches of each global batch.
 
     The pairs form an endless stream, epoch after epoch, each epoch shuffled by a generator that ``(seed, epoch)``
-    seeds; a global batch is ``global_batch_size`` pairs of it and may straddle epochs. Which pairs it has depends
-    neither on the number of ranks nor on how ``batching`` deals them to ranks and micro-batches; padded, micro-batch
-    ``m`` of rank ``d`` holds the pairs ``(m * data_parallel_size + d) * micro_batch_size`` and following. Nothing is
-    remembered between steps, so that a resumed run needs ``consumed_pairs`` and no more.
+    seeds; a global batch is ``global_batch_size`` consecutive pairs of the stream and may straddle epochs. The pairs of
+    a global batch depend neither on the number of ranks nor on ``batching``, which divides them over ranks and
+    micro-batches; with ``padded``, micro-batch ``m`` of rank ``d`` holds the pairs ``(m * data_parallel_size + d) *
+    micro_batch_size`` and following. A loader has no state between steps: a resumed run needs ``consumed_pairs`` alone.
 
     Args:
         dataset: At least one pair.
-        seed: Of the order; ``None`` keeps row order in every epoch.
+        seed: Of the order; ``None`` keeps the order of the data set in every epoch.
         global_batch_size: Pairs of one optimizer step, over all ranks.
-        batching: How its pairs are dealt to ranks and micro-batches.
+        batching: How the pairs of a global batch are divided over ranks and micro-batches.
         data_parallel_rank: This rank, from 0.
         data_parallel_size: Number of data-parallel ranks.
 
     Raises:
-        DataError: where the dataset is empty.
-        ValueError: where the batch does not divide, or the rank is not one of the ranks.
+        DataError: where the data set is empty.
+        ValueError: where the global batch does not divide into micro-batches of all ranks, or the rank is out of range.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class PairLoader:
         return self._micro_batches(self._stream.take(consumed_pairs, self.global_batch_size))
 
     def eval_steps(self, max_global_batches: int | None = None) -> Iterator[list[PairBatch]]:
-        """This rank's micro-batches of each global batch of one pass in row order.
+        """This rank's micro-batches of each global batch of one pass in the order of the data set.
 
         The last global batch is filled up with filler pairs, so that every rank has at least one micro-batch.
         """
@@ -100,7 +100,7 @@ class PairLoader:
 
 
 class PairStream:
-    """The pairs of a run in their order: epoch after epoch, each shuffled by itself."""
+    """Indices of the pairs of a run in training order: epoch after epoch, each epoch shuffled by itself."""
 
     def __init__(self, num_pairs: int, seed: int | None) -> None:
         self._num_pairs = num_pairs
@@ -108,7 +108,7 @@ class PairStream:
         self._last_order: tuple[int, list[int]] | None = None
 
     def take(self, consumed_pairs: int, number: int) -> list[int]:
-        """The ``number`` pairs after ``consumed_pairs``."""
+        """Indices of the ``number`` pairs after the first ``consumed_pairs``."""
         pair_ids: list[int] = []
         while len(pair_ids) < number:
             epoch, start = divmod(consumed_pairs + len(pair_ids), self._num_pairs)
@@ -122,9 +122,9 @@ class PairStream:
 
 
 class PreparedAhead:
-    """:meth:`PairLoader.train_step` of a loader, whose next micro-batches a thread prepares while these are trained on.
+    """Prefetching around a loader: a thread builds the micro-batches of step ``n + 1`` while step ``n`` is computed.
 
-    What it returns is the same: a function of ``consumed_pairs``.
+    The micro-batches are those of :meth:`PairLoader.train_step`, a function of ``consumed_pairs``.
     """
 
     def __init__(self, loader: PairLoader) -> None:
@@ -133,7 +133,7 @@ class PreparedAhead:
         self._ahead: tuple[int, Future[list[PairBatch]]] | None = None
 
     def train_step(self, consumed_pairs: int) -> list[PairBatch]:
-        """See :meth:`PairLoader.train_step`; an error of the thread is raised here, at the step that it belongs to."""
+        """See :meth:`PairLoader.train_step`; an error in the thread is raised by the call for its step."""
         if self._ahead is not None and self._ahead[0] == consumed_pairs:
             micro_batches = self._ahead[1].result()
         else:
@@ -144,10 +144,10 @@ class PreparedAhead:
 
 
 def epoch_order(num_pairs: int, seed: int | None, epoch: int) -> list[int]:
-    """The order in which an epoch takes the pairs: a function of the seed alone; None takes them as they are."""
+    """Indices of one epoch's pairs in training order, a function of ``(seed, epoch)``; ascending where seed is None."""
     ids = np.arange(num_pairs)
     if seed is not None:
-        # RandomState, not Generator: numpy keeps its streams the same for ever, a resumed run relies on it.
+        # numpy guarantees the streams of RandomState across versions, those of Generator not; resumed runs need them.
         sequence = np.random.SeedSequence([seed, epoch])
         np.random.RandomState(np.random.MT19937(sequence)).shuffle(ids)
     return [int(index) for index in ids]

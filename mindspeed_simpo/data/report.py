@@ -1,4 +1,4 @@
-"""Counts of what became of each row, and what a configuration lets pass."""
+"""How many examples were kept, cut or refused and why, and what the options let pass."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.data.sources import Source
-from mindspeed_simpo.data.turns import ProblemKind
+from mindspeed_simpo.config.options import DataOptions
+from mindspeed_simpo.data.problems import ProblemKind
+from mindspeed_simpo.data.source import Source
 from mindspeed_simpo.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ _TITLES: dict[str, str] = {"not_prefix": "prompt not a prefix", "too_long": "too
 
 
 @dataclass(frozen=True)
-class RowProblem:
-    """A row that cannot be used."""
+class ExampleProblem:
+    """An example that cannot be used."""
 
     source: str
     """``FILE:LINE`` or ``FILE:row N``."""
@@ -38,7 +38,7 @@ class RowProblem:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Distribution of a length over the kept pairs, tokens, after truncation."""
+    """Distribution of a length in tokens over the kept pairs, after truncation."""
 
     total: int
     mean: float
@@ -49,10 +49,11 @@ class TokenStatistics:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the rows of one part of the data. Every row is kept or counted under one kind of problem."""
+    """Counts of one part of the data: every example is kept, or counted under one kind of problem."""
 
     files: tuple[str, ...]
     rows: int
+    """All examples."""
     kept: int
     malformed: int
     empty: int
@@ -63,8 +64,8 @@ class DataReport:
     """Kept pairs whose prompt was cut."""
     truncated_responses: int
     """Kept pairs of which at least one response lost its tail and its end of turn."""
-    problems: tuple[RowProblem, ...]
-    """The first ``PROBLEMS_LISTED`` of each kind, in row order."""
+    problems: tuple[ExampleProblem, ...]
+    """The first ``PROBLEMS_LISTED`` of each kind, in the order of the data."""
     prompt_tokens: TokenStatistics
     chosen_tokens: TokenStatistics
     rejected_tokens: TokenStatistics
@@ -86,7 +87,7 @@ class DataReport:
 
 
 def make_report(table: Any, sources: Sequence[Source]) -> DataReport:
-    """Count the rows of a cache table."""
+    """Count the examples of a cache table."""
     kinds = np.array(table.column("kind").to_pylist(), dtype=object)
     kept = np.flatnonzero(kinds == None)  # noqa: E711
     prompt, chosen, rejected = (_lengths(table, name)[kept] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
@@ -95,15 +96,15 @@ def make_report(table: Any, sources: Sequence[Source]) -> DataReport:
         table.column(name).to_numpy()[kept] for name in ("prompt_cut", "chosen_cut", "rejected_cut")
     )
     counts = {kind: np.flatnonzero(kinds == kind) for kind in _KINDS}
-    listed = np.sort(np.concatenate([rows[:PROBLEMS_LISTED] for rows in counts.values()]))
+    listed = np.sort(np.concatenate([indices[:PROBLEMS_LISTED] for indices in counts.values()]))
     return DataReport(
         files=tuple(source.name for source in sources),
         rows=table.num_rows,
         kept=len(kept),
-        **{kind: len(rows) for kind, rows in counts.items()},
+        **{kind: len(indices) for kind, indices in counts.items()},
         truncated_prompts=int(np.count_nonzero(prompt_cut)),
         truncated_responses=int(np.count_nonzero(chosen_cut + rejected_cut)),
-        problems=tuple(_problem(table, int(row), sources) for row in listed),
+        problems=tuple(_problem(table, int(index), sources) for index in listed),
         prompt_tokens=_statistics(prompt),
         chosen_tokens=_statistics(chosen),
         rejected_tokens=_statistics(rejected),
@@ -112,7 +113,7 @@ def make_report(table: Any, sources: Sequence[Source]) -> DataReport:
     )
 
 
-def _lengths(table: Any, name: str) -> Int64[np.ndarray, " row"]:
+def _lengths(table: Any, name: str) -> Int64[np.ndarray, " example"]:
     chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in table.column(name).chunks]
     return np.concatenate([np.zeros(0, np.int64), *chunks]).astype(np.int64)
 
@@ -124,32 +125,35 @@ def _statistics(lengths: Int64[np.ndarray, " pair"]) -> TokenStatistics:
     return TokenStatistics(int(lengths.sum()), float(lengths.mean()), float(median), float(p95), int(lengths.max()))
 
 
-def _problem(table: Any, row: int, sources: Sequence[Source]) -> RowProblem:
-    source, line, kind, message = (table.column(name)[row].as_py() for name in ("source", "line", "kind", "message"))
-    return RowProblem(sources[source].where(line), kind, message)
+def _problem(table: Any, index: int, sources: Sequence[Source]) -> ExampleProblem:
+    source, number, kind, message = (
+        table.column(name)[index].as_py() for name in ("source", "line", "kind", "message")
+    )
+    return ExampleProblem(sources[source].where(number), kind, message)
 
 
-def judge(report: DataReport, config: Config) -> None:
-    """Let the rows that cannot be used pass or not, and log what is left out.
+def judge(report: DataReport, options: DataOptions) -> None:
+    """Refuse the data where examples cannot be used and the options do not allow that, else log what is left out.
 
     Raises:
-        DataError: where ``data_errors`` is ``fail`` and rows cannot be used, where ``truncation`` is ``error`` and
-            pairs are too long, and where no pair is left. It lists the first rows and says what leaves them out.
+        DataError: where ``data_errors`` is ``fail`` and examples cannot be used, where ``truncation`` is ``error``
+            and pairs are too long, and where no pair is left. The message lists the first of them and names the
+            option that leaves them out.
     """
-    # Under keep_start and keep_end a pair is too long only where no truncation can help.
-    long_is_length = config.truncation in ("error", "drop")
+    # With keep_start and keep_end, a pair counts as too long only where truncation cannot make it fit.
+    long_is_length = options.truncation in ("error", "drop")
     bad = report.rows - report.kept - (report.too_long if long_is_length else 0)
     complaints = []
-    if bad and config.data_errors == "fail":
+    if bad and options.data_errors == "fail":
         listed = [problem for problem in report.problems if problem.kind != "too_long" or not long_is_length]
         complaints.append(
             f"{bad} of {report.rows} rows cannot be used:\n{_listing(listed, bad)}\n"
             "Correct them, or set `data_errors: drop` to leave them out."
         )
-    if report.too_long and config.truncation == "error":
+    if report.too_long and options.truncation == "error":
         listed = [problem for problem in report.problems if problem.kind == "too_long"]
         complaints.append(
-            f"{report.too_long} of {report.rows} pairs are longer than seq_length {config.seq_length}:\n"
+            f"{report.too_long} of {report.rows} pairs are longer than seq_length {options.seq_length}:\n"
             f"{_listing(listed, report.too_long)}\n"
             "Raise seq_length, or set `truncation` to drop, keep_end or keep_start."
         )
@@ -166,7 +170,7 @@ def judge(report: DataReport, config: Config) -> None:
         logger.info("%s", report.summary())
 
 
-def _listing(problems: Sequence[RowProblem], total: int) -> str:
+def _listing(problems: Sequence[ExampleProblem], total: int) -> str:
     shown = problems[:PROBLEMS_LISTED]
     rest = total - len(shown)
     return "\n".join(f"  {problem}" for problem in shown) + (f"\n  and {rest} more" if rest else "")

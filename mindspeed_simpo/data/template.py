@@ -1,4 +1,4 @@
-"""What a chat template makes of a conversation: prompt text, response text, end of turn."""
+"""Conversations to text, by the tokenizer's chat template: prompt, responses and the end-of-turn token."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mindspeed_simpo.data.rows import ConversationPair
-from mindspeed_simpo.data.turns import Message, RowError, malformed
+from mindspeed_simpo.data.conversations import ConversationPair
+from mindspeed_simpo.data.problems import ExampleError, malformed
+from mindspeed_simpo.data.turns import Message
 from mindspeed_simpo.errors import ModelError
 
 _QUESTION = "WhatIsTwoAndTwo"
@@ -20,7 +21,7 @@ _ANSWER = "FourItIs"
 
 @dataclass(frozen=True)
 class RenderedPair:
-    """A pair as text; the responses come without their end of turn."""
+    """A pair as text; the responses do not contain their end-of-turn token."""
 
     prompt: str
     chosen: str
@@ -30,7 +31,7 @@ class RenderedPair:
 
 
 class ChatFormat:
-    """Render pairs with the tokenizer's chat template, and know where a response ends.
+    """Render pairs with the tokenizer's chat template, and find the token that ends a response.
 
     The end-of-turn token is the first special token that the template renders after an assistant turn (such as
     ``<|im_end|>``, ``<|eot_id|>``, ``</s>``); it need not be ``tokenizer.eos_token``. What the template renders after
@@ -47,7 +48,7 @@ class ChatFormat:
         try:
             prompt = self._render([question], None, header=True)
             whole = self._render([question, answer], None, header=False)
-        except RowError as error:
+        except ExampleError as error:
             raise ModelError(error.message) from None
         if _QUESTION not in prompt or _ANSWER not in whole:
             raise ModelError("the chat template leaves out the user or the assistant turn of a conversation")
@@ -64,8 +65,8 @@ class ChatFormat:
         """Render the prompt with the generation prompt and both whole conversations without.
 
         Raises:
-            RowError: where the template refuses or leaves out a turn, where a text contains a special token (it would
-                turn into that token), or where the prompt is no prefix of the whole.
+            ExampleError: where the template refuses or leaves out a turn, where a text contains a special token (which
+                would be tokenised as such), or where the prompt is no prefix of the whole.
         """
         self._check_texts(pair)
         tools = json.loads(pair.tools) if pair.tools is not None else None
@@ -90,7 +91,7 @@ class ChatFormat:
                 add_generation_prompt=header,
             )
         except Exception as error:
-            # Templates are programs: they raise on purpose, and fail in any way on a form they were not written for.
+            # A template is a program: it raises on purpose, or with any error on messages that it was not written for.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise malformed(f"the chat template refuses the conversation: {reason}") from None
         return str(text)
@@ -98,7 +99,7 @@ class ChatFormat:
     def _response(self, name: str, prompt: str, whole: str) -> str:
         if not whole.startswith(prompt):
             common = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-            raise RowError(
+            raise ExampleError(
                 "not_prefix",
                 f"{name}: the rendered prompt is not a prefix of the rendered conversation: after "
                 f"{prompt[max(0, common - 20) : common]!r} the prompt has {prompt[common : common + 20]!r}, "
@@ -112,7 +113,7 @@ class ChatFormat:
             if not mark:
                 raise malformed(f"{name}: the chat template renders no {self._end_of_turn} after the response")
         if not response.strip():
-            raise RowError("empty", f"{name}: the chat template renders no text for the response")
+            raise ExampleError("empty", f"{name}: the chat template renders no text for the response")
         return response
 
     def _before_header(self, messages: Sequence[Message], tools: Any, prompt: str) -> str:
@@ -149,7 +150,7 @@ class ChatFormat:
 
 
 def _any_of(texts: set[str]) -> re.Pattern[str]:
-    # Longest first: of two tokens that begin alike the longer one is meant.
+    # Longest first: where one token is a prefix of another, the longer one must match.
     return re.compile("|".join(re.escape(text) for text in sorted(texts - {""}, key=len, reverse=True)) or "(?!)")
 
 

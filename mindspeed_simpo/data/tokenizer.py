@@ -13,12 +13,12 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mindspeed_simpo.data import hub
-from mindspeed_simpo.data.turns import printable
+from mindspeed_simpo.data.problems import printable
 from mindspeed_simpo.errors import ModelError
 
 
 def load_tokenizer(path_or_hub_id: str, chat_template: str | None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that has a working chat template. No code of the model's folder is run.
+    """Load a tokenizer that has a working chat template. Code in the model's folder is never run.
 
     Args:
         path_or_hub_id: A local Hugging Face folder, or a hub id.
@@ -105,11 +105,11 @@ def _reason(error: Exception) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex SHA-256 of all that decides the token ids of a conversation: vocabulary, rules, special tokens, template."""
+    """Hex SHA-256 of everything that the token ids depend on: vocabulary, rules, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
-        # Left over by whichever call came last; every call here sets them anew.
+        # These are settings of the tokenizer's last call, not rules; each call of this package sets both.
         rules.pop("truncation", None)
         rules.pop("padding", None)
     else:

@@ -1,4 +1,4 @@
-"""Turns of a conversation: reading them from any of the message forms and checking their order."""
+"""The turns of a conversation: read from any of the message forms, and checked for their order."""
 
 from __future__ import annotations
 
@@ -7,31 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ProblemKind = Literal["malformed", "empty", "identical", "not_prefix", "too_long"]
+from mindspeed_simpo.data.problems import ExampleError, as_text, found, malformed
 
 _EXTRA_KEYS = ("name", "tool_call_id")
 
 
-class RowError(Exception):
-    """Why one row cannot be used; becomes an entry of the data report, never a traceback."""
-
-    def __init__(self, kind: ProblemKind, message: str) -> None:
-        super().__init__(kind, message)
-        self.kind = kind
-        self.message = printable(message)
-
-    def __str__(self) -> str:
-        return self.message
-
-
-def malformed(message: str) -> RowError:
-    """A :class:`RowError` of the most common kind."""
-    return RowError("malformed", message)
-
-
 @dataclass(frozen=True)
 class Message:
-    """One turn. Structured parts stay JSON text, so that a row travels between processes as plain strings."""
+    """One turn. Structured parts stay JSON text, so that a conversation goes to worker processes as plain strings."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
@@ -60,7 +43,7 @@ class Tags:
     system_tag: str = "system"
 
     def roles(self) -> dict[str, str]:
-        """Role names of the data: the configured ones, beside the ones of chat templates."""
+        """``{role name in the data: role}``, for the configured role names and those of chat templates."""
         return {
             "system": "system",
             "user": "user",
@@ -79,57 +62,16 @@ def a(role: str) -> str:
     return f"{'an' if role[:1] in 'aeiou' and role != 'user' else 'a'} {role}"
 
 
-def found(value: Any) -> str:
-    """Name a value for a message, briefly."""
-    if value is None or isinstance(value, bool):
-        return str(json.dumps(value))
-    if isinstance(value, int | float):
-        return f"the number {str(value)[:20]}"
-    if isinstance(value, str):
-        return f"the text {value[:40]!r}"
-    if isinstance(value, Mapping):
-        return f"an object with the keys {quoted(value) or '(none)'}"
-    if isinstance(value, Sequence):
-        return f"a list of {len(value)}"
-    return f"a value of type {type(value).__name__}"
-
-
-def quoted(names: Any) -> str:
-    """``a, b`` in backticks, at most a dozen."""
-    names = [f"`{printable(str(name)[:40])}`" for name in names]
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-
-
-def printable(text: str) -> str:
-    """``text`` on one line, with what cannot be shown or stored (control characters, lone surrogates) escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def as_text(value: Any, where: str) -> str:
-    """``value`` if it is text that UTF-8 can hold.
-
-    Raises:
-        RowError: for any other type, and for lone surrogates.
-    """
-    if not isinstance(value, str):
-        raise malformed(f"{where}: expected text, found {found(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise malformed(f"{where}: the character {value[error.start]!r} is half of a pair, not text") from None
-    return value
-
-
 def read_messages(value: Any, where: str, tags: Tags) -> list[Message]:
     """Read a list of ``{role, content}`` or ``{from, value}`` objects.
 
     Raises:
-        RowError: naming the element and key that is wrong.
+        ExampleError: naming the element and key that is wrong.
     """
     if not isinstance(value, list):
         raise malformed(f"{where}: expected a list of messages, found {found(value)}")
     if not value:
-        raise RowError("empty", f"{where}: the list of messages is empty")
+        raise ExampleError("empty", f"{where}: the list of messages is empty")
     return [read_message(item, f"{where}[{index}]", tags) for index, item in enumerate(value)]
 
 
@@ -137,7 +79,7 @@ def read_message(value: Any, where: str, tags: Tags) -> Message:
     """Read one ``{role, content}`` or ``{from, value}`` object.
 
     Raises:
-        RowError: naming the key that is wrong.
+        ExampleError: naming the key that is wrong.
     """
     if not isinstance(value, Mapping):
         raise malformed(f"{where}: expected a message object, found {found(value)}")
@@ -195,10 +137,10 @@ def _dump(value: Any, where: str) -> str:
 
 
 def read_tools(value: Any, where: str) -> str | None:
-    """JSON list of tool descriptions from a list or its JSON text; ``None`` for nothing.
+    """JSON list of tool descriptions, from a list or its JSON text; ``None`` for an empty list or text.
 
     Raises:
-        RowError: where it is no list of objects.
+        ExampleError: where ``value`` is no list of objects.
     """
     if isinstance(value, str):
         if not value.strip():
@@ -226,7 +168,7 @@ def check_prompt(messages: Sequence[Message]) -> None:
     """Check that a prompt is ``[system] user (assistant user)*``, with tool calls between, and that no turn is empty.
 
     Raises:
-        RowError: naming the turn (counted from 1).
+        ExampleError: naming the turn (counted from 1).
     """
     state = "start"
     for number, message in enumerate(messages, start=1):
@@ -237,7 +179,7 @@ def check_prompt(messages: Sequence[Message]) -> None:
                 "turns alternate, and a system turn comes first"
             )
         if message.role in ("user", "assistant") and not message.content.strip() and message.tool_calls is None:
-            raise RowError("empty", f"turn {number} ({message.role}) of the prompt has no text")
+            raise ExampleError("empty", f"turn {number} ({message.role}) of the prompt has no text")
         state = "call" if message.tool_calls is not None else message.role
     if state not in ("user", "tool"):
         last = "nothing" if state == "start" else f"{a(messages[-1].role)} turn"

@@ -1,4 +1,4 @@
-"""Encoding many rows: in this process, or in parallel ones, in order and with a progress bar."""
+"""Many examples to token ids: in this process or in worker processes, in order and with a progress bar."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mindspeed_simpo.batch import TokenizedPair
+from mindspeed_simpo.data.conversations import ConversationPair
 from mindspeed_simpo.data.encoding import EncodedPair, PairEncoder
-from mindspeed_simpo.data.rows import ConversationPair
-from mindspeed_simpo.data.turns import ProblemKind, RowError
+from mindspeed_simpo.data.problems import ExampleError, ProblemKind
 from mindspeed_simpo.errors import DataError
 
 SMALL = 2000
-"""Rows below which starting processes costs more than it saves."""
+"""Examples below which starting processes costs more time than it saves."""
 _CHUNK = 64
 
 
 @dataclass(frozen=True)
-class PlacedRow:
-    """A row of one source, before encoding."""
+class PlacedExample:
+    """An example and its place, before encoding."""
 
     source: int
-    line: int
-    value: ConversationPair | TokenizedPair | RowError
+    """Index of its source."""
+    number: int
+    """Its number in that source, see :data:`~mindspeed_simpo.data.source.Example`."""
+    value: ConversationPair | TokenizedPair | ExampleError
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a row cannot be used."""
+    """Why an example cannot be used."""
 
     kind: ProblemKind
     message: str
@@ -46,57 +48,57 @@ class Problem:
 
 @dataclass(frozen=True)
 class PlacedResult:
-    """A row of one source, after encoding."""
+    """An example and its place, after encoding."""
 
     source: int
-    line: int
+    number: int
     value: EncodedPair | Problem
 
 
-def encode_rows(
-    rows: Iterable[PlacedRow], encoder: PairEncoder, *, num_workers: int, total: int | None = None
+def encode_examples(
+    examples: Iterable[PlacedExample], encoder: PairEncoder, *, num_workers: int, total: int | None = None
 ) -> Iterator[PlacedResult]:
-    """Encode rows in order.
+    """Encode examples in order.
 
     Args:
-        rows: Read lazily; few more than are being encoded are held.
-        encoder: Sent to the processes.
-        num_workers: Processes; 0 means one per core. Fewer than ``SMALL`` rows are encoded in this process.
-        total: About the number of rows, for a progress bar on stderr; ``None`` shows none.
+        examples: Read lazily: at most ``SMALL`` of them and the chunks of the processes are in memory.
+        encoder: Sent to each process once.
+        num_workers: Processes; 0 means one per core. Fewer than ``SMALL`` examples are encoded in this process.
+        total: About the number of examples, for a progress bar on stderr; ``None`` shows none.
 
     Raises:
         DataError: where a process dies.
     """
-    rows = iter(rows)
-    first = list(islice(rows, SMALL))
+    examples = iter(examples)
+    first = list(islice(examples, SMALL))
     workers = num_workers or _cores()
     if workers == 1 or len(first) < SMALL:
-        results: Iterator[PlacedResult] = (_encode(row, encoder) for row in chain(first, rows))
+        results: Iterator[PlacedResult] = (_encode(example, encoder) for example in chain(first, examples))
     else:
-        results = _parallel(chain(first, rows), encoder, workers)
+        results = _parallel(chain(first, examples), encoder, workers)
     return results if total is None else _shown(results, total)
 
 
-def _encode(row: PlacedRow, encoder: PairEncoder) -> PlacedResult:
-    if isinstance(row.value, RowError):
-        return PlacedResult(row.source, row.line, Problem(row.value.kind, row.value.message))
+def _encode(example: PlacedExample, encoder: PairEncoder) -> PlacedResult:
+    if isinstance(example.value, ExampleError):
+        return PlacedResult(example.source, example.number, Problem(example.value.kind, example.value.message))
     try:
-        value: EncodedPair | Problem = encoder.encode(row.value)
-    except RowError as error:
+        value: EncodedPair | Problem = encoder.encode(example.value)
+    except ExampleError as error:
         value = Problem(error.kind, error.message)
-    return PlacedResult(row.source, row.line, value)
+    return PlacedResult(example.source, example.number, value)
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _parallel(rows: Iterator[PlacedRow], encoder: PairEncoder, workers: int) -> Iterator[PlacedResult]:
-    # spawn: a fork of a process whose libraries have started threads can wait for ever on a lock that one of them held.
+def _parallel(examples: Iterator[PlacedExample], encoder: PairEncoder, workers: int) -> Iterator[PlacedResult]:
+    # spawn, not fork: a forked process can deadlock on a lock that a thread of the parent held.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(encoder,))
     pending: deque[Future[list[PlacedResult]]] = deque()
     try:
-        while chunk := list(islice(rows, _CHUNK)):
+        while chunk := list(islice(examples, _CHUNK)):
             pending.append(pool.submit(_encode_chunk, chunk))
             if len(pending) >= 4 * workers:
                 yield from pending.popleft().result()
@@ -117,7 +119,7 @@ _worker_encoder: PairEncoder | None = None
 def _start_worker(encoder: PairEncoder) -> None:
     global _worker_encoder
     _worker_encoder = encoder
-    # One process a core is the parallelism; the interrupt is the parent's to handle.
+    # The processes themselves are the parallelism; the parent process alone handles Ctrl-C.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -130,10 +132,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_chunk(rows: list[PlacedRow]) -> list[PlacedResult]:
+def _encode_chunk(examples: list[PlacedExample]) -> list[PlacedResult]:
     if _worker_encoder is None:
         raise RuntimeError("the worker was not started")
-    return [_encode(row, _worker_encoder) for row in rows]
+    return [_encode(example, _worker_encoder) for example in examples]
 
 
 def _shown(results: Iterator[PlacedResult], total: int) -> Iterator[PlacedResult]:
@@ -149,5 +151,5 @@ def _shown(results: Iterator[PlacedResult], total: int) -> Iterator[PlacedResult
         for result in results:
             yield result
             bar.advance(task)
-        # The total counts blank lines too.
+        # The total counts blank lines too, and would end the bar below 100 %.
         bar.update(task, total=bar.tasks[task].completed)

@@ -1,48 +1,21 @@
 #!/usr/bin/env bash
 # A Hugging Face folder -> a Megatron checkpoint of TP x PP parts, for CKPT_LOAD_DIR.
-# MODEL_TYPE is MindSpeed-LLM's name of the architecture: llama2 (all Llamas), qwen25, qwen3.
+# MODEL_TYPE and MINDSPEED_LLM_PATH: see convert.sh.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=scripts/ascend/env.sh
-source "$here/env.sh"
-# shellcheck source=scripts/ascend/launch.sh
-source "$here/launch.sh"
-require MINDSPEED_LLM_PATH "root folder of MindSpeed-LLM"
+# shellcheck source=scripts/ascend/convert.sh
+source "$here/convert.sh"
+
 require LOAD_DIR "Hugging Face folder"
 require SAVE_DIR "folder for the Megatron checkpoint"
-TP=${TP:-2}
-PP=${PP:-4}
-MODEL_TYPE=${MODEL_TYPE:-qwen3}
-cd "$MINDSPEED_LLM_PATH"
 
-# convert_ckpt_v2.py knows Llama and Qwen2.5 from 26.1.0 on; before, convert_ckpt.py did, under the name llama2
-if grep -q "['\"]${MODEL_TYPE}['\"]" convert_ckpt_v2.py; then
-    python convert_ckpt_v2.py \
-        --load-model-type hf \
-        --save-model-type mg \
-        --target-tensor-parallel-size "$TP" \
-        --target-pipeline-parallel-size "$PP" \
-        --model-type-hf "$MODEL_TYPE" \
-        --load-dir "$LOAD_DIR" \
-        --save-dir "$SAVE_DIR" \
-        "$@"
-else
-    extra=()
-    if [[ $MODEL_TYPE == qwen25 ]]; then
-        extra=(--add-qkv-bias)
-    fi
-    python convert_ckpt.py \
-        --use-mcore-models \
-        --model-type GPT \
-        --load-model-type hf \
-        --save-model-type mg \
-        --model-type-hf llama2 \
-        --params-dtype bf16 \
-        --target-tensor-parallel-size "$TP" \
-        --target-pipeline-parallel-size "$PP" \
-        --tokenizer-model "${TOKENIZER_MODEL:-$LOAD_DIR/tokenizer.json}" \
-        --load-dir "$LOAD_DIR" \
-        --save-dir "$SAVE_DIR" \
-        "${extra[@]}" \
-        "$@"
-fi
+DIRECTION_ARGS=(
+    --load-model-type hf
+    --save-model-type mg
+    --target-tensor-parallel-size "${TP:-2}"
+    --target-pipeline-parallel-size "${PP:-4}"
+)
+V2_ONLY_ARGS=()
+LEGACY_ARGS=(--tokenizer-model "${TOKENIZER_MODEL:-$LOAD_DIR/tokenizer.json}")
+
+convert_checkpoint "$@"

@@ -3,8 +3,6 @@
 # (mindspeed-simpo encode writes the same files from any form that this package reads.)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=scripts/ascend/env.sh
-source "$here/env.sh"
 # shellcheck source=scripts/ascend/launch.sh
 source "$here/launch.sh"
 require MINDSPEED_LLM_PATH "root folder of MindSpeed-LLM"

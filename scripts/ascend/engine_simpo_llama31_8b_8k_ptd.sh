@@ -4,23 +4,11 @@
 # Nobody has run this on an NPU yet: its flags are checked, its numbers on the CPU.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=scripts/ascend/env.sh
-source "$here/env.sh"
-# shellcheck source=scripts/ascend/launch.sh
-source "$here/launch.sh"
-enter_repository
+# shellcheck source=scripts/ascend/engine.sh
+source "$here/engine.sh"
 
-torchrun "${DISTRIBUTED_ARGS[@]}" -m mindspeed_simpo train configs/llama3_8b_instruct_simpo.yaml \
-    --device npu \
-    --model-name-or-path "$MODEL_PATH" \
-    --data-path "$DATA_PATH" \
-    --output-dir "$OUTPUT_DIR" \
-    --seq-length 8192 \
-    --tensor-model-parallel-size "${TP:-2}" \
-    --pipeline-model-parallel-size "${PP:-4}" \
-    --sequence-parallel \
-    --use-distributed-optimizer \
-    --micro-batch-size 1 \
-    --global-batch-size 128 \
-    --bf16 \
-    "$@"
+TP=${TP:-2}
+PP=${PP:-4}
+RUN_ARGS=(--seq-length 8192)
+
+train_with_engine configs/llama3_8b_instruct_simpo.yaml "$@"

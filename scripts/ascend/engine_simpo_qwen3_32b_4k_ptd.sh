@@ -5,27 +5,17 @@
 set -euo pipefail
 NNODES=${NNODES:-2}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=scripts/ascend/env.sh
-source "$here/env.sh"
-# shellcheck source=scripts/ascend/launch.sh
-source "$here/launch.sh"
-enter_repository
+# shellcheck source=scripts/ascend/engine.sh
+source "$here/engine.sh"
 
-torchrun "${DISTRIBUTED_ARGS[@]}" -m mindspeed_simpo train configs/qwen3_8b_simpo.yaml \
-    --device npu \
-    --model-name-or-path "$MODEL_PATH" \
-    --data-path "$DATA_PATH" \
-    --output-dir "$OUTPUT_DIR" \
-    --seq-length 4096 \
-    --tensor-model-parallel-size "${TP:-8}" \
-    --pipeline-model-parallel-size "${PP:-2}" \
-    --sequence-parallel \
-    --use-distributed-optimizer \
-    --micro-batch-size 1 \
-    --global-batch-size 128 \
-    --bf16 \
-    --lr 6e-7 \
-    --recompute-granularity full \
-    --recompute-method uniform \
-    --recompute-num-layers 1 \
-    "$@"
+TP=${TP:-8}
+PP=${PP:-2}
+RUN_ARGS=(
+    --seq-length 4096
+    --lr 6e-7
+    --recompute-granularity full
+    --recompute-method uniform
+    --recompute-num-layers 1
+)
+
+train_with_engine configs/qwen3_8b_simpo.yaml "$@"

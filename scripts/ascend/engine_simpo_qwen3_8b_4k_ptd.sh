@@ -4,23 +4,11 @@
 # Nobody has run this on an NPU yet: its flags are checked, its numbers on the CPU.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=scripts/ascend/env.sh
-source "$here/env.sh"
-# shellcheck source=scripts/ascend/launch.sh
-source "$here/launch.sh"
-enter_repository
+# shellcheck source=scripts/ascend/engine.sh
+source "$here/engine.sh"
 
-torchrun "${DISTRIBUTED_ARGS[@]}" -m mindspeed_simpo train configs/qwen3_8b_simpo.yaml \
-    --device npu \
-    --model-name-or-path "$MODEL_PATH" \
-    --data-path "$DATA_PATH" \
-    --output-dir "$OUTPUT_DIR" \
-    --seq-length 4096 \
-    --tensor-model-parallel-size "${TP:-4}" \
-    --pipeline-model-parallel-size "${PP:-1}" \
-    --sequence-parallel \
-    --use-distributed-optimizer \
-    --micro-batch-size 1 \
-    --global-batch-size 128 \
-    --bf16 \
-    "$@"
+TP=${TP:-4}
+PP=${PP:-1}
+RUN_ARGS=(--seq-length 4096)
+
+train_with_engine configs/qwen3_8b_simpo.yaml "$@"

@@ -51,7 +51,7 @@ def _counted_on_rank(folder, token_pairs, options, modes):
         present = parameters + [parameter.main_grad for parameter in parameters]
         with StoredBytes(parameters) as stored, PeakBytes(present) as made:
             schedule.forward_backward(micro_batches, PAIRS)
-        largest = largest_pass(pairs.lengths, config, layout)
+        largest = largest_pass(pairs.lengths, config, Batching.of(config), layout)
         estimate = estimate_memory(read_model_spec(folder), config, layout, largest, "cpu")[groups.pipeline.rank()]
         found.append((stored.peak, made.peak, estimate.activations, estimate.head, estimate.backward))
     return found

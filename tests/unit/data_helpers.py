@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.data.conversations import ExampleReader
 from mindspeed_simpo.data.dataset import PairDataset, prepare_pairs
 from mindspeed_simpo.data.encoding import PairEncoder
-from mindspeed_simpo.data.rows import RowReader
 from tests.hf import Family, make_tokenizer
 
 END = {"qwen2": "<|im_end|>", "qwen3": "<|im_end|>", "llama": "<|eot_id|>", "mistral": "</s>"}
@@ -25,7 +25,7 @@ def tokenizer(family: Family = "qwen2"):
 def encode(row, tok, *, seq_length=1000, prompt_limit=500, truncation="error"):
     """A row as token ids."""
     encoder = PairEncoder(tok, seq_length=seq_length, prompt_limit=prompt_limit, truncation=truncation)
-    return encoder.encode(RowReader(None).read(row))
+    return encoder.encode(ExampleReader(None).read(row))
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

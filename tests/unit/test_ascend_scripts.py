@@ -26,8 +26,15 @@ names = ("CUDA_DEVICE_MAX_CONNECTIONS", "HCCL_CONNECT_TIMEOUT", "HCCL_DETERMINIS
 environment = {name: os.environ.get(name) for name in names}
 record = {"program": os.environ["RECORD_NAME"], "flags": sys.argv[1:], "cwd": os.getcwd(), "environment": environment}
 open(os.environ["RECORD_FILE"], "w").write(json.dumps(record))
+sys.exit(int(os.environ.get("RECORD_STATUS", "0")))
 ' "$@"
 """
+SET_BY_VARIABLES = {
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--seq-length",
+    "--max-position-embeddings",
+}
 PARSE = """
 import json, sys
 sys.argv[1:] = json.loads(sys.argv[1])
@@ -101,6 +108,18 @@ def parsed(flags):
     return json.loads(process.stdout)
 
 
+def by_flag(flags):
+    """The values of each flag after ``-m MODULE``; no flag may be given twice."""
+    values = {}
+    for word in flags[flags.index("-m") + 2 :]:
+        if word.startswith("--"):
+            assert word not in values, f"{word} is given twice"
+            values[word] = []
+        elif values:
+            values[list(values)[-1]].append(word)
+    return values
+
+
 def test_the_scripts_are_found():
     assert len(PLUG_IN) == 4
     assert len(ENGINE) == 4
@@ -118,6 +137,7 @@ def test_plug_in_scripts(script, upstream_root):
     assert flags[flags.index("--load") + 1] == "/load dir"
     args = parsed(flags)
     assert (args["stage"], args["simpo_beta"], args["gamma_beta_ratio"]) == ("simpo", 2.5, 0.55)
+    assert (upstream_root / "logs" / script).with_suffix(".log").is_file()
     nodes = int(call_["flags"][call_["flags"].index("--nnodes") + 1])
     ranks = 8 * nodes
     model_ranks = args["tensor_model_parallel_size"] * args["pipeline_model_parallel_size"]
@@ -144,6 +164,39 @@ def test_engine_scripts(script, upstream_root, monkeypatch):
     assert config.stage == "simpo"
     assert config.model_name_or_path == "/model"
     assert make_layout(config, 8 * nodes).data >= 1
+
+
+@pytest.mark.parametrize("scripts", [PLUG_IN, ENGINE], ids=["plug-in", "engine"])
+def test_a_script_changes_only_the_flags_that_it_names(scripts, upstream_root):
+    shared = []
+    for script in scripts:
+        given = by_flag(call(script, upstream_root)[1]["flags"])
+        lines = [line for line in (SCRIPTS / script).read_text().splitlines() if not line.startswith("#")]
+        named = set(re.findall(r"(?<!\S|-)--[a-z][a-z0-9-]*", " ".join(lines).replace("(", " ")))
+        assert named <= given.keys(), script
+        rest = given.keys() - named - SET_BY_VARIABLES
+        shared.append({flag: given[flag] for flag in sorted(rest)})
+    assert len(shared[0]) > 8
+    assert all(flags == shared[0] for flags in shared)
+
+
+@pytest.mark.parametrize("script", [*PLUG_IN, *ENGINE])
+def test_the_variables_of_the_layout_win(script, upstream_root):
+    variables = {"TP": "16", "PP": "3", "SEQ_LENGTH": "640", "TRAIN_ITERS": "9", "NPUS_PER_NODE": "4"}
+    _, recorded = call(script, upstream_root, **variables)
+    given = by_flag(recorded["flags"])
+    assert given["--tensor-model-parallel-size"] == ["16"]
+    assert given["--pipeline-model-parallel-size"] == ["3"]
+    assert recorded["flags"][:2] == ["--nproc_per_node", "4"]
+    if script in PLUG_IN:
+        assert given["--seq-length"] == given["--max-position-embeddings"] == ["640"]
+        assert given["--train-iters"] == ["9"]
+
+
+@pytest.mark.parametrize("script", [PLUG_IN[0], ENGINE[0]])
+def test_the_status_of_torchrun_is_the_scripts(script, upstream_root):
+    process, _ = call(script, upstream_root, RECORD_STATUS="3")
+    assert process.returncode == 3
 
 
 def test_flags_after_the_script_win(upstream_root):

@@ -150,7 +150,7 @@ def test_evaluation_data(tmp_path):
 def test_the_cache_is_used_and_keeps_the_report(tmp_path, monkeypatch):
     options = {"seq_length": 128, "data_errors": "drop", "truncation": "drop"}
     first = prepare(tmp_path, BROKEN, **options)
-    monkeypatch.setattr("mindspeed_simpo.data.dataset.encode_rows", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr("mindspeed_simpo.data.dataset.encode_examples", lambda *_, **__: pytest.fail("tokenised again"))
     second = prepare(tmp_path, BROKEN, **options)
     assert second.fingerprint == first.fingerprint
     assert second.report.problems == first.report.problems

@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mindspeed_simpo.data.problems import ExampleError
 from mindspeed_simpo.data.template import ChatFormat
-from mindspeed_simpo.data.turns import RowError
 from mindspeed_simpo.errors import ModelError
 from tests.hf import FAMILIES, make_tokenizer
 from tests.unit.data_helpers import END, PLAIN, encode, tokenizer
@@ -68,7 +68,7 @@ def test_a_template_that_changes_the_prompt_is_reported():
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     with pytest.raises(
-        RowError, match=r"prompt is not a prefix .* the prompt has '<think>.n', the conversation"
+        ExampleError, match=r"prompt is not a prefix .* the prompt has '<think>.n', the conversation"
     ) as caught:
         encode(PLAIN, with_template(template))
     assert caught.value.kind == "not_prefix"
@@ -113,7 +113,7 @@ def test_text_after_the_end_of_turn_is_cut_even_if_it_is_a_token():
     ],
 )
 def test_special_tokens_as_text_are_reported(change, where):
-    with pytest.raises(RowError, match=where + r": contains the special token '<\|"):
+    with pytest.raises(ExampleError, match=where + r": contains the special token '<\|"):
         encode({**PLAIN, **change}, tokenizer("qwen2"))
 
 
@@ -154,14 +154,14 @@ GENERATION = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ],
 )  # fmt: skip
 def test_a_system_turn_is_never_lost_silently(template, words):
-    with pytest.raises(RowError, match=words):
+    with pytest.raises(ExampleError, match=words):
         encode({**PLAIN, "system": "Be brief."}, with_template(template))
     assert encode(PLAIN, with_template(template)).chosen_ids
 
 
 def test_tools_reach_a_template_that_takes_them_and_no_other():
     row = {**PLAIN, "tools": json.dumps([{"type": "function", "function": {"name": "weather"}}])}
-    with pytest.raises(RowError, match="tools, which the chat template does not take"):
+    with pytest.raises(ExampleError, match="tools, which the chat template does not take"):
         encode(row, tokenizer("qwen2"))
     template = (
         "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}" + CHATML + "{% endfor %}" + GENERATION
@@ -175,13 +175,13 @@ def test_a_response_that_the_template_empties_is_empty():
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
         + GENERATION
     )
-    with pytest.raises(RowError) as caught:
+    with pytest.raises(ExampleError) as caught:
         encode({**PLAIN, "chosen": "<think>hm</think>"}, with_template(template))
     assert caught.value.kind == "empty"
 
 
 def test_responses_that_are_the_same_once_rendered_are_identical():
-    with pytest.raises(RowError) as caught:
+    with pytest.raises(ExampleError) as caught:
         encode({**PLAIN, "rejected": PLAIN["chosen"] + " \n"}, tokenizer("llama"))
     assert caught.value.kind == "identical"
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from mindspeed_simpo.data.rows import RowReader
-from mindspeed_simpo.data.turns import RowError
+from mindspeed_simpo.data.conversations import ExampleReader
+from mindspeed_simpo.data.problems import ExampleError
 from mindspeed_simpo.errors import ConfigError
 
 
@@ -107,7 +107,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_row_form_becomes_its_turns(form):
     row, expected = FORMS[form]
-    assert turns(RowReader(None).read(row)) == expected
+    assert turns(ExampleReader(None).read(row)) == expected
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_row_form_becomes_its_turns(form):
     ],
 )
 def test_map_keys_name_other_columns(map_keys, row, expected):
-    assert turns(RowReader(map_keys).read(row)) == expected
+    assert turns(ExampleReader(map_keys).read(row)) == expected
 
 
 @pytest.mark.parametrize(
@@ -158,12 +158,12 @@ def test_map_keys_name_other_columns(map_keys, row, expected):
 )
 def test_wrong_map_keys_are_refused_before_any_row(map_keys, words):
     with pytest.raises(ConfigError, match=words):
-        RowReader(map_keys)
+        ExampleReader(map_keys)
 
 
 def test_a_mapped_column_that_is_not_there_is_reported():
-    with pytest.raises(RowError, match="map_keys names the column `sytem` for `system`, the row has `prompt`"):
-        RowReader({"system": "sytem"}).read({"prompt": "q", "chosen": "a", "rejected": "b"})
+    with pytest.raises(ExampleError, match="map_keys names the column `sytem` for `system`, the row has `prompt`"):
+        ExampleReader({"system": "sytem"}).read({"prompt": "q", "chosen": "a", "rejected": "b"})
 
 
 ASK = {"prompt": "q", "chosen": "good", "rejected": "bad"}
@@ -236,8 +236,8 @@ MALFORMED = [
 
 @pytest.mark.parametrize(("row", "words"), MALFORMED)
 def test_a_malformed_row_says_what_is_wrong(row, words):
-    with pytest.raises(RowError, match=words) as caught:
-        RowReader(None).read(row)
+    with pytest.raises(ExampleError, match=words) as caught:
+        ExampleReader(None).read(row)
     assert caught.value.kind == "malformed"
 
 
@@ -255,14 +255,14 @@ def test_a_malformed_row_says_what_is_wrong(row, words):
     ],
 )
 def test_an_empty_part_is_counted_as_empty(row):
-    with pytest.raises(RowError) as caught:
-        RowReader(None).read(row)
+    with pytest.raises(ExampleError) as caught:
+        ExampleReader(None).read(row)
     assert caught.value.kind == "empty"
 
 
 def test_equal_answers_are_identical():
-    with pytest.raises(RowError) as caught:
-        RowReader(None).read({"prompt": "q", "chosen": "same", "rejected": "same"})
+    with pytest.raises(ExampleError) as caught:
+        ExampleReader(None).read({"prompt": "q", "chosen": "same", "rejected": "same"})
     assert caught.value.kind == "identical"
 
 
@@ -273,7 +273,7 @@ def test_function_calls_become_the_calls_that_templates_read():
         "rejected": gpt("Sun."),
         "tools": [{"type": "function", "function": {"name": "weather"}}],
     }
-    pair = RowReader(None).read(row)
+    pair = ExampleReader(None).read(row)
     call = pair.prompt[1].for_template()
     assert call["tool_calls"] == [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}]
     assert [message.role for message in pair.prompt] == ["user", "assistant", "tool"]

@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mindspeed_simpo.data.discovery import open_sources
-from mindspeed_simpo.data.rows import RowReader
-from mindspeed_simpo.data.turns import RowError
+from mindspeed_simpo.data.conversations import ExampleReader
+from mindspeed_simpo.data.paths import open_sources
+from mindspeed_simpo.data.problems import ExampleError
 from mindspeed_simpo.errors import DataError
 from tests.unit.data_helpers import PLAIN, write_jsonl
 
-COLUMNS = RowReader(None).column_names
+COLUMNS = ExampleReader(None).column_names
 LINE = json.dumps(PLAIN).encode()
 
 
@@ -24,9 +24,9 @@ def read(*paths, part="train"):
     """``(place, row)`` of every row; a row that cannot be read is its message."""
     sources = open_sources([str(path) for path in paths], part, COLUMNS)
     return [
-        (source.where(line), row.message if isinstance(row, RowError) else row)
+        (source.where(line), row.message if isinstance(row, ExampleError) else row)
         for source in sources
-        for line, row in source.rows()
+        for line, row in source.examples()
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mindspeed_simpo.data.turns import RowError
+from mindspeed_simpo.data.problems import ExampleError
 from tests.hf import FAMILIES
 from tests.unit.data_helpers import END, encode, tokenizer
 
@@ -32,7 +32,7 @@ def test_a_long_pair_is_reported_with_its_lengths(truncation):
     fits = {"prompt_limit": 10, "truncation": truncation}
     assert encode(LONG, tokenizer(), seq_length=prompt + chosen, **fits) == full
     words = f"{prompt + chosen} tokens .prompt {prompt} tokens, chosen {chosen}, rejected {rejected}., seq_length is"
-    with pytest.raises(RowError, match=words) as caught:
+    with pytest.raises(ExampleError, match=words) as caught:
         encode(LONG, tokenizer(), seq_length=prompt + chosen - 1, **fits)
     assert caught.value.kind == "too_long"
 
@@ -90,7 +90,7 @@ def test_the_header_stays_however_small_the_limit(family, truncation):
 
 @pytest.mark.parametrize("truncation", ["keep_end", "keep_start"])
 def test_a_header_without_room_for_a_response_is_reported(truncation):
-    with pytest.raises(RowError, match="the assistant header alone has") as caught:
+    with pytest.raises(ExampleError, match="the assistant header alone has") as caught:
         encode(LONG, tokenizer("llama"), seq_length=8, prompt_limit=4, truncation=truncation)
     assert caught.value.kind == "too_long"
 
@@ -99,6 +99,6 @@ def test_responses_that_truncation_makes_equal_are_identical():
     start = "The heart pumps blood through the lungs. " * 4
     row = {"prompt": "Why?", "chosen": start + "Yes.", "rejected": start + "No."}
     length = len(encode(row, tokenizer()).prompt_ids)
-    with pytest.raises(RowError, match="the same in the 20 tokens that truncation leaves") as caught:
+    with pytest.raises(ExampleError, match="the same in the 20 tokens that truncation leaves") as caught:
         encode(row, tokenizer(), seq_length=length + 20, prompt_limit=length, truncation="keep_end")
     assert caught.value.kind == "identical"

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mindspeed_simpo.config import supported
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
+from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.largest import largest_pass
 from mindspeed_simpo.model.description import read_model_spec
 from mindspeed_simpo.model.naming import pipeline_chunks
@@ -27,7 +28,8 @@ def config(**values) -> Config:
 
 
 def estimate_memory(spec, config: Config, layout: Layout, device="cpu") -> list[MemoryEstimate]:
-    return memory.estimate_memory(spec, config, layout, largest_pass(LENGTHS, config, layout), device)
+    largest = largest_pass(LENGTHS, config, Batching.of(config), layout)
+    return memory.estimate_memory(spec, config, layout, largest, device)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,8 @@ def test_the_largest_passes_are_those_of_the_run():
 
     def largest(pipeline: int = 1, data: int = 1, **values):
         options = {"global_batch_size": 4, "seed": 1, "seq_length": 32, **values}
-        return largest_pass(lengths, config(**options), Layout(pipeline=pipeline, data=data))
+        run = config(**options)
+        return largest_pass(lengths, run, Batching.of(run), Layout(pipeline=pipeline, data=data))
 
     padded = largest(pipeline=3)
     assert (padded.shape.tokens, padded.shape.rows, padded.shape.scored, padded.passes) == (30, 2, 10, 4)

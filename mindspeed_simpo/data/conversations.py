@@ -1,4 +1,4 @@
-"""Row forms: the columns of one row to a prompt with a chosen and a rejected answer."""
+"""Examples to conversations: the columns of one example to a prompt with a chosen and a rejected answer."""
 
 from __future__ import annotations
 
@@ -7,20 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mindspeed_simpo.data.turns import (
-    Message,
-    RowError,
-    Tags,
-    a,
-    as_text,
-    check_prompt,
-    found,
-    malformed,
-    quoted,
-    read_message,
-    read_messages,
-    read_tools,
-)
+from mindspeed_simpo.data.problems import ExampleError, as_text, found, malformed, quoted
+from mindspeed_simpo.data.turns import Message, Tags, a, check_prompt, read_message, read_messages, read_tools
 from mindspeed_simpo.errors import ConfigError
 
 _DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -39,11 +27,11 @@ _SPARE_MESSAGES_COLUMN = "messages"
 
 @dataclass(frozen=True)
 class _Cells:
-    """The columns of a row that a row form reads, by canonical name, and what the data calls them."""
+    """The columns of an example that are read, by canonical name, and the names that the data has for them."""
 
     values: dict[str, Any]
     columns: dict[str, str]
-    row: Mapping[str, Any]
+    example: Mapping[str, Any]
 
     def get(self, name: str) -> Any:
         return self.values.get(name)
@@ -54,7 +42,7 @@ class _Cells:
 
 @dataclass(frozen=True)
 class ConversationPair:
-    """One row: the shared turns and the two last assistant turns."""
+    """One example: the shared turns and the two last assistant turns."""
 
     prompt: tuple[Message, ...]
     chosen: Message
@@ -63,13 +51,13 @@ class ConversationPair:
     """JSON list of tool descriptions, or ``None``."""
 
 
-class RowReader:
-    """Recognise the form of a row by its columns.
+class ExampleReader:
+    """Recognise the form of an example by its columns.
 
     Canonical names are MindSpeed-LLM's ``--map-keys``: ``prompt`` (column ``prompt`` or ``instruction``), ``query``
     (``input``), ``response`` (``output``), ``history``, ``messages`` (``conversations``), ``system``, ``tools``,
     ``chosen``, ``rejected``, and ``tags`` with the key and role names inside messages. A canonical name that is mapped
-    to an empty string has no column.
+    to an empty string reads no column.
 
     Args:
         map_keys: ``{canonical name: column}``, or ``None`` for the columns above.
@@ -90,7 +78,7 @@ class RowReader:
             elif not isinstance(column, str):
                 raise ConfigError(f"map_keys: `{name}` must be the name of one column, found {found(column)}")
             else:
-                # Naming a column that is not the default one promises that it is there: a typo must not pass.
+                # A column that map_keys names, and that is no default, must be in every example: a typo must not pass.
                 if column and column not in columns[name]:
                     self._required[name] = column
                 columns[name] = (column,) if column else ()
@@ -98,19 +86,19 @@ class RowReader:
 
     @property
     def column_names(self) -> list[str]:
-        """Every column that any row form may read."""
+        """Every column that any form of example may read."""
         names = [column for candidates in self._columns.values() for column in candidates]
         return [*dict.fromkeys([*names, _SPARE_MESSAGES_COLUMN])]
 
-    def read(self, row: Any) -> ConversationPair:
-        """Turn one decoded row into its conversations.
+    def read(self, example: Any) -> ConversationPair:
+        """Turn one decoded example into its conversations.
 
         Raises:
-            RowError: naming the column or turn that is wrong, what was found and what was expected.
+            ExampleError: naming the column or turn that is wrong, what was found and what was expected.
         """
-        if not isinstance(row, Mapping):
-            raise malformed(f"expected an object of columns, found {found(row)}")
-        cells = self._select(row)
+        if not isinstance(example, Mapping):
+            raise malformed(f"expected an object of columns, found {found(example)}")
+        cells = self._select(example)
         chosen, rejected = self._answers(cells)
         prompt = self._prompt(cells, chosen)
         before_chosen, chosen_answer = _split_answer("chosen", prompt, chosen)
@@ -127,29 +115,29 @@ class RowReader:
         check_prompt(shared)
         for name, answer in (("chosen", chosen_answer), ("rejected", rejected_answer)):
             if not answer.content.strip() and answer.tool_calls is None:
-                raise RowError("empty", f"{name}: the response has no text")
+                raise ExampleError("empty", f"{name}: the response has no text")
         if chosen_answer == rejected_answer:
-            raise RowError("identical", "chosen and rejected are the same text")
+            raise ExampleError("identical", "chosen and rejected are the same text")
         tools = read_tools(cells.get("tools"), cells.columns["tools"]) if "tools" in cells.values else None
         return ConversationPair(tuple(shared), chosen_answer, rejected_answer, tools)
 
-    def _select(self, row: Mapping[str, Any]) -> _Cells:
+    def _select(self, example: Mapping[str, Any]) -> _Cells:
         for name, column in self._required.items():
-            if column not in row:
-                raise malformed(f"map_keys names the column `{column}` for `{name}`, the row has {quoted(row)}")
-        cells = _Cells({}, {}, row)
+            if column not in example:
+                raise malformed(f"map_keys names the column `{column}` for `{name}`, the row has {quoted(example)}")
+        cells = _Cells({}, {}, example)
         for name, candidates in self._columns.items():
-            present = [column for column in candidates if row.get(column) is not None]
+            present = [column for column in candidates if example.get(column) is not None]
             if len(present) > 1:
                 raise malformed(f"both {quoted(present)} could be the {name}; say which with map_keys")
             if present:
-                cells.values[name] = row[present[0]]
+                cells.values[name] = example[present[0]]
                 cells.columns[name] = present[0]
-        spare = row.get(_SPARE_MESSAGES_COLUMN)
+        spare = example.get(_SPARE_MESSAGES_COLUMN)
         if spare is not None and not (
-            cells.values.keys() & {"messages", "prompt"} or _is_conversation(row.get("chosen"))
+            cells.values.keys() & {"messages", "prompt"} or _is_conversation(example.get("chosen"))
         ):
-            # Not beside whole conversations: UltraFeedback repeats the chosen one here.
+            # Whole conversations are not read twice: UltraFeedback repeats the chosen one in this column.
             cells.values["messages"] = spare
             cells.columns["messages"] = _SPARE_MESSAGES_COLUMN
         return cells
@@ -163,7 +151,7 @@ class RowReader:
             both = "response" if "response" in cells.values else None
         if both is None:
             return self._answer_cell("chosen", cells), self._answer_cell("rejected", cells)
-        # LLaMA-Factory's ranking rows: one column holds [chosen, rejected].
+        # LLaMA-Factory's ranking form: one column holds [chosen, rejected].
         column = cells.columns.get(both, self._columns[both][0])
         pair = cells.get(both)
         if not isinstance(pair, list) or len(pair) != 2:
@@ -174,10 +162,10 @@ class RowReader:
         if name in cells.values:
             return self._answer(cells.get(name), cells.columns[name])
         column = self._columns[name][0] if self._columns[name] else name
-        if column in cells.row:
+        if column in cells.example:
             raise malformed(f"{column}: expected text, a message or a list of messages, found null")
         raise malformed(
-            f"no {name} response: expected the column `{column}`, the row has {quoted(cells.row) or 'no columns'} "
+            f"no {name} response: expected the column `{column}`, the row has {quoted(cells.example) or 'no columns'} "
             "(`map_keys` tells other names)"
         )
 
@@ -191,7 +179,7 @@ class RowReader:
         raise malformed(f"{where}: expected text, a message or a list of messages, found {found(value)}")
 
     def _prompt(self, cells: _Cells, chosen: list[Message]) -> list[Message] | None:
-        """Turns before the answer, or ``None`` where the answers themselves hold them."""
+        """The turns before the answer, or ``None`` where both answers are whole conversations."""
         for name in ("messages", "prompt"):
             if (name == "messages" and name in cells.values) or isinstance(cells.get(name), list):
                 return read_messages(cells.get(name), cells.columns[name], self.tags)
@@ -199,10 +187,10 @@ class RowReader:
             return None
         if not cells.values.keys() & {"prompt", "query"}:
             wanted = [*self._columns["prompt"], *self._columns["messages"]]
-            null = [column for column in wanted if column in cells.row]
+            null = [column for column in wanted if column in cells.example]
             raise malformed(
                 f"no prompt: expected the column {quoted(wanted)}, or whole conversations in chosen and rejected; "
-                f"the row has {quoted(cells.row)}{f', and {quoted(null)} is null' if null else ''} "
+                f"the row has {quoted(cells.example)}{f', and {quoted(null)} is null' if null else ''} "
                 "(`map_keys` tells other names)"
             )
         parts = [cells.text(name) for name in ("prompt", "query") if name in cells.values]
@@ -280,7 +268,7 @@ def _shared_prompt(chosen: list[Message], rejected: list[Message]) -> list[Messa
 
 
 def _check_prompt_text(cells: _Cells, turns: list[Message]) -> None:
-    """A prompt text beside whole conversations must be one of their user turns: else the row contradicts itself."""
+    """A prompt text beside whole conversations must be one of their user turns: else the example contradicts itself."""
     column, text = cells.columns["prompt"], cells.text("prompt").strip()
     users = [message.content.strip() for message in turns if message.role == "user"]
     if not any(text in user or (user and user in text) for user in users):

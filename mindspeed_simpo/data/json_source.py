@@ -1,26 +1,52 @@
-"""JSON and JSON Lines files, row by row, each with its line number."""
+"""JSON and JSON Lines files as sources: one example a line or array element, each with its line number."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mindspeed_simpo.data.turns import found, malformed, printable, quoted
+from mindspeed_simpo.data.problems import found, malformed, printable, quoted
+from mindspeed_simpo.data.source import Example, Source
 from mindspeed_simpo.errors import DataError
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
-Row = tuple[int, Any]
-"""Line number, counted from 1, and the decoded row, or a ``RowError`` in its place."""
+
+class JsonSource(Source):
+    """A ``.jsonl`` or ``.json`` file; places are line numbers."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        super().__init__(name)
+        self._path = path
+
+    def digest(self) -> str:
+        """See :meth:`Source.digest`."""
+        digest = hashlib.sha256(self._path.suffix.lower().encode())
+        with self._path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def count(self) -> int:
+        """See :meth:`Source.count`."""
+        if self._path.suffix.lower() == ".json":
+            return sum(1 for _ in self.examples())
+        with self._path.open("rb") as file:
+            return sum(1 for _ in file)
+
+    def examples(self) -> Iterator[Example]:
+        """See :meth:`Source.examples`."""
+        return (_read_lines if self._path.suffix.lower() == ".jsonl" else _read_json)(self._path, self.name)
 
 
 class _StrictDecoder(json.JSONDecoder):
-    """JSON as RFC 8259 has it: what Python's decoder lets pass (NaN, keys that appear twice) is remembered."""
+    """JSON as RFC 8259 defines it: ``complaint`` names what Python's decoder accepts beyond (NaN, duplicate keys)."""
 
     def __init__(self) -> None:
         self.complaint: str | None = None
@@ -38,7 +64,7 @@ class _StrictDecoder(json.JSONDecoder):
         self.complaint = f"not valid JSON: {name} is no JSON value"
 
     def value_at(self, text: str, start: int) -> tuple[Any, int]:
-        """The value that begins at ``start``, or a ``RowError`` in its place, and where it ends.
+        """The value that begins at ``start``, or an ``ExampleError`` in its place, and the position after it.
 
         Raises:
             ValueError: where the text is not JSON.
@@ -51,14 +77,14 @@ class _StrictDecoder(json.JSONDecoder):
         return (malformed(self.complaint) if self.complaint else value), end
 
 
-def read_jsonl(path: Path, name: str) -> Iterator[Row]:
-    """One row a line; blank lines are skipped. A line that cannot be read is a row with an error.
+def _read_lines(path: Path, name: str) -> Iterator[Example]:
+    """One example a line; blank lines are skipped. A line that cannot be read is an ``ExampleError`` in its place.
 
     Raises:
-        DataError: where the file as a whole is no JSON Lines: empty, UTF-16, or one JSON array.
+        DataError: where the file as a whole is not JSON Lines: empty, UTF-16, or one JSON array.
     """
     decoder = _StrictDecoder()
-    rows = 0
+    examples = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
@@ -68,9 +94,9 @@ def read_jsonl(path: Path, name: str) -> Iterator[Row]:
                         f"{name}:1: a JSON array in a .jsonl file: name the file .json, or write one row a line"
                     )
             if line.strip():
-                rows += 1
+                examples += 1
                 yield number, _line(decoder, line)
-    if not rows:
+    if not examples:
         raise DataError(f"{name}: the file is empty; expected one JSON object a line")
 
 
@@ -89,12 +115,12 @@ def _line(decoder: _StrictDecoder, line: bytes) -> Any:
     return value
 
 
-def read_json(path: Path, name: str) -> Iterator[Row]:
+def _read_json(path: Path, name: str) -> Iterator[Example]:
     """The elements of one JSON array, or, as the ``datasets`` library writes them, one object a line.
 
     Raises:
-        DataError: where the file is empty, not UTF-8, or its array is broken: rows after the break are lost, so that
-            no option can leave "only the bad row" out.
+        DataError: where the file is empty, not UTF-8, or its array is broken: the examples after the break cannot be
+            read, so that no option can leave out the broken one alone.
     """
     try:
         text = _without_bom(path.read_bytes(), name).decode("utf-8")
@@ -105,7 +131,7 @@ def read_json(path: Path, name: str) -> Iterator[Row]:
     if start == len(text):
         raise DataError(f"{name}: the file is empty; expected a JSON array of rows")
     if text[start] == "{" and _is_object(text.lstrip().split("\n", 1)[0]):
-        return read_jsonl(path, name)
+        return _read_lines(path, name)
     if text[start] != "[":
         raise DataError(
             f"{name}:{_line_of(text, start)}: expected a JSON array of rows, found {_describe(text, start)}"
@@ -113,7 +139,7 @@ def read_json(path: Path, name: str) -> Iterator[Row]:
     return _array(text, start + 1, name)
 
 
-def _array(text: str, position: int, name: str) -> Iterator[Row]:
+def _array(text: str, position: int, name: str) -> Iterator[Example]:
     decoder = _StrictDecoder()
     line, counted = 1, 0
     position = _skip(text, position)

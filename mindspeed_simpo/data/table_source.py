@@ -1,0 +1,163 @@
+"""Arrow tables as sources: Parquet files, and splits that the ``datasets`` library opened."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from mindspeed_simpo.data.problems import first_line, malformed, quoted
+from mindspeed_simpo.data.source import Example, Source
+from mindspeed_simpo.errors import DataError
+
+_BATCH_ROWS = 1000
+
+
+class TableSource(Source):
+    """An Arrow table, of which only the wanted columns are read; places are row numbers, counted from 1.
+
+    Args:
+        name: For messages.
+        schema: Of the table.
+        num_rows: Of the table.
+        column_names: Columns that are read, where the table has them.
+
+    Raises:
+        DataError: where the table has none of the columns, or one of them twice.
+    """
+
+    place = "{name}:row {number}"
+
+    def __init__(self, name: str, schema: Any, num_rows: int, column_names: Sequence[str]) -> None:
+        super().__init__(name)
+        self._num_rows = num_rows
+        self._columns = _present_columns(schema, name, column_names)
+
+    @abstractmethod
+    def _batches(self) -> Iterator[Any]:
+        """Record batches of the columns that are read, in order."""
+
+    def digest(self) -> str:
+        """See :meth:`Source.digest`."""
+        digest = hashlib.sha256()
+        writer = None
+        for batch in self._batches():
+            if writer is None:
+                sink = pa.PythonFile(_Hasher(digest), mode="w")
+                writer = pa.ipc.new_stream(sink, batch.schema.remove_metadata())
+            writer.write_batch(batch.replace_schema_metadata(None))
+        if writer is not None:
+            writer.close()
+        return digest.hexdigest()
+
+    def count(self) -> int:
+        """See :meth:`Source.count`."""
+        return self._num_rows
+
+    def examples(self) -> Iterator[Example]:
+        """See :meth:`Source.examples`."""
+        number = 0
+        for batch in self._batches():
+            for index in range(batch.num_rows):
+                number += 1
+                yield number, _decoded(batch, index)
+        if not number:
+            raise DataError(f"{self.name}: the table has no rows")
+
+
+class ParquetSource(TableSource):
+    """A ``.parquet`` file.
+
+    Args:
+        path: A file that can be opened.
+        name: For messages.
+        column_names: Columns that are read, where the file has them.
+
+    Raises:
+        DataError: where the file is empty or no Parquet file, or its columns do not serve.
+    """
+
+    def __init__(self, path: Path, name: str, column_names: Sequence[str]) -> None:
+        if not path.stat().st_size:
+            raise DataError(f"{name}: the file is empty; expected a Parquet table")
+        try:
+            with pq.ParquetFile(path) as file:
+                schema, num_rows = file.schema_arrow, file.metadata.num_rows
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"{name}: not a readable Parquet file: {first_line(error)}") from None
+        super().__init__(name, schema, num_rows, column_names)
+        self._path = path
+
+    def _batches(self) -> Iterator[Any]:
+        try:
+            with pq.ParquetFile(self._path) as file:
+                yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=self._columns)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"{self.name}: the Parquet file is damaged: {first_line(error)}") from None
+
+
+class SplitSource(TableSource):
+    """One split of a data set.
+
+    Args:
+        name: For messages.
+        data: ``datasets.Dataset``.
+        column_names: Columns that are read, where the split has them.
+
+    Raises:
+        DataError: where the columns of the split do not serve.
+    """
+
+    def __init__(self, name: str, data: Any, column_names: Sequence[str]) -> None:
+        self._table = (data if data._indices is None else data.flatten_indices()).data.table
+        super().__init__(name, self._table.schema, self._table.num_rows, column_names)
+
+    def _batches(self) -> Iterator[Any]:
+        yield from self._table.select(self._columns).to_batches(max_chunksize=_BATCH_ROWS)
+
+
+def _present_columns(schema: Any, name: str, wanted: Sequence[str]) -> list[str]:
+    present = [column for column in wanted if column in schema.names]
+    twice = [column for column in present if schema.names.count(column) > 1]
+    if twice:
+        raise DataError(f"{name}: the column {quoted(twice)} appears twice")
+    if not present:
+        raise DataError(
+            f"{name}: no column of a preference row; the table has {quoted(schema.names)} "
+            f"and rows are recognised by {quoted(wanted)} (`map_keys` tells other names)"
+        )
+    return present
+
+
+def _decoded(batch: Any, index: int) -> Any:
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            columns[name] = column[index].as_py()
+        except (ValueError, ArithmeticError, pa.ArrowException) as error:
+            return malformed(f"{name}: cannot be read: {str(error)[:200]}")
+    return columns
+
+
+class _Hasher:
+    """The writable file that Arrow needs, around a digest."""
+
+    closed = False
+
+    def __init__(self, digest: Any) -> None:
+        self._digest = digest
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

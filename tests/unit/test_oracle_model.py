@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import hf, oracle_model
+from tests.oracle_model import FULL, SLIDING
 from tests.tokenizers import FAMILIES, TOKENIZER_SIZE
 
 WINDOW = 5
@@ -39,15 +40,74 @@ SHAPES = [
     ("mistral", {"rope_scaling": "linear", "window": WINDOW}),
     ("gemma2", {"rope_scaling": "yarn"}),
 ]
+
+
+def as_version_4(config):
+    """The rotary options and the types of the layers as transformers 4 wrote them."""
+    config = dict(config)
+    layer_types, rope = config.pop("layer_types", None), config.pop("rope_parameters")
+    if config["model_type"] == "gemma3_text":
+        config |= {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"], "sliding_window_pattern": 2}
+        assert layer_types == [SLIDING if (layer + 1) % 2 else FULL for layer in range(config["num_hidden_layers"])]
+        rope = rope["full_attention"]
+    rope = dict(rope)
+    config["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    kind = rope.pop("rope_type")
+    # Gemma 3 came after the key was renamed, and transformers 5 does not read the older one there
+    rope["rope_type" if config["model_type"] == "gemma3_text" else "type"] = kind
+    return config | {"rope_scaling": None if kind == "default" else rope}
+
+
+def without(*names):
+    return lambda config: {name: value for name, value in as_version_4(config).items() if name not in names}
+
+
+def with_rope(**options):
+    return lambda config: config | {"rope_parameters": config["rope_parameters"] | options}
+
+
+def of_version_4_with_rope(**options):
+    def change(config):
+        config = as_version_4(config)
+        return config | {"rope_scaling": config["rope_scaling"] | options}
+
+    return change
+
+
+LONGROPE, YARN = {"rope_scaling": "longrope"}, {"rope_scaling": "yarn"}
+CONFIGS = [
+    *[(family, {}, as_version_4) for family in FAMILIES],
+    *[("llama", {"rope_scaling": scaling}, as_version_4) for scaling in SCALINGS],
+    ("qwen2", {**YARN, "window": WINDOW, "layers": 3}, as_version_4),
+    ("qwen3", {"window": WINDOW, "layers": 3}, as_version_4),
+    ("qwen2", {}, lambda config: as_version_4(config) | {"sliding_window": WINDOW, "max_window_layers": 1}),
+    ("mistral", {"window": WINDOW}, as_version_4),
+    ("mistral", {}, without("sliding_window")),
+    ("gemma2", {"layers": 3, "tied": True}, without("tie_word_embeddings", "rope_theta")),
+    ("gemma2", {}, lambda config: config | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    ("gemma2", {}, without("attn_logit_softcapping", "final_logit_softcapping")),
+    ("gemma3_text", {"layers": 3, "rope_scaling": "linear"}, as_version_4),
+    (
+        "gemma3_text",
+        {"layers": 7, "hidden": 32},
+        without("rope_theta", "rope_local_base_freq", "sliding_window_pattern"),
+    ),
+    ("gemma3_text", {}, lambda config: config | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}),
+    ("phi3", {**LONGROPE, "partial": 0.75, "window": WINDOW}, as_version_4),
+    ("phi3", LONGROPE, of_version_4_with_rope(type="su")),
+    ("phi3", LONGROPE, of_version_4_with_rope(original_max_position_embeddings=40)),
+    ("glm4", {}, without("partial_rotary_factor")),
+    ("llama", LONGROPE, with_rope(factor=9.0)),
+    ("llama", LONGROPE, with_rope(attention_factor=1.5)),
+    ("llama", LONGROPE, lambda config: config | {"max_position_embeddings": 16}),
+    ("llama", YARN, with_rope(attention_factor=1.5)),
+    ("llama", YARN, with_rope(mscale=0.7, mscale_all_dim=1.4)),
+    ("llama", YARN, with_rope(beta_fast=3.0, beta_slow=0.2)),
+    ("llama", YARN, with_rope(truncate=False)),
+]
 LENGTHS = {"longer than every context": 90, "shorter than every context": 12}
-
-
-def rewritten(folder, change):
-    """The same folder with ``change`` applied to its config.json."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(change(config)), encoding="utf-8")
-    return folder
 
 
 def assert_equals_transformers(folder, model, length):
@@ -76,3 +136,17 @@ def assert_equals_transformers(folder, model, length):
 def test_logits_and_gradients_equal_transformers(tmp_path, in_fp64, family, shape, length):
     folder = hf.make_checkpoint(tmp_path, family, **shape)
     assert_equals_transformers(folder, in_fp64(folder), length)
+
+
+@pytest.mark.parametrize(("family", "shape", "change"), CONFIGS)
+def test_every_form_of_config_json_is_read_as_transformers_reads_it(tmp_path, in_fp64, family, shape, change):
+    folder = hf.make_checkpoint(tmp_path, family, **shape)
+    path = folder / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+    assert_equals_transformers(folder, in_fp64(folder), 24)
+
+
+def test_an_unknown_rotation_is_refused(tmp_path):
+    params, config = oracle_model.load(hf.make_checkpoint(tmp_path, "llama", layers=1))
+    with pytest.raises(ValueError, match="rope_type 'proportional'"):
+        oracle_model.logits(params, with_rope(rope_type="proportional")(config), [1, 2, 3])

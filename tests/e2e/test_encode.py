@@ -9,13 +9,13 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.dataset import prepare_pairs
 from mindspeed_simpo.data.indexed import IndexedPairs
 from mindspeed_simpo.data.tokenizer import load_tokenizer
-from tests import hf
+from tests.tokenizers import ENGLISH, make_tokenizer
 
 
 @pytest.fixture
 def config_file(tmp_path):
-    hf.make_tokenizer("qwen2").save_pretrained(tmp_path / "model")
-    questions = hf.ENGLISH.splitlines()[1:11]
+    make_tokenizer("qwen2").save_pretrained(tmp_path / "model")
+    questions = ENGLISH.splitlines()[1:11]
     rows = [{"prompt": question, "chosen": f"Yes, {i}.", "rejected": "No."} for i, question in enumerate(questions)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     paths = {"model_name_or_path": "model", "data_path": "rows.jsonl", "data_cache_dir": "cache"}

@@ -11,9 +11,18 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.conversations import ExampleReader
 from mindspeed_simpo.data.dataset import PairDataset, prepare_pairs
 from mindspeed_simpo.data.encoding import PairEncoder
-from tests.hf import Family, make_tokenizer
+from tests.tokenizers import Family, make_tokenizer
 
-END = {"qwen2": "<|im_end|>", "qwen3": "<|im_end|>", "llama": "<|eot_id|>", "mistral": "</s>"}
+END = {
+    "qwen2": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "llama": "<|eot_id|>",
+    "mistral": "</s>",
+    "gemma2": "<end_of_turn>",
+    "gemma3_text": "<end_of_turn>",
+    "phi3": "<|end|>",
+    "glm4": "<|user|>",
+}
 PLAIN = {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "I do not know."}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from mindspeed_simpo.data.tokenizer import load_tokenizer, tokenizer_digest
 from mindspeed_simpo.errors import ModelError
-from tests.hf import make_tokenizer
+from tests.tokenizers import make_tokenizer
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
 

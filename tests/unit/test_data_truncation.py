@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mindspeed_simpo.data.problems import ExampleError
-from tests.hf import FAMILIES
+from tests.tokenizers import FAMILIES
 from tests.unit.data_helpers import END, encode, tokenizer
 
 LONG = {
@@ -22,6 +22,10 @@ HEADERS = {
     "qwen3": "<|im_start|>assistant\n",
     "llama": "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "mistral": " [/INST]",
+    "gemma2": "<start_of_turn>model\n",
+    "gemma3_text": "<start_of_turn>model\n",
+    "phi3": "<|assistant|>\n",
+    "glm4": "<|assistant|>\n",
 }
 
 

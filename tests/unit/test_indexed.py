@@ -10,7 +10,7 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.dataset import prepare_pairs
 from mindspeed_simpo.data.indexed import KEYS, IndexedPairs, is_prefix, write_indexed_pairs
 from mindspeed_simpo.errors import DataError
-from tests import hf
+from tests.tokenizers import make_tokenizer
 
 with warnings.catch_warnings():
     # torch's own submodules call what torch deprecates, when megatron-core imports them
@@ -185,7 +185,7 @@ def run_config(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return hf.make_tokenizer("llama")
+    return make_tokenizer("llama")
 
 
 def test_the_engine_trains_on_them(tmp_path, run_config, tokenizer):

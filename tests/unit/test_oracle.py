@@ -7,31 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import hf, oracle
-
-SHAPES = [(family, {}) for family in hf.FAMILIES] + [
-    ("qwen2", {"tied": True}),
-    ("qwen3", {"head_dim": 32, "kv_heads": 1}),
-    ("llama", {"rope_scaling": "llama3", "kv_heads": 4}),
-    ("mistral", {"head_dim": 8, "layers": 1}),
-]
-
-
-@pytest.fixture
-def in_fp64(monkeypatch):
-    """Turn transformers' own fp32 islands (norms, rotary angles) into fp64: they ask for torch.float32 by name."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch, "float", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-    def load(folder):
-        model = AutoModelForCausalLM.from_pretrained(folder).double()
-        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-        return model
-
-    return load
 
 
 def _model_logprob(model, prompt, response):
@@ -45,33 +22,6 @@ def _model_loss(model, pairs):
         for prompt, chosen, rejected in pairs
     ]
     return -logsigmoid(2.5 * (torch.stack(margins) - 0.55)).mean()
-
-
-@pytest.mark.parametrize(("family", "shape"), SHAPES)
-def test_logits_equal_transformers(tmp_path, in_fp64, family, shape):
-    folder = hf.make_checkpoint(tmp_path, family, **shape)
-    tokens = torch.randint(hf.TOKENIZER_SIZE, (90,))
-    with torch.no_grad():
-        expected = in_fp64(folder)(tokens[None]).logits[0]
-        actual = oracle.logits(*oracle.load(folder), tokens)
-    assert expected.dtype == torch.float64
-    assert expected.std() > 0.3
-    assert (actual - expected).abs().max() < 1e-9
-
-
-@pytest.mark.parametrize("scaling", [None, "llama3"])
-def test_both_layouts_of_the_rotary_options_are_read(tmp_path, scaling):
-    folder = hf.make_checkpoint(tmp_path, "llama", rope_scaling=scaling)
-    params, config = oracle.load(folder)
-    rope = dict(config.pop("rope_parameters", None) or {"rope_theta": config["rope_theta"], "rope_type": "default"})
-    rope |= config.pop("rope_scaling", None) or {}
-    theta = rope.pop("rope_theta")
-    flat = config | {"rope_theta": theta, "rope_scaling": rope if scaling else None}
-    nested = config | {"rope_parameters": rope | {"rope_theta": theta}}
-    changed = config | {"rope_theta": 10 * theta, "rope_scaling": rope if scaling else None}
-    tokens = list(range(40))
-    assert torch.equal(oracle.logits(params, flat, tokens), oracle.logits(params, nested, tokens))
-    assert not torch.allclose(oracle.logits(params, flat, tokens), oracle.logits(params, changed, tokens))
 
 
 @pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen3", False)])
@@ -210,28 +160,6 @@ def test_training_equals_torch_adamw_on_transformers(tmp_path, in_fp64, clip):
         moved = (param - start[name]).norm()
         assert moved > 0
         assert (final[name] - param).norm() < 1e-8 * moved, name
-
-
-@pytest.mark.parametrize("family", hf.FAMILIES)
-def test_saved_tokenizers_render_and_encode_as_their_families_do(tmp_path, family):
-    hf.make_checkpoint(tmp_path, family, layers=1)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert len(tokenizer) == hf.TOKENIZER_SIZE
-    messages = [
-        {"role": "system", "content": "Answer briefly."},
-        {"role": "user", "content": "What boils at 一百度?"},
-        {"role": "assistant", "content": "水 🌊"},
-    ]
-    prompt = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert whole.startswith(prompt)
-    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(ids) == whole
-    assert ids.count(tokenizer.eos_token_id) == {"qwen2": 3, "qwen3": 3, "llama": 3, "mistral": 1}[family]
-    assert ids.count(tokenizer.bos_token_id) == (1 if family in ("llama", "mistral") else 0)
-    assert len(tokenizer("水")["input_ids"]) - len(tokenizer("水", add_special_tokens=False)["input_ids"]) == (
-        1 if family in ("llama", "mistral") else 0
-    )
 
 
 def test_pairs_files_hold_every_kind_and_repeat_under_a_seed(tmp_path):

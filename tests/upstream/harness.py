@@ -19,7 +19,8 @@ import torch
 
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.data.indexed import write_indexed_pairs
-from tests import hf, oracle
+from tests import oracle
+from tests.tokenizers import make_tokenizer
 from tests.upstream.weights import CONFIG, MODEL_FLAGS, VOCABULARY, hf_params, megatron_part
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -118,7 +119,7 @@ def write_data(folder, pairs):
     """Data files and a tokenizer; the flags that name them."""
     folder.mkdir(parents=True, exist_ok=True)
     write_indexed_pairs(folder / "pairs", [TokenizedPair(*pair, f"pair {i}") for i, pair in enumerate(pairs)])
-    hf.make_tokenizer("llama").save_pretrained(folder / "tokenizer")
+    make_tokenizer("llama").save_pretrained(folder / "tokenizer")
     return ["--data-path", str(folder / "pairs"), "--tokenizer-name-or-path", str(folder / "tokenizer")]
 
 

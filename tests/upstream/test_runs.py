@@ -12,7 +12,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mindspeed_simpo.data.indexed import KEYS, IndexedPairs, write_indexed_pairs
-from tests import hf, oracle
+from tests import oracle
+from tests.tokenizers import ENGLISH, make_tokenizer
 from tests.upstream.harness import (
     BASE_FLAGS,
     MODEL_FLAGS,
@@ -116,7 +117,7 @@ def test_preprocessed_files_are_read_and_written_as_they_are(tmp_path):
     script = upstream_file("preprocess_data.py")
     rows = [
         {
-            "instruction": hf.ENGLISH.splitlines()[i],
+            "instruction": ENGLISH.splitlines()[i],
             "input": "",
             "chosen": f"Yes, {i}.",
             "rejected": "No. " * (i % 3 + 1),
@@ -124,7 +125,7 @@ def test_preprocessed_files_are_read_and_written_as_they_are(tmp_path):
         for i in range(1, 9)
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    hf.make_tokenizer("llama").save_pretrained(tmp_path / "tokenizer")
+    make_tokenizer("llama").save_pretrained(tmp_path / "tokenizer")
     keys = {"prompt": "instruction", "query": "input", "response": "", "chosen": "chosen", "rejected": "rejected"}
     command = [
         sys.executable,

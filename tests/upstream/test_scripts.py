@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import hf
+from tests.tokenizers import make_tokenizer
 from tests.unit.test_ascend_scripts import PLUG_IN, call
 from tests.upstream.harness import environment, needs_upstream
 
@@ -44,7 +44,7 @@ def parsed(flags, ranks):
 
 @pytest.mark.parametrize("script", PLUG_IN)
 def test_every_flag_is_upstreams_or_ours(tmp_path, script):
-    hf.make_tokenizer("llama").save_pretrained(tmp_path / "tokenizer")
+    make_tokenizer("llama").save_pretrained(tmp_path / "tokenizer")
     work = tmp_path / "work"
     work.mkdir()
     # the script makes a folder logs/ in the root, and the record lands beside it

@@ -8,10 +8,12 @@ import torch
 HIDDEN, FFN, HEADS, KV_HEADS, LAYERS, VOCABULARY = 32, 48, 4, 2, 4, 512
 HEAD_DIM = HIDDEN // HEADS
 CONFIG = {
+    "model_type": "llama",
     "hidden_size": HIDDEN,
     "num_attention_heads": HEADS,
     "num_key_value_heads": KV_HEADS,
     "num_hidden_layers": LAYERS,
+    "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "vocab_size": VOCABULARY,

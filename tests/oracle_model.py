@@ -1,0 +1,276 @@
+"""The oracle's model: dense fp64 logits of one sequence, from a Hugging Face folder, sharing no code with the package.
+
+It reads safetensors and config.json of the families Qwen2, Qwen3, Llama, Mistral, Gemma 2, Gemma 3 (text), Phi-3 and
+GLM-4, as transformers 4 and 5 write them. ``params`` is always ``{Hugging Face name: fp64 tensor}``, ``config`` the
+content of config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Config = Mapping[str, Any]
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+_NORMS: dict[str, tuple[str, str | None, str, str | None]] = {
+    "gemma2": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "glm4": ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+}
+_NORMS["gemma3_text"] = _NORMS["gemma2"]
+_PRE_NORMS = ("input_layernorm", None, "post_attention_layernorm", None)
+"""Names of the norms before and after the attention, before and after the MLP."""
+
+
+def load(folder: str | Path) -> tuple[Params, dict[str, Any]]:
+    """All tensors of a Hugging Face folder as fp64 leaves that require a gradient, and its config.json."""
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    params = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        params.update({name: tensor.double().requires_grad_() for name, tensor in load_file(file).items()})
+    if config.get("tie_word_embeddings", _is_gemma(config)):
+        params.pop("lm_head.weight", None)
+    return params, config
+
+
+def _is_gemma(config: Config) -> bool:
+    return config["model_type"].startswith("gemma")
+
+
+def _head_dim(config: Config) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def layer_types(config: Config) -> list[str]:
+    """``full_attention`` or ``sliding_attention``, layer by layer."""
+    family, layers = config["model_type"], range(config["num_hidden_layers"])
+    if family in ("mistral", "phi3"):
+        sliding = config.get("sliding_window", 4096 if family == "mistral" else None)
+        return [SLIDING if sliding else FULL for _ in layers]
+    if family in ("llama", "glm4") or (family in ("qwen2", "qwen3") and not config.get("use_sliding_window")):
+        return [FULL for _ in layers]
+    if config.get("layer_types"):
+        return config["layer_types"]
+    if family in ("qwen2", "qwen3"):
+        return [SLIDING if i >= config.get("max_window_layers", 28) else FULL for i in layers]
+    pattern = {"gemma2": 2, "gemma3_text": config.get("sliding_window_pattern", 6)}[family]
+    return [SLIDING if (i + 1) % pattern else FULL for i in layers]
+
+
+def _rotary_options(config: Config, layer_type: str) -> dict[str, Any]:
+    """``rope_theta``, ``rope_type`` and what the type takes, for the layers of one type."""
+    family, written = config["model_type"], config.get("rope_parameters")
+    if written:
+        rope = dict(written.get(layer_type) or written)
+    elif family == "gemma3_text" and layer_type == SLIDING:
+        rope = {"rope_theta": config.get("rope_local_base_freq", 1e4)}
+    else:
+        theta = config.get("rope_theta", 1e6 if family == "gemma3_text" else 1e4)
+        rope = {"rope_theta": theta, **(config.get("rope_scaling") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    # Phi-3's first checkpoints call it "su" or "yarn"
+    rope["rope_type"] = "longrope" if family == "phi3" and kind in ("su", "yarn") else kind
+    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 0.5 if family == "glm4" else 1.0))
+    longest = config["max_position_embeddings"]
+    inside = rope.get("original_max_position_embeddings", 4096 if family == "phi3" else longest)
+    rope["original_max_position_embeddings"] = config.get("original_max_position_embeddings", inside)
+    rope["max_position_embeddings"] = longest
+    return rope
+
+
+def _yarn(rope: Mapping[str, Any], frequencies: Tensor, dim: int) -> tuple[Tensor, float]:
+    # arXiv:2309.00071: a pair of dimensions that turns beta_fast times or more in the original context keeps its
+    # frequency, one that turns beta_slow times or fewer gets a factor-th of it, with a linear ramp over pairs between
+    factor, original = rope["factor"], rope["original_max_position_embeddings"]
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+    first, last = pair_that_turns(rope.get("beta_fast") or 32), pair_that_turns(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    width = (last - first) or 0.001
+    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - first) / width).clamp(0, 1)
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    attention = rope.get("attention_factor")
+    if attention is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        attention = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
+    return frequencies * (1 - ramp + ramp / factor), magnitude(1.0) if attention is None else attention
+
+
+def _longrope(rope: Mapping[str, Any], frequencies: Tensor, length: int) -> tuple[Tensor, float]:
+    # arXiv:2402.13753: every pair of dimensions has its own divisor, one set for sequences within the original
+    # context and one for longer ones; attention is scaled alike in both
+    original = rope["original_max_position_embeddings"]
+    divisors = rope["long_factor" if length > original else "short_factor"]
+    factor = rope.get("factor") or rope["max_position_embeddings"] / original
+    attention = rope.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return frequencies / torch.tensor(divisors, dtype=torch.float64), attention
+
+
+def _llama3(rope: Mapping[str, Any], frequencies: Tensor) -> Tensor:
+    # wavelengths that the original context saw at least high_freq_factor times stay, those that it saw fewer than
+    # low_freq_factor times are stretched by factor, and between them the frequency is interpolated
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+    kept = kept.clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / rope["factor"]
+
+
+def _rotation(config: Config, layer_type: str, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each position's angles, times the attention factor, each [length, rotated dims / 2]."""
+    rope = _rotary_options(config, layer_type)
+    dim, theta, kind = int(_head_dim(config) * rope["partial_rotary_factor"]), rope["rope_theta"], rope["rope_type"]
+    if kind == "dynamic":
+        # "NTK": a sequence longer than the model's context raises the base until the slowest pair fits
+        context = rope["max_position_embeddings"]
+        theta *= (rope["factor"] * max(length, context) / context - (rope["factor"] - 1)) ** (dim / (dim - 2))
+    frequencies, attention = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim), 1.0
+    if kind == "linear":
+        frequencies = frequencies / rope["factor"]
+    elif kind == "llama3":
+        frequencies = _llama3(rope, frequencies)
+    elif kind == "yarn":
+        frequencies, attention = _yarn(rope, frequencies, dim)
+    elif kind == "longrope":
+        frequencies, attention = _longrope(rope, frequencies, length)
+    elif kind not in ("default", "dynamic"):
+        raise ValueError(f"rope_type {kind!r}")
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    return attention * angles.cos(), attention * angles.sin()
+
+
+def _rotate(heads: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Turn pairs among the first dimensions of each head by its position's angle; ``heads`` [seq, head, dim].
+
+    The pairs are (i, i + rotated / 2), or (2 i, 2 i + 1) where ``interleaved``; dimensions beyond them stay.
+    """
+    cos, sin = (part[:, None] for part in rotation)
+    half = cos.shape[-1]
+    turned, kept = heads[..., : 2 * half], heads[..., 2 * half :]
+    pairs = turned.unflatten(-1, (half, 2)) if interleaved else turned.unflatten(-1, (2, half)).transpose(-1, -2)
+    first, second = pairs.unbind(-1)
+    pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = pairs.flatten(-2) if interleaved else pairs.transpose(-1, -2).flatten(-2)
+    return torch.cat((turned, kept), dim=-1)
+
+
+def _norm(params: Params, config: Config, name: str | None, values: Tensor) -> Tensor:
+    if name is None:
+        return values
+    gain = params[f"{name}.weight"] + 1 if _is_gemma(config) else params[f"{name}.weight"]
+    return values / (values.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * gain
+
+
+def _linear(params: Params, name: str, values: Tensor) -> Tensor:
+    product = values @ params[f"{name}.weight"].T
+    return product + params[f"{name}.bias"] if f"{name}.bias" in params else product
+
+
+def _softcap(values: Tensor, cap: float | None) -> Tensor:
+    return values if cap is None else cap * torch.tanh(values / cap)
+
+
+def _query_key_value(params: Params, config: Config, name: str, hidden: Tensor) -> list[Tensor]:
+    """Each [seq, heads, head_dim]; rows of a fused tensor are all queries, all keys, all values."""
+    dim = _head_dim(config)
+    if f"{name}.qkv_proj.weight" in params:
+        queries = config["num_attention_heads"] * dim
+        keys = (config.get("num_key_value_heads") or config["num_attention_heads"]) * dim
+        parts = _linear(params, f"{name}.qkv_proj", hidden).split([queries, keys, keys], dim=-1)
+    else:
+        parts = tuple(_linear(params, f"{name}.{part}_proj", hidden) for part in ("q", "k", "v"))
+    return [part.unflatten(-1, (-1, dim)) for part in parts]
+
+
+def _attention(
+    params: Params, config: Config, name: str, hidden: Tensor, rotation: tuple[Tensor, Tensor], window: int | None
+) -> Tensor:
+    query, key, value = _query_key_value(params, config, name, hidden)
+    if f"{name}.q_norm.weight" in params:
+        query, key = _norm(params, config, f"{name}.q_norm", query), _norm(params, config, f"{name}.k_norm", key)
+    query, key = (_rotate(part, rotation, interleaved=config["model_type"] == "glm4") for part in (query, key))
+    shared_by = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(shared_by, dim=1) for part in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(config.get("query_pre_attn_scalar", query.shape[-1]))
+    if config["model_type"] == "gemma2":  # Gemma 3's configuration has the key too, and its attention does not read it
+        scores = _softcap(scores, config.get("attn_logit_softcapping", 50.0))
+    position = torch.arange(hidden.shape[0])
+    behind = position[:, None] - position
+    hidden_keys = (behind < 0) | (behind >= window) if window else behind < 0
+    weights = scores.masked_fill(hidden_keys, -math.inf).softmax(-1)
+    return _linear(params, f"{name}.o_proj", torch.einsum("hqk,khd->qhd", weights, value).flatten(-2))
+
+
+def _mlp(params: Params, config: Config, name: str, hidden: Tensor) -> Tensor:
+    if f"{name}.gate_up_proj.weight" in params:
+        gate, up = _linear(params, f"{name}.gate_up_proj", hidden).chunk(2, dim=-1)
+    else:
+        gate, up = (_linear(params, f"{name}.{part}_proj", hidden) for part in ("gate", "up"))
+    if _is_gemma(config):  # GELU's approximation by tanh
+        active = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+    else:
+        active = gate * torch.sigmoid(gate)
+    return _linear(params, f"{name}.down_proj", active * up)
+
+
+def logits(params: Params, config: Config, tokens: Sequence[int] | Tensor) -> Tensor:
+    """Next-token logits of one sequence, [seq, vocabulary], fp64.
+
+    Rotations that depend on the length of the sequence take ``len(tokens)``.
+    """
+    ids, types = torch.as_tensor(tokens), layer_types(config)
+    rotations = {layer_type: _rotation(config, layer_type, len(ids)) for layer_type in set(types)}
+    before_attention, after_attention, before_mlp, after_mlp = _NORMS.get(config["model_type"], _PRE_NORMS)
+
+    def norm(layer: str, name: str | None, values: Tensor) -> Tensor:
+        return _norm(params, config, name and f"{layer}.{name}", values)
+
+    hidden = params["model.embed_tokens.weight"][ids]
+    if _is_gemma(config):
+        hidden = hidden * math.sqrt(config["hidden_size"])
+    for number, layer_type in enumerate(types):
+        layer, window = f"model.layers.{number}", config.get("sliding_window", 4096) if layer_type == SLIDING else None
+        normed = norm(layer, before_attention, hidden)
+        output = _attention(params, config, f"{layer}.self_attn", normed, rotations[layer_type], window)
+        hidden = hidden + norm(layer, after_attention, output)
+        output = _mlp(params, config, f"{layer}.mlp", norm(layer, before_mlp, hidden))
+        hidden = hidden + norm(layer, after_mlp, output)
+    hidden = _norm(params, config, "model.norm", hidden)
+    scores = hidden @ params.get("lm_head.weight", params["model.embed_tokens.weight"]).T
+    return _softcap(scores, config.get("final_logit_softcapping", 30.0 if config["model_type"] == "gemma2" else None))
+
+
+def sequence_logprob(
+    params: Params, config: Config, prompt_ids: Sequence[int], response_ids: Sequence[int]
+) -> tuple[Tensor, int]:
+    """Sum of the response tokens' log-probabilities given all tokens before each (nats), and their number.
+
+    A token with nothing before it has no probability: the first one of a response without a prompt is not scored.
+    """
+    tokens = [*prompt_ids, *response_ids]
+    scored = tokens[max(1, len(prompt_ids)) :]
+    # the last token predicts nothing, and yet counts in the length that some rotations depend on
+    logprobs = logits(params, config, tokens)[:-1].log_softmax(-1)[-len(scored) :]
+    return logprobs.gather(1, torch.as_tensor(scored)[:, None]).sum(), len(scored)

@@ -10,12 +10,9 @@ os.environ.update(
     OMP_NUM_THREADS="1",
 )
 
-from jaxtyping import install_import_hook
+from tests.shapes import check_shapes
 
-# only modules of tensors: pydantic checks the options itself, and megatron-core's own classes are not annotated
-install_import_hook(
-    [f"mindspeed_simpo.{room}" for room in ("batch", "objectives", "loss", "data")], "beartype.beartype"
-)
+check_shapes()
 
 import random  # noqa: E402
 

@@ -1,6 +1,10 @@
 """Imported once by the forkserver, so that every rank starts with megatron-core and the model loaded on the CPU."""
 
-from mindspeed_simpo.device import open_device
+from tests.shapes import check_shapes
+
+check_shapes()
+
+from mindspeed_simpo.device import open_device  # noqa: E402
 
 open_device("cpu")
 

@@ -1,43 +1,11 @@
 """No micro-batch makes the host wait for the device: nothing that a step runs asks for a value of a tensor."""
 
-import traceback
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.hf import make_checkpoint, make_token_pairs
 from tests.ranks.launcher import run_ranks
-
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2", "item")
-"""Operators whose result, or its size, an accelerator has to compute before the host can go on."""
-
-
-class Waits(TorchDispatchMode):
-    """Records the operators of ``WAITS``; the backward of the thread that enters it is seen too."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if (name in WAITS and not _of_random_state()) or _searches_a_mask(name, args):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def _searches_a_mask(name, args):
-    if name not in ("index", "index_put", "index_put_"):
-        return False
-    # one number put where a mask is true, as megatron-core's embedding does, is a masked fill, which searches nothing
-    fills = name != "index" and args[2].numel() == 1
-    return not fills and any(index is not None and index.dtype == torch.bool for index in args[1])
-
-
-def _of_random_state():
-    # the CPU generators that stand in for an accelerator's are compared when megatron-core switches between them
-    return any(frame.filename.endswith("tensor_parallel/random.py") for frame in traceback.extract_stack(limit=40))
+from tests.ranks.waits import Waits
 
 
 def _waits_of_steps(folder, token_pairs, options, modes):

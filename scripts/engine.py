@@ -19,13 +19,13 @@ def build_engine(config: Config, device: Device, groups: Any, table: Any = None)
         groups: Of the layout that ``config`` has on these ranks.
         table: DPO's reference sums.
     """
-    from mindspeed_simpo.model.description import read_model_spec
+    from mindspeed_simpo.model.hf_config import read_description
     from mindspeed_simpo.model.megatron.gpt import build_model
     from mindspeed_simpo.model.megatron.weights import fill_weights
     from mindspeed_simpo.training.optimizer import wrap_for_training
     from mindspeed_simpo.training.session import Session
 
-    spec = read_model_spec(config.model_name_or_path)
+    spec = read_description(config.model_name_or_path)
     models = build_model(spec, config, groups, device)
     fill_weights(models, spec, config, groups)
     layout = config.layout(groups.world.size())

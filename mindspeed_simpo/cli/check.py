@@ -23,7 +23,8 @@ from mindspeed_simpo.data.template import ChatFormat
 from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import find_device
 from mindspeed_simpo.errors import DataError, SimpoError
-from mindspeed_simpo.model.description import ModelSpec, read_model_spec, resolve_model
+from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.hf_config import read_description, resolve_model
 from mindspeed_simpo.model.naming import pipeline_chunks
 from mindspeed_simpo.model.weight_source import SafetensorsFolder
 from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, estimate_memory
@@ -170,8 +171,8 @@ def _inspected(dataset: PairDataset) -> list[TokenizedPair]:
     return [dataset[index] for index in range(0, len(dataset), -(-len(dataset) // INSPECTED_PAIRS))]
 
 
-def _model(config: Config) -> ModelSpec:
-    spec = read_model_spec(config.model_name_or_path)
+def _model(config: Config) -> ModelDescription:
+    spec = read_description(config.model_name_or_path)
     spec.check_layout(config)
     if config.init_from == "weights":
         SafetensorsFolder(resolve_model(config.model_name_or_path, weights=True), spec)
@@ -233,7 +234,7 @@ def _largest(config: Config, layout: Layout, parts: dict[str, PairDataset]) -> L
 
 
 def _print_layout(
-    console: Console, config: Config, layout: Layout, spec: ModelSpec, estimates: Sequence[MemoryEstimate]
+    console: Console, config: Config, layout: Layout, spec: ModelDescription, estimates: Sequence[MemoryEstimate]
 ) -> None:
     total = count_parameters(spec, pipeline_chunks(spec, 1))
     axes = ("tensor", "pipeline", "context", "data")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,8 @@ from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.loss import reference
 from mindspeed_simpo.loss.head import fused_head
 from mindspeed_simpo.loss.reference import ReferenceTable
-from mindspeed_simpo.model.description import ModelSpec, read_model_spec, resolve_model
+from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.hf_config import read_description, resolve_model
 from mindspeed_simpo.model.megatron.export import export_hf
 from mindspeed_simpo.model.megatron.gpt import build_model
 from mindspeed_simpo.model.megatron.weights import fill_weights, load_hf_weights
@@ -52,7 +52,7 @@ class Session:
     device: Device
     groups: Groups
     tokenizer: PreTrainedTokenizerBase
-    spec: ModelSpec
+    spec: ModelDescription
     models: Sequence[torch.nn.Module]
     """Pipeline chunks, with the weights that ``init_from`` asks for."""
 
@@ -160,7 +160,7 @@ def _build_session(config: Config, layout: Layout, device: Device, groups: Group
     device.seed(config.seed)
     seed_model_ranks(config.seed)
     with fail_together(groups.world):
-        spec = read_model_spec(config.model_name_or_path)
+        spec = read_description(config.model_name_or_path)
         spec.check_layout(config)
         tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     with fail_together(groups.world):
@@ -209,15 +209,12 @@ def reference_tables(session: Session, datasets: Sequence[PairDataset | None]) -
     return tables
 
 
-def _check_reference(ref_model: str, policy: ModelSpec) -> None:
-    spec = read_model_spec(ref_model)
-    for field in dataclasses.fields(spec):
-        ours, theirs = getattr(policy, field.name), getattr(spec, field.name)
-        if ours != theirs and field.name not in ("dtype", "initializer_range", "max_position_embeddings"):
-            raise ModelError(
-                f"ref_model: {ref_model} has another {field.name} ({theirs}) than the trained model ({ours}); "
-                "the reference must be a model of the same shape and vocabulary"
-            )
+def _check_reference(ref_model: str, policy: ModelDescription) -> None:
+    if difference := policy.difference(read_description(ref_model)):
+        raise ModelError(
+            f"ref_model: {ref_model} has another {difference}; the reference must be a model of the same shape and "
+            "vocabulary"
+        )
 
 
 def _cached_table(session: Session, data: PairDataset | None, digest: str) -> ReferenceTable | None:

@@ -104,12 +104,12 @@ def engine_model(folder, layout, **options):
     )
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from mindspeed_simpo.model.description import read_model_spec
+    from mindspeed_simpo.model.hf_config import read_description
     from mindspeed_simpo.model.megatron.gpt import build_model
     from mindspeed_simpo.model.megatron.weights import fill_weights
 
     model_parallel_cuda_manual_seed(1)
-    spec = read_model_spec(str(folder))
+    spec = read_description(str(folder))
     models = build_model(spec, config, groups, device)
     fill_weights(models, spec, config, groups)
     return spec, groups, models

@@ -98,14 +98,14 @@ def _train(batches, run, config, layout, groups, device):
     from pathlib import Path
 
     from mindspeed_simpo.loss.reference import ReferenceTable
-    from mindspeed_simpo.model.description import read_model_spec
+    from mindspeed_simpo.model.hf_config import read_description
     from mindspeed_simpo.model.megatron.gpt import build_model
     from mindspeed_simpo.model.megatron.weights import fill_weights, gather_hf_tensors
     from mindspeed_simpo.training import checkpoint, metrics
     from mindspeed_simpo.training.optimizer import build_stepper, wrap_for_training
     from mindspeed_simpo.training.session import Session
 
-    spec = read_model_spec(config.model_name_or_path)
+    spec = read_description(config.model_name_or_path)
     models = build_model(spec, config, groups, device)
     fill_weights(models, spec, config, groups)
     wrapped = wrap_for_training(models, config)

@@ -123,7 +123,9 @@ def _one_mode(config, token_pairs, references, device, groups):
     scored = schedule.forward_backward(micro_batches, len(token_pairs))
     sums = metrics.reduce_sums(metrics.local_sums(scored, groups, device), groups)
     _complete_sharded_gradients(wrapped, config)
-    gathered = gather_hf_tensors(wrapped, wrapped[0].module.spec, groups, value=lambda parameter: parameter.main_grad)
+    gathered = gather_hf_tensors(
+        wrapped, wrapped[0].module.description, groups, value=lambda parameter: parameter.main_grad
+    )
     return metrics.means(sums), {name: tensor.clone().numpy() for name, tensor in gathered}
 
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mindspeed_simpo.config import supported
 from mindspeed_simpo.config.config import Config, Layout
 from mindspeed_simpo.data.largest import largest_pass
-from mindspeed_simpo.model.description import read_model_spec
+from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.naming import pipeline_chunks
 from mindspeed_simpo.training import memory
 from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters
@@ -31,7 +31,7 @@ def estimate_memory(spec, config: Config, layout: Layout, device="cpu") -> list[
 
 @pytest.fixture(scope="module")
 def spec():
-    return read_model_spec(QUICKSTART)
+    return read_description(QUICKSTART)
 
 
 def test_parameters_are_those_of_the_model(spec):

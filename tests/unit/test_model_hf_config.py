@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.errors import ConfigError, ModelError
-from mindspeed_simpo.model.description import read_model_spec, resolve_model
+from mindspeed_simpo.model.hf_config import read_description, resolve_model
 from mindspeed_simpo.model.rotary import inverse_frequencies, rotation_angles
 
 BASE = {
@@ -45,7 +45,7 @@ def _config(folder, **options):
 
 
 def test_llama_fields(tmp_path):
-    spec = read_model_spec(_write(tmp_path, attention_bias=True, mlp_bias=True, head_dim=32))
+    spec = read_description(_write(tmp_path, attention_bias=True, mlp_bias=True, head_dim=32))
     assert (spec.family, spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim) == ("llama", 4, 4, 2, 32)
     assert (spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.qk_norm, spec.tied) == (True, True, True, False, False)
     assert (spec.rms_eps, spec.rope.theta, spec.dtype) == (1e-5, 10000.0, "bfloat16")
@@ -53,11 +53,11 @@ def test_llama_fields(tmp_path):
 
 
 def test_family_variants(tmp_path):
-    qwen2 = read_model_spec(_write(tmp_path, model_type="qwen2", architectures=["Qwen2ForCausalLM"]))
+    qwen2 = read_description(_write(tmp_path, model_type="qwen2", architectures=["Qwen2ForCausalLM"]))
     assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm, qwen2.head_dim) == (True, False, False, 16)
-    qwen3 = read_model_spec(_write(tmp_path, model_type="qwen3", architectures=["Qwen3ForCausalLM"]))
+    qwen3 = read_description(_write(tmp_path, model_type="qwen3", architectures=["Qwen3ForCausalLM"]))
     assert (qwen3.qkv_bias, qwen3.qk_norm) == (False, True)
-    mistral = read_model_spec(_write(tmp_path, model_type="mistral", architectures=["MistralForCausalLM"]))
+    mistral = read_description(_write(tmp_path, model_type="mistral", architectures=["MistralForCausalLM"]))
     assert (mistral.qkv_bias, mistral.qk_norm, mistral.sliding_window) == (False, False, 4096)
 
 
@@ -66,14 +66,14 @@ def test_both_layouts_of_the_rotary_settings_are_read_alike(tmp_path, name):
     settings = {"default": {}, "linear": {"factor": 2.0}, "llama3": LLAMA3}[name]
     old = {"rope_theta": 500000.0, "rope_scaling": {"rope_type": name, **settings} if settings else None}
     new = {"rope_parameters": {"rope_type": name, "rope_theta": 500000.0, **settings}}
-    before = read_model_spec(_write(tmp_path, **old))
-    after = read_model_spec(_write(tmp_path, **new))
+    before = read_description(_write(tmp_path, **old))
+    after = read_description(_write(tmp_path, **new))
     assert before == after
     assert (after.rope.kind, after.rope.theta) == (name, 500000.0)
 
 
 def test_the_oldest_layout_names_the_kind_type(tmp_path):
-    assert read_model_spec(_write(tmp_path, rope_scaling={"type": "linear", "factor": 4.0})).rope.factor == 4.0
+    assert read_description(_write(tmp_path, rope_scaling={"type": "linear", "factor": 4.0})).rope.factor == 4.0
 
 
 @pytest.mark.parametrize("name", ["linear", "llama3"])
@@ -81,7 +81,7 @@ def test_inverse_frequencies_equal_transformers(tmp_path, name):
     settings = {"linear": {"factor": 2.5}, "llama3": LLAMA3}[name]
     folder = _write(tmp_path, head_dim=64, rope_theta=10000.0, rope_scaling={"rope_type": name, **settings})
     expected, scale = ROPE_INIT_FUNCTIONS[name](AutoConfig.from_pretrained(folder), "cpu")
-    ours = inverse_frequencies(read_model_spec(folder).rope, 64)
+    ours = inverse_frequencies(read_description(folder).rope, 64)
     assert scale == 1.0
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
 
@@ -128,20 +128,20 @@ def test_angles_follow_the_positions_of_each_row():
 def test_refused(tmp_path, changes, message):
     folder = _write(tmp_path, **changes)
     with pytest.raises(ModelError) as caught:
-        read_model_spec(folder)
+        read_description(folder)
     assert message in str(caught.value)
     assert "config.json" in str(caught.value)
 
 
 def test_broken_folders(tmp_path):
     with pytest.raises(ModelError, match=r"config.json does not exist"):
-        read_model_spec(str(tmp_path))
+        read_description(str(tmp_path))
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ModelError, match="cannot be read"):
-        read_model_spec(str(tmp_path))
+        read_description(str(tmp_path))
     (tmp_path / "config.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(ModelError, match="not a JSON object"):
-        read_model_spec(str(tmp_path))
+        read_description(str(tmp_path))
     with pytest.raises(ModelError, match="is a file"):
         resolve_model(str(tmp_path / "config.json"), weights=False)
     with pytest.raises(ModelError, match=r"there is no folder \./nowhere"):
@@ -155,7 +155,7 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch):
 
 
 def test_layouts_that_do_not_divide_the_model(tmp_path):
-    spec = read_model_spec(_write(tmp_path))
+    spec = read_description(_write(tmp_path))
     spec.check_layout(_config(tmp_path, tensor_model_parallel_size=2, pipeline_model_parallel_size=4))
     with pytest.raises(ConfigError, match="does not divide the model's num_key_value_heads 2"):
         spec.check_layout(_config(tmp_path, tensor_model_parallel_size=4))
@@ -166,21 +166,23 @@ def test_layouts_that_do_not_divide_the_model(tmp_path):
         spec.check_layout(_config(tmp_path, pipeline_model_parallel_size=5))
     with pytest.raises(ConfigError, match="num_layers_per_virtual_pipeline_stage 3 x pipeline_model_parallel_size 2"):
         spec.check_layout(_config(tmp_path, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=3))
-    wide = read_model_spec(_write(tmp_path, intermediate_size=97))
+    wide = read_description(_write(tmp_path, intermediate_size=97))
     with pytest.raises(ConfigError, match="intermediate_size 97"):
         wide.check_layout(_config(tmp_path, tensor_model_parallel_size=2))
 
 
 def test_a_sliding_window_is_refused_where_it_would_bind(tmp_path):
     mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    spec = read_model_spec(_write(tmp_path, **mistral, sliding_window=128))
+    spec = read_description(_write(tmp_path, **mistral, sliding_window=128))
     spec.check_layout(_config(tmp_path, seq_length=128))
     with pytest.raises(ModelError, match="at most 128"):
         spec.check_layout(_config(tmp_path, seq_length=129))
-    assert read_model_spec(_write(tmp_path, **mistral, sliding_window=None)).sliding_window is None
+    assert read_description(_write(tmp_path, **mistral, sliding_window=None)).sliding_window is None
     qwen = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "sliding_window": 128}
-    assert read_model_spec(_write(tmp_path, **qwen, use_sliding_window=False)).sliding_window is None
-    assert read_model_spec(_write(tmp_path, **qwen, use_sliding_window=True, max_window_layers=2)).sliding_window == 128
+    assert read_description(_write(tmp_path, **qwen, use_sliding_window=False)).sliding_window is None
+    assert (
+        read_description(_write(tmp_path, **qwen, use_sliding_window=True, max_window_layers=2)).sliding_window == 128
+    )
 
 
 def test_reading_a_spec_imports_no_megatron(tmp_path):
@@ -188,7 +190,7 @@ def test_reading_a_spec_imports_no_megatron(tmp_path):
     import sys
 
     code = (
-        "import sys; from mindspeed_simpo.model.description import read_model_spec; "
-        f"read_model_spec({_write(tmp_path)!r}); assert not [m for m in sys.modules if m.startswith('megatron')]"
+        "import sys; from mindspeed_simpo.model.hf_config import read_description; "
+        f"read_description({_write(tmp_path)!r}); assert not [m for m in sys.modules if m.startswith('megatron')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mindspeed_simpo.errors import ModelError
-from mindspeed_simpo.model.description import read_model_spec
+from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.naming import hf_tensors, pipeline_chunks
 from mindspeed_simpo.model.weight_source import INDEX_FILE, SINGLE_FILE, RandomWeights, SafetensorsFolder
 from tests.ranks.model_helpers import make_checkpoint
@@ -28,7 +28,7 @@ def folder(checkpoint, tmp_path):
 
 
 def _open(folder):
-    return SafetensorsFolder(folder, read_model_spec(str(folder)))
+    return SafetensorsFolder(folder, read_description(str(folder)))
 
 
 @pytest.mark.parametrize(("family", "options"), FAMILIES)
@@ -36,7 +36,7 @@ def _open(folder):
 def test_the_table_names_what_transformers_saves(tmp_path, family, options, tied):
     make_checkpoint(tmp_path, family, tie_word_embeddings=tied, **options)
     stored = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / SINGLE_FILE).items()}
-    spec = read_model_spec(str(tmp_path))
+    spec = read_description(str(tmp_path))
     assert {tensor.name: tensor.shape for tensor in hf_tensors(spec)} == stored
     stages = [slot for chunk in pipeline_chunks(spec, 2) for slot in chunk.slots(spec)]
     assert sorted(t.name for slot in stages if not slot.replica for t in slot.tensors) == sorted(stored)
@@ -46,7 +46,7 @@ def test_the_table_names_what_transformers_saves(tmp_path, family, options, tied
 def test_slices_tile_every_tensor(folder):
     source = _open(folder)
     stored = load_file(folder / SINGLE_FILE)
-    for tensor in hf_tensors(read_model_spec(str(folder))):
+    for tensor in hf_tensors(read_description(str(folder))):
         parts = [source.read(tensor, rank, 2) for rank in range(2)]
         whole = parts[0] if tensor.axis is None else torch.cat(parts, tensor.axis)
         assert torch.equal(whole, stored[tensor.name])
@@ -56,7 +56,7 @@ def test_slices_tile_every_tensor(folder):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_fusing_interleaves_by_group_and_is_undone(folder, bias):
-    spec = read_model_spec(str(folder))
+    spec = read_description(str(folder))
     slots = {slot.parameter: slot for slot in pipeline_chunks(spec, 1)[0].slots(spec)}
     slot = slots[f"decoder.layers.0.self_attention.linear_qkv.{'bias' if bias else 'weight'}"]
     slices = [torch.arange(t.shape[0] * 1.0).add(1000 * i) for i, t in enumerate(slot.tensors)]
@@ -73,7 +73,7 @@ def test_fusing_interleaves_by_group_and_is_undone(folder, bias):
 
 
 def test_random_weights_depend_on_seed_and_name_alone(folder):
-    spec = read_model_spec(str(folder))
+    spec = read_description(str(folder))
     tensors = {tensor.name: tensor for tensor in hf_tensors(spec)}
     first, again, other = RandomWeights(spec, 1), RandomWeights(spec, 1), RandomWeights(spec, 2)
     gate = tensors["model.layers.0.mlp.gate_proj.weight"]
@@ -141,7 +141,7 @@ def test_shards(tmp_path):
     index = json.loads((tmp_path / INDEX_FILE).read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 1
-    tensor = next(t for t in hf_tensors(read_model_spec(str(tmp_path))) if t.name == "lm_head.weight")
+    tensor = next(t for t in hf_tensors(read_description(str(tmp_path))) if t.name == "lm_head.weight")
     with safe_open(tmp_path / index["weight_map"]["lm_head.weight"], "pt") as file:
         assert torch.equal(_open(tmp_path).read(tensor, 0, 1), file.get_tensor("lm_head.weight"))
     (tmp_path / files[1]).rename(tmp_path / "elsewhere")

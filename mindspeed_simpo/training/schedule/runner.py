@@ -153,7 +153,9 @@ class PairSchedule:
             sequence_parallel=self.sequence_parallel,
             fused=self.fused,
         )
-        output: Tensor = model(rows.tokens, position_ids=rows.position_ids, documents=rows.documents, head=head)
+        output: Tensor = model(
+            rows.tokens, position_ids=rows.position_ids, documents=rows.documents, lengths=rows.lengths, head=head
+        )
         return output
 
     def _score_apart(self, model: torch.nn.Module, parts: Sequence[HeldRows]) -> Tensor:

@@ -110,7 +110,7 @@ def _attend(
     wide = torch.promote_types(query.dtype, torch.float32)
     mask_dtype = query.dtype if softcap is None else wide
     size = block_size(window, softcap)
-    mask = _mask(size, window or size, mask_dtype, query.device, query.shape[0], key.shape[0])
+    mask = _mask(size, window, mask_dtype, query.device, query.shape[0], key.shape[0])
     if softcap is None:
         if repeats > 1 and not query.is_cuda:
             k, v = (each[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for each in (k, v))
@@ -124,10 +124,14 @@ def _attend(
     return context.permute(2, 0, 1, 3)
 
 
-def _mask(size: int, window: int, dtype: torch.dtype, device: torch.device, queries: int, keys: int) -> Tensor:
+def _mask(
+    size: int, window: int | None, dtype: torch.dtype, device: torch.device, queries: int, keys: int
+) -> Float[Tensor, "queries keys"]:
     """0 where a query sees a key, else minus infinity; the last query's own key is the last."""
-    band = _band(size, window, dtype, device)[-queries:, -keys:]
-    return torch.nn.functional.pad(band, (keys - band.shape[1], 0))
+    if window is not None:
+        return _band(size, window, dtype, device)[-queries:, -keys:]
+    triangle = _band(size, size, dtype, device)[-queries:, -queries:]
+    return torch.nn.functional.pad(triangle, (keys - queries, 0))
 
 
 @functools.lru_cache(32)

@@ -46,7 +46,10 @@ def compare(ours, formula, inputs, tolerance):
 def test_rms_norm(offset, tolerance):
     def formula(hidden, weight):
         return torch.stack(
-            [(offset + weight) * row / torch.sqrt(torch.dot(row, row) / len(row) + 1e-3) for row in hidden.flatten(0, 1)]
+            [
+                (offset + weight) * row / torch.sqrt(torch.dot(row, row) / len(row) + 1e-3)
+                for row in hidden.flatten(0, 1)
+            ]
         ).view_as(hidden)
 
     inputs = [random(5, 2, 6), random(6, seed=1)]

@@ -125,8 +125,9 @@ def test_devices_keep_different_things(spec):
     [cpu], [cuda], [npu] = (
         estimate_memory(spec, config(), Layout(num_microbatches=8), name) for name in ("cpu", "cuda", "npu")
     )
-    tokens, layers, heads = 2 * 60, 4, spec.num_heads
-    queries, keys = heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    attention = spec.layers[0].attention
+    tokens, layers, heads = 2 * 60, 4, attention.heads
+    queries, keys = heads * attention.head_dim, attention.kv_heads * attention.head_dim
     assert cpu.activations - cuda.activations == layers * tokens * 4 * (2 * queries - keys)
     assert npu.activations - cuda.activations == layers * tokens * 4 * 15 * heads
 

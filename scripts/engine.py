@@ -22,13 +22,13 @@ def build_engine(
         table: Sums under a reference model.
         running: Statistics of the objective's tracked value, a function.
     """
-    from mindspeed_simpo.model.description import read_model_spec
+    from mindspeed_simpo.model.hf_config import read_description
     from mindspeed_simpo.model.megatron.gpt import build_model
     from mindspeed_simpo.model.megatron.weights import fill_weights
     from mindspeed_simpo.training.optimizer import wrap_for_training
     from mindspeed_simpo.training.session import build_schedule
 
-    spec = read_model_spec(config.model_name_or_path)
+    spec = read_description(config.model_name_or_path)
     models = build_model(spec, config, groups, device)
     fill_weights(models, spec, config, groups)
     wrapped = wrap_for_training(models, config, bf16=config.bf16)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
-from mindspeed_simpo.config.validation import make_layout
+from mindspeed_simpo.config.validation import make_layout, settle_batching
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data, prepare_pairs
 from mindspeed_simpo.data.largest import LargestPass, largest_pass
@@ -25,7 +25,8 @@ from mindspeed_simpo.data.template import ChatFormat
 from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import find_device
 from mindspeed_simpo.errors import DataError, SimpoError
-from mindspeed_simpo.model.description import ModelSpec, read_model_spec, resolve_model
+from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.hf_config import read_description, resolve_model
 from mindspeed_simpo.model.naming import pipeline_chunks
 from mindspeed_simpo.model.weight_source import SafetensorsFolder
 from mindspeed_simpo.objectives import OBJECTIVES
@@ -66,7 +67,10 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     """
     console = console or Console(highlight=False)
     findings = Findings()
-    spec = findings.attempt(lambda: _model(config))
+    device = find_device() if config.device == "auto" else config.device
+    spec = findings.attempt(lambda: _model(config, world_size, device))
+    if spec is not None:
+        config = settle_batching(config, spec)
     tokenizer = findings.attempt(lambda: load_tokenizer(config.model_name_or_path, config.chat_template))
     parts: dict[str, PairDataset] = {}
     if tokenizer is not None:
@@ -82,7 +86,6 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     findings.warnings += judge_settings(config)
     if spec is not None:
         layout = make_layout(config, world_size)
-        device = find_device() if config.device == "auto" else config.device
         estimates = estimate_memory(spec, config, layout, _largest(config, layout, parts), device)
         _print_layout(console, config, layout, spec, estimates)
         findings.warnings += judge_memory(config, layout, estimates)
@@ -168,9 +171,9 @@ def _inspected(dataset: PairDataset) -> list[TokenizedPair]:
     return [dataset[index] for index in range(0, len(dataset), -(-len(dataset) // INSPECTED_PAIRS))]
 
 
-def _model(config: Config) -> ModelSpec:
-    spec = read_model_spec(config.model_name_or_path)
-    spec.check_layout(config)
+def _model(config: Config, world_size: int, device: str) -> ModelDescription:
+    spec = read_description(config.model_name_or_path)
+    make_layout(settle_batching(config, spec), world_size, spec, device)
     if config.init_from == "weights":
         SafetensorsFolder(resolve_model(config.model_name_or_path, weights=True), spec)
     return spec
@@ -231,7 +234,7 @@ def _largest(config: Config, layout: Layout, parts: dict[str, PairDataset]) -> L
 
 
 def _print_layout(
-    console: Console, config: Config, layout: Layout, spec: ModelSpec, estimates: Sequence[MemoryEstimate]
+    console: Console, config: Config, layout: Layout, spec: ModelDescription, estimates: Sequence[MemoryEstimate]
 ) -> None:
     total = count_parameters(spec, pipeline_chunks(spec, 1))
     axes = ("tensor", "pipeline", "context", "data")

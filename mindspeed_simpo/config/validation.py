@@ -11,31 +11,76 @@ from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.errors import ConfigError
 
 
-class LayerSizes(Protocol):
-    """What tensor parallelism divides of a layer."""
+class AttentionSizes(Protocol):
+    """What a layout divides of a layer's attention."""
 
     @property
-    def num_heads(self) -> int:
+    def heads(self) -> int:
         """Of queries."""
 
     @property
-    def num_kv_heads(self) -> int:
+    def kv_heads(self) -> int:
         """Of keys and values."""
 
     @property
-    def ffn_size(self) -> int:
-        """Width of the MLP."""
+    def head_dim(self) -> int:
+        """Numbers of a head."""
+
+    @property
+    def window(self) -> int | None:
+        """Keys that a query sees; None for all before it."""
+
+    @property
+    def softcap(self) -> float | None:
+        """Of the scores."""
 
 
-def make_layout(
-    config: Config, world_size: int, layers: Sequence[LayerSizes] | None = None, device: str | None = None
-) -> Layout:
+class MLPSizes(Protocol):
+    """What a layout divides of a layer's MLP."""
+
+    @property
+    def width(self) -> int:
+        """Of its inner activations."""
+
+
+class LayerSizes(Protocol):
+    """What a layout divides of a layer."""
+
+    @property
+    def attention(self) -> AttentionSizes:
+        """See the class."""
+
+    @property
+    def mlp(self) -> MLPSizes:
+        """See the class."""
+
+
+class Model(Protocol):
+    """A described model."""
+
+    @property
+    def layers(self) -> Sequence[LayerSizes]:
+        """From first to last."""
+
+    def shares_prefixes(self, seq_length: int) -> bool:
+        """Whether both responses may go on from one prompt."""
+
+
+def settle_batching(config: Config, model: Model) -> Config:
+    """``config``, with ``batching: auto`` settled where the model cannot take what the layout alone allows."""
+    shared = config.batching == "auto" and config.batching_in_use == "prefix_shared"
+    if shared and not model.shares_prefixes(config.seq_length):
+        return config.model_copy(update={"batching": "packed"})
+    return config
+
+
+def make_layout(config: Config, world_size: int, model: Model | None = None, device: str | None = None) -> Layout:
     """Divide ``world_size`` ranks into the configured axes, and refuse what does not divide or is not claimed.
 
     Args:
         config: Degrees, switches, batch sizes and the options that change the arithmetic.
         world_size: Ranks of the run.
-        layers: Of the model, where it is known already.
+        model: Where it is known already.
         device: Where the run takes place, where that is known already.
 
     Raises:
@@ -43,11 +88,12 @@ def make_layout(
     """
     layout = _divide(config, world_size)
     _check_batch(config, layout)
-    if layers is not None:
-        _check_pipeline(config, layout, len(layers))
-        for sizes in layers:
-            _check_layer(config, layout, sizes)
-    _check_context(config, device or config.device)
+    _check_device(config, device or config.device, model)
+    if model is not None:
+        _check_pipeline(config, layout, len(model.layers))
+        for layer in model.layers:
+            _check_layer(config, layout, layer)
+        _check_prefixes(config, model)
     refused = supported.refusal(layout, config.arithmetic())
     if refused is not None:
         raise ConfigError(refused)
@@ -97,32 +143,79 @@ def _check_pipeline(config: Config, layout: Layout, num_layers: int) -> None:
         )
 
 
-def _check_layer(config: Config, layout: Layout, sizes: LayerSizes) -> None:
-    ranks = layout.tensor
-    for name, count in (("num_attention_heads", sizes.num_heads), ("intermediate_size", sizes.ffn_size)):
-        if count % ranks:
-            raise ConfigError(
-                f"tensor_model_parallel_size {ranks} does not divide the model's {name} {count}: "
-                f"choose a divisor of {count}"
-            )
-    if sizes.num_kv_heads % ranks:
+def _check_layer(config: Config, layout: Layout, layer: LayerSizes) -> None:
+    ranks, attention = layout.tensor, layer.attention
+    if layer.mlp.width % ranks:
         raise ConfigError(
-            f"tensor_model_parallel_size {ranks} does not divide the model's num_key_value_heads "
-            f"{sizes.num_kv_heads}: choose a divisor of {sizes.num_kv_heads}"
+            f"tensor_model_parallel_size {ranks} does not divide the model's intermediate_size {layer.mlp.width}: "
+            f"choose a divisor of {layer.mlp.width}"
         )
-    heads, groups, context = sizes.num_heads // ranks, sizes.num_kv_heads // ranks, layout.context
-    ulysses = config.context_parallel_algo == "ulysses_cp_algo"
-    if ulysses and (heads % context or (groups % context and context % groups)):
+    if ranks > attention.heads:
         raise ConfigError(
-            f"context_parallel_algo: ulysses_cp_algo divides the heads of a tensor-parallel rank ({heads} and "
-            f"{groups} of keys) over context_parallel_size {context}, which is impossible: choose another size or "
-            "context_parallel_algo: megatron_cp_algo"
+            f"tensor_model_parallel_size {ranks} is more than the model's num_attention_heads {attention.heads}: "
+            "every rank needs a head"
+        )
+    if attention.kv_heads % ranks:
+        _check_shared_heads(ranks, attention)
+    if layout.context > 1:
+        _check_context_algorithm(config, layout, attention)
+
+
+def _check_shared_heads(ranks: int, attention: AttentionSizes) -> None:
+    kv_heads = attention.kv_heads
+    if ranks % kv_heads:
+        raise ConfigError(
+            f"tensor_model_parallel_size {ranks} neither divides the model's num_key_value_heads {kv_heads} nor is "
+            f"a multiple of it: choose a divisor or a multiple of {kv_heads}"
+        )
+    if attention.head_dim % (ranks // kv_heads):
+        raise ConfigError(
+            f"tensor_model_parallel_size {ranks}: {ranks // kv_heads} ranks share each of the model's {kv_heads} "
+            f"num_key_value_heads, which does not divide its head_dim {attention.head_dim}: choose another degree"
         )
 
 
-def _check_context(config: Config, device: str) -> None:
+def _check_context_algorithm(config: Config, layout: Layout, attention: AttentionSizes) -> None:
+    algorithm, tensor, context = config.context_parallel_algo, layout.tensor, layout.context
+    advice = "choose another size or context_parallel_algo: megatron_cp_algo"
+    if algorithm == "megatron_cp_algo" and attention.window is not None and attention.window < config.seq_length:
+        raise ConfigError(
+            f"context_parallel_algo: {algorithm} cannot attend within the model's sliding window of "
+            f"{attention.window} tokens, which seq_length {config.seq_length} exceeds: set context_parallel_algo: "
+            "gathered"
+        )
+    if algorithm != "ulysses_cp_algo":
+        return
+    if tensor > attention.kv_heads:
+        raise ConfigError(
+            f"context_parallel_algo: {algorithm} cannot divide key-value heads that tensor-parallel ranks share "
+            f"(tensor_model_parallel_size {tensor}, num_key_value_heads {attention.kv_heads}): {advice}"
+        )
+    heads, groups = attention.heads // tensor, attention.kv_heads // tensor
+    if heads % context or (groups % context and context % groups):
+        raise ConfigError(
+            f"context_parallel_algo: {algorithm} divides the heads of a tensor-parallel rank ({heads} and "
+            f"{groups} of keys) over context_parallel_size {context}, which is impossible: {advice}"
+        )
+
+
+def _check_prefixes(config: Config, model: Model) -> None:
+    if config.batching_in_use == "prefix_shared" and not model.shares_prefixes(config.seq_length):
+        raise ConfigError(
+            f"batching: prefix_shared rotates a prompt once for both responses, but the rotation of "
+            f"{config.model_name_or_path} depends on the length of each sequence beyond the length that the model was "
+            f"first trained for: set batching: packed, or a seq_length ({config.seq_length}) of at most that length"
+        )
+
+
+def _check_device(config: Config, device: str, model: Model | None) -> None:
     if config.context_parallel_algo != "gathered" and device in ("cpu", "cuda"):
         raise ConfigError(
             f"context_parallel_algo: {config.context_parallel_algo} is MindSpeed's and runs on npu; this is "
             f"{device}: set context_parallel_algo: gathered"
+        )
+    if device == "npu" and model is not None and any(layer.attention.softcap is not None for layer in model.layers):
+        raise ConfigError(
+            f"{config.model_name_or_path} caps its attention scores, for which torch_npu has no operator: "
+            "set device: cuda or cpu, or choose another model"
         )

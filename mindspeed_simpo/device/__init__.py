@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from mindspeed_simpo.device import cpu, megatron_repairs, npu, operators
+from mindspeed_simpo.device import cpu, megatron_repairs, npu
 from mindspeed_simpo.errors import ConfigError
 
 DeviceName = Literal["npu", "cuda", "cpu"]
@@ -116,7 +116,6 @@ def open_device(name: Literal["auto", "npu", "cuda", "cpu"], local_rank: int = 0
     elif found == "npu":
         npu.install_adaptor()
     megatron_repairs.repair()
-    operators.install()
     if found == "cpu":
         return Device("cpu", torch.device("cpu"))
     accelerator = getattr(torch, found, None)

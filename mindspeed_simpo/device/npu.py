@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mindspeed_simpo.errors import ConfigError
 
-# npu_fusion_attention: the causal mask is aligned to the last query and the last key, and given compressed
+# npu_fusion_attention: the mask is aligned to the last query and the last key, and given compressed
 _RIGHT_DOWN_CAUSAL = 3
+_BAND = 4
 _COMPRESSED_MASK_SIZE = 2048
 
 
@@ -77,21 +78,23 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return activated
 
 
-def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """``heads cosines + turned(heads) sines``, ``turned(a, b) = (-b, a)`` of the halves, by ``npu_rotary_mul``.
+def rotate(heads: Tensor, cosines: Tensor, sines: Tensor, *, interleaved: bool = False) -> Tensor:
+    """``heads cosines + turned(heads) sines``, ``turned(a, b) = (-b, a)`` of each pair, by ``npu_rotary_mul``.
 
     Args:
         heads: ``[seq, row, heads, dim]``, fewer than 1000 rows and heads, as the operator wants.
         cosines: ``[seq, 1 or row, 1, dim]``, of the dtype of ``heads``.
         sines: As ``cosines``.
+        interleaved: Neighbours are a pair, else the numbers at one place of the two halves.
     """
     import torch_npu
 
-    rotated: Tensor = torch_npu.npu_rotary_mul(heads, cosines, sines, rotary_mode="half")
+    mode = "interleave" if interleaved else "half"
+    rotated: Tensor = torch_npu.npu_rotary_mul(heads, cosines, sines, rotary_mode=mode)
     return rotated
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
     """``softmax(scale q k^T) v`` by ``npu_fusion_attention``; the queries are the last positions of the keys.
 
     Args:
@@ -99,6 +102,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         key: ``[keys, row, groups, dim]``; each serves ``heads / groups`` consecutive heads.
         value: As ``key``.
         scale: Of the scores.
+        window: Keys that a query sees, its own included; None for all before it.
 
     Returns:
         ``[queries, row, heads x dim]``.
@@ -113,13 +117,19 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         "SBH",
         atten_mask=_compressed_mask(query.device),
         scale=scale,
-        sparse_mode=_RIGHT_DOWN_CAUSAL,
+        **_visible(window),
     )[0]
     return context
 
 
 def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_lengths: Sequence[int], key_lengths: Sequence[int], scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_lengths: Sequence[int],
+    key_lengths: Sequence[int],
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention of many documents, end to end, by ``npu_fusion_attention`` in the layout TND.
 
@@ -130,6 +140,7 @@ def varlen_attention(
         query_lengths: Queries of each document, the last positions of its keys; the operator takes their running sum.
         key_lengths: Keys of each document.
         scale: Of the scores.
+        window: See :func:`causal_attention`.
 
     Returns:
         ``[queries, 1, heads x dim]``.
@@ -148,9 +159,16 @@ def varlen_attention(
         scale=scale,
         actual_seq_qlen=list(itertools.accumulate(query_lengths)),
         actual_seq_kvlen=list(itertools.accumulate(key_lengths)),
-        sparse_mode=_RIGHT_DOWN_CAUSAL,
+        **_visible(window),
     )[0]
     return context.flatten(1)[:, None]
+
+
+def _visible(window: int | None) -> dict[str, int]:
+    """Arguments of ``npu_fusion_attention``: all keys up to each query's own, or the last ``window`` of them."""
+    if window is None:
+        return {"sparse_mode": _RIGHT_DOWN_CAUSAL}
+    return {"sparse_mode": _BAND, "pre_tockens": window - 1, "next_tockens": 0}
 
 
 @functools.cache

@@ -13,40 +13,34 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from mindspeed_simpo.device import npu
 
 
-def install() -> None:
-    """Give megatron-core's layers the operators that their specification has no place for."""
-    from megatron.core.models.common.embeddings import rope_utils
-    from megatron.core.transformer import mlp
-
-    rope_utils._apply_rotary_pos_emb_bshd = rotate
-    mlp.bias_swiglu_impl = swiglu
-
-
 def rms_norm(
-    hidden: Float[Tensor, "*batch dim"], weight: Float[Tensor, " dim"], eps: float
+    hidden: Float[Tensor, "*batch dim"], weight: Float[Tensor, " dim"], eps: float, weight_offset: float = 0.0
 ) -> Float[Tensor, "*batch dim"]:
-    """``weight * hidden / sqrt(mean(hidden^2) + eps)`` over the last axis; normalised in fp32, scaled in its dtype.
+    """``(weight_offset + weight) * hidden / sqrt(mean(hidden^2) + eps)`` over the last axis; normalised in fp32.
 
     Args:
         hidden: Kept for the backward, with one number a vector.
         weight: Of the dtype of ``hidden``.
         eps: Added to the mean square.
+        weight_offset: 0 scales in the dtype of ``hidden``; another one in fp32, before the result is rounded.
     """
     if npu.holds(hidden):
+        if weight_offset:
+            return npu.rms_norm(hidden.float(), weight_offset + weight.float(), eps).to(hidden.dtype)
         return npu.rms_norm(hidden, weight, eps)
-    normed: Tensor = _RMSNorm.apply(hidden, weight, eps)  # type: ignore[no-untyped-call]
+    normed: Tensor = _RMSNorm.apply(hidden, weight, eps, weight_offset)  # type: ignore[no-untyped-call]
     return normed
 
 
 def swiglu(
-    gate_up: Float[Tensor, "*batch two_dim"], bias: Float[Tensor, " two_dim"] | None = None, *_: Any
+    gate_up: Float[Tensor, "*batch two_dim"], bias: Float[Tensor, " two_dim"] | None = None
 ) -> Float[Tensor, "*batch dim"]:
-    """``silu(gate) * up``; in the place of megatron-core's ``bias_swiglu_impl``.
+    """``silu(gate) * up``.
 
     Args:
         gate_up: Gate in the first half of the last axis, up in the second; kept for the backward.
@@ -60,57 +54,73 @@ def swiglu(
     return activated
 
 
+def geglu(
+    gate_up: Float[Tensor, "*batch two_dim"], bias: Float[Tensor, " two_dim"] | None = None
+) -> Float[Tensor, "*batch dim"]:
+    """``gelu(gate) * up``, gelu in its tanh approximation; on every device of two operators.
+
+    Args:
+        gate_up: Gate in the first half of the last axis, up in the second; kept for the backward.
+        bias: Added first.
+    """
+    if bias is not None:
+        gate_up = gate_up + bias
+    activated: Tensor = _GeGLU.apply(gate_up)  # type: ignore[no-untyped-call]
+    return activated
+
+
 def rotate(
     heads: Float[Tensor, "seq row heads dim"],
-    angles: Float[Tensor, "seq row_or_1 1 dim"],
-    rotary_interleaved: bool = False,
-    *_: Any,
-    **__: Any,
+    cosines: Float[Tensor, "seq row_or_1 1 rotated"],
+    sines: Float[Tensor, "seq row_or_1 1 rotated"],
+    *,
+    interleaved: bool = False,
 ) -> Float[Tensor, "seq row heads dim"]:
-    """``heads cos(angles) + turned(heads) sin(angles)``, ``turned(a, b) = (-b, a)``; in megatron-core's place.
+    """``heads cosines + turned(heads) sines`` of the first ``rotated`` numbers, ``turned(a, b) = (-b, a)``.
 
     Args:
         heads: Not kept: the backward turns by the negative angles.
-        angles: Radians, both halves the same.
-        rotary_interleaved: False; neighbours are not rotated into each other.
+        cosines: Of the dtype of ``heads``; both numbers of a pair have the same.
+        sines: As ``cosines``.
+        interleaved: Neighbours are a pair, else the numbers at one place of the two halves.
     """
-    assert not rotary_interleaved, "the halves are rotated, not neighbours"
-    cosines, sines = _tables(angles, heads.dtype)
     if npu.holds(heads):
-        return npu.rotate(heads, cosines, sines)
-    rotated: Tensor = _Rotation.apply(heads, cosines, sines)  # type: ignore[no-untyped-call]
+        dims = cosines.shape[-1]
+        turned = npu.rotate(heads[..., :dims], cosines, sines, interleaved=interleaved)
+        return turned if dims == heads.shape[-1] else torch.cat([turned, heads[..., dims:]], dim=-1)
+    rotated: Tensor = _Rotation.apply(heads, cosines, sines, interleaved)  # type: ignore[no-untyped-call]
     return rotated
-
-
-def _tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # the angles are one tensor for queries and keys of all layers: it remembers
-    tables: dict[torch.dtype, tuple[Tensor, Tensor]] = angles.__dict__.setdefault("_cosines_and_sines", {})
-    if dtype not in tables:
-        tables[dtype] = angles.cos().to(dtype), angles.sin().to(dtype)
-    return tables[dtype]
 
 
 class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         # an error of this one number is an error of the whole vector
         exact = torch.float64 if hidden.dtype == torch.float32 else wide.dtype
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True, dtype=exact) + eps).to(wide.dtype)
         ctx.save_for_backward(hidden, weight, scale)
+        ctx.weight_offset = weight_offset
+        if weight_offset:
+            return (wide * scale * (weight_offset + weight.to(wide.dtype))).to(hidden.dtype)
         return weight * (wide * scale).to(hidden.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, scale = ctx.saved_tensors
         normed = hidden.to(scale.dtype) * scale
         axes = tuple(range(grad.dim() - 1))
-        weight_grad = (grad * normed.to(grad.dtype)).sum(axes)
+        if ctx.weight_offset:
+            grad = grad.to(scale.dtype)
+            weight_grad = (grad * normed).sum(axes).to(weight.dtype)
+            upstream = grad * (ctx.weight_offset + weight.to(scale.dtype))
+        else:
+            weight_grad = (grad * normed.to(grad.dtype)).sum(axes)
+            upstream = (grad * weight).to(scale.dtype)
         # d normed = scale (d hidden - normed mean(normed d hidden))
-        upstream = (grad * weight).to(scale.dtype)
         hidden_grad = upstream.addcmul_(normed, (upstream * normed).mean(-1, keepdim=True), value=-1).mul_(scale)
-        return hidden_grad.to(hidden.dtype), weight_grad, None
+        return hidden_grad.to(hidden.dtype), weight_grad, None, None
 
 
 class _SwiGLU(Function):
@@ -132,24 +142,56 @@ class _SwiGLU(Function):
         return grads
 
 
-class _Rotation(Function):
+class _GeGLU(Function):
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        ctx.save_for_backward(cosines, sines)
-        return _turn(heads, cosines, sines)
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gelu(gate, approximate="tanh").mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grads = torch.empty_like(gate_up)
+        gate_grad, up_grad = grads.chunk(2, dim=-1)
+        torch.mul(grad, gelu(gate, approximate="tanh"), out=up_grad)
+        gate_grad.copy_(torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"))
+        return grads
+
+
+class _Rotation(Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        ctx.interleaved = interleaved
+        return _turn(heads, cosines, sines, interleaved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cosines, sines = ctx.saved_tensors
-        return _turn(grad, cosines, -sines), None, None
+        return _turn(grad, cosines, -sines, ctx.interleaved), None, None, None
 
 
-def _turn(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    turned = heads * cosines
-    first, second = heads.chunk(2, dim=-1)
-    turned_first, turned_second = turned.chunk(2, dim=-1)
-    half = sines.shape[-1] // 2
-    turned_first.addcmul_(second, sines[..., :half], value=-1)
-    turned_second.addcmul_(first, sines[..., half:])
+def _turn(heads: Tensor, cosines: Tensor, sines: Tensor, interleaved: bool) -> Tensor:
+    dims = cosines.shape[-1]
+    if dims == heads.shape[-1]:
+        turned = heads * cosines
+    else:
+        turned = heads.clone(memory_format=torch.contiguous_format)
+        turned[..., :dims].mul_(cosines)
+    (first, second), (turned_first, turned_second), (sines_first, sines_second) = (
+        _pairs(tensor[..., :dims], interleaved) for tensor in (heads, turned, sines)
+    )
+    turned_first.addcmul_(second, sines_first, value=-1)
+    turned_second.addcmul_(first, sines_second)
     return turned
+
+
+def _pairs(tensor: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    if interleaved:
+        return tensor[..., 0::2], tensor[..., 1::2]
+    first, second = tensor.chunk(2, dim=-1)
+    return first, second

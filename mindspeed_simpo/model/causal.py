@@ -12,6 +12,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from mindspeed_simpo.device import npu
+from mindspeed_simpo.model.blockwise import blockwise_attention
 
 
 def causal_attention(
@@ -19,17 +20,26 @@ def causal_attention(
     key: Float[Tensor, "keys row groups dim"],
     value: Float[Tensor, "keys row groups dim"],
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "queries row width"]:
-    """``softmax(scale q k^T) v``; the queries are the last positions of the keys, and see none after their own.
+    """``softmax(cap(scale q k^T)) v``; the queries are the last positions of the keys, and see none after their own.
 
     Args:
         query: ``heads`` a multiple of ``groups``; consecutive heads share a key and a value.
         key: At least as many as the queries.
         value: As ``key``.
         scale: Of the scores, usually ``dim ** -0.5``.
+        window: Keys that a query sees, its own included; None for all before it.
+        softcap: ``cap(x) = softcap tanh(x / softcap)``; None leaves the scores as they are.
     """
+    if window is not None and window >= key.shape[0]:
+        window = None
     if npu.holds(query):
-        return npu.causal_attention(query, key, value, scale)
+        assert softcap is None, "no operator of NPUs caps the scores: refused when the model was built"
+        return npu.causal_attention(query, key, value, scale, window)
+    if window is not None or softcap is not None:
+        return blockwise_attention(query, key, value, scale, window, softcap)
     repeats = query.shape[2] // key.shape[2]
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     grouped = repeats > 1 and query.is_cuda

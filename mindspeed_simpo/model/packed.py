@@ -22,8 +22,10 @@ def packed_attention(
     value: Float[Tensor, "seq 1 groups dim"],
     documents: Documents,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "seq 1 width"]:
-    """``softmax(scale q k^T) v`` within each document; two calls, whatever the number of documents.
+    """``softmax(cap(scale q k^T)) v`` within each document; two calls, whatever the number of documents.
 
     The first has the documents that attend to themselves, queries and keys alike. The second has the branches: queries
     of a branch over the keys of its prefix and its own, causal, so that the last query sees the last key. No mask of
@@ -35,17 +37,20 @@ def packed_attention(
         value: See ``query``.
         documents: What the row is made of; their lengths add up to ``seq``.
         scale: Of the scores, usually ``dim ** -0.5``.
+        window: Keys of its sequence that a query sees, its own included; None for all before it.
+        softcap: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
     """
     end = sum(documents.wholes)
     own = key[:end], value[:end]
-    context = attend_apart(query[:end], *own, documents.wholes, documents.wholes, scale)
+    context = attend_apart(query[:end], *own, documents.wholes, documents.wholes, scale, window, softcap)
     if not documents.branches:
         return context
     seen = _branch_keys(documents, key.device)
     lengths = [branch.length for branch in documents.branches]
     key_lengths = [branch.prefix_length + branch.length for branch in documents.branches]
     keys, values = key.index_select(0, seen), value.index_select(0, seen)
-    return torch.cat([context, attend_apart(query[end:], keys, values, lengths, key_lengths, scale)])
+    branches = attend_apart(query[end:], keys, values, lengths, key_lengths, scale, window, softcap)
+    return torch.cat([context, branches])
 
 
 def attend_apart(
@@ -55,6 +60,8 @@ def attend_apart(
     query_lengths: Sequence[int],
     key_lengths: Sequence[int],
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "queries 1 width"]:
     """Causal attention of many documents that lie end to end; the queries of each are the last positions of its keys.
 
@@ -65,18 +72,23 @@ def attend_apart(
         query_lengths: Queries of each document.
         key_lengths: Keys of each document, at least as many.
         scale: Of the scores.
+        window: See :func:`packed_attention`.
+        softcap: See :func:`packed_attention`.
     """
+    if window is not None and window >= max(key_lengths, default=0):
+        window = None
     if npu.holds(query):
-        return npu.varlen_attention(query, key, value, query_lengths, key_lengths, scale)
+        assert softcap is None, "no operator of NPUs caps the scores: refused when the model was built"
+        return npu.varlen_attention(query, key, value, query_lengths, key_lengths, scale, window)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_flash_attention():
-        return flash_attention(query, key, value, query_lengths, key_lengths, scale)
+        return flash_attention(query, key, value, query_lengths, key_lengths, scale, window, softcap)
     # torch.split, not slices: the gradient of each slice would be as long as the row
     queries, keys, values = (
         torch.split(tensor, list(lengths))
         for tensor, lengths in ((query, query_lengths), (key, key_lengths), (value, key_lengths))
     )
     parts = zip(queries, keys, values, strict=True)
-    return torch.cat([causal_attention(*part, scale) for part in parts])
+    return torch.cat([causal_attention(*part, scale, window, softcap) for part in parts])
 
 
 def flash_attention(
@@ -86,6 +98,8 @@ def flash_attention(
     query_lengths: Sequence[int],
     key_lengths: Sequence[int],
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "queries 1 width"]:
     """:func:`attend_apart` by the flash-attn package, whose causal mask is aligned to the last query and key."""
     from flash_attn import flash_attn_varlen_func
@@ -100,6 +114,8 @@ def flash_attention(
         max(key_lengths),
         softmax_scale=scale,
         causal=True,
+        **({} if window is None else {"window_size": (window - 1, 0)}),
+        **({} if softcap is None else {"softcap": softcap}),
     )
     return context.flatten(1)[:, None]
 
@@ -123,6 +139,14 @@ def _branch_keys(documents: Documents, device: torch.device) -> Int[Tensor, " ke
         parts.append(torch.arange(start, start + branch.length))
         start += branch.length
     return moved(torch.cat(parts), device)
+
+
+@functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
+def document_lengths(documents: Documents, device: torch.device) -> Int[Tensor, " seq"]:
+    """For each position of a packed row how many tokens its sequence has; a branch's prefix counts for the branch."""
+    wholes = [torch.full((length,), length) for length in documents.wholes]
+    branches = [torch.full((each.length,), each.prefix_length + each.length) for each in documents.branches]
+    return moved(torch.cat([*wholes, *branches]), device)
 
 
 @functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mindspeed_simpo.errors import ModelError
-from mindspeed_simpo.model.description import ModelSpec
-from mindspeed_simpo.model.naming import HFTensor, hf_tensors
+from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.naming import HFTensor, Span, hf_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -23,35 +23,34 @@ _SHOWN = 3
 
 @runtime_checkable
 class WeightSource(Protocol):
-    """Gives slices of the tensors that :func:`~mindspeed_simpo.model.naming.hf_tensors` lists."""
+    """Gives parts of the tensors that :func:`~mindspeed_simpo.model.naming.hf_tensors` lists."""
 
-    def read(self, tensor: HFTensor, rank: int, size: int) -> Tensor:
-        """The slice of tensor-parallel rank ``rank`` of ``size``, in host memory."""
+    def read(self, span: Span) -> Tensor:
+        """A part along the tensor's axis, the first where it is not divided, in host memory."""
 
 
 class RandomWeights:
-    """Normal weights of the model's ``initializer_range``, ones for norms, zeros for biases.
+    """Normal weights of the model's ``initializer_range``, norms that change no length, zeros for biases.
 
     Each tensor has a generator of its own, seeded by the seed and the tensor's name: a rank builds the whole tensor and
     takes its slice, so the weights are the same whatever the layout.
     """
 
-    def __init__(self, spec: ModelSpec, seed: int) -> None:
-        self.std = spec.initializer_range
+    def __init__(self, model: ModelDescription, seed: int) -> None:
+        self.std = model.initializer_range
         self.seed = seed
 
-    def read(self, tensor: HFTensor, rank: int, size: int) -> Tensor:
+    def read(self, span: Span) -> Tensor:
         """See :class:`WeightSource`; fp32."""
-        if len(tensor.shape) == 1:
-            whole = torch.zeros(tensor.shape) if tensor.name.endswith(".bias") else torch.ones(tensor.shape)
+        tensor = span.tensor
+        assert tensor is not None, "padding is not read"
+        if tensor.initial is not None:
+            whole = torch.full(tensor.shape, tensor.initial)
         else:
             digest = hashlib.sha256(f"{self.seed}:{tensor.name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             whole = torch.empty(tensor.shape).normal_(0.0, self.std, generator=generator)
-        if tensor.axis is None:
-            return whole
-        start, stop = tensor.range(rank, size)
-        return whole.narrow(tensor.axis, start, stop - start)
+        return whole.narrow(tensor.axis or 0, span.start, span.length)
 
 
 class SafetensorsFolder:
@@ -61,39 +60,38 @@ class SafetensorsFolder:
     dtype, and no tensor may be left over. All ranks check the same files, so all fail alike.
     """
 
-    def __init__(self, folder: Path, spec: ModelSpec) -> None:
+    def __init__(self, folder: Path, model: ModelDescription) -> None:
         self.folder = folder
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         for file in _shard_files(folder):
             self._files[file] = _open(folder / file)
             self._file_of.update(dict.fromkeys(self._files[file].keys(), file))
-        self.dtypes = {tensor.name: self._check(tensor) for tensor in self._expected(spec)}
+        self.dtypes = {tensor.name: self._check(tensor) for tensor in self._expected(model)}
         """Stored dtype of each tensor of the model."""
 
-    def read(self, tensor: HFTensor, rank: int, size: int) -> Tensor:
+    def read(self, span: Span) -> Tensor:
         """See :class:`WeightSource`; in the stored dtype."""
-        part = self._slice(tensor.name)
-        if tensor.axis is None:
-            return part[:]  # type: ignore[no-any-return]
-        start, stop = tensor.range(rank, size)
-        return part[start:stop] if tensor.axis == 0 else part[:, start:stop]  # type: ignore[no-any-return]
+        assert span.tensor is not None, "padding is not read"
+        part = self._slice(span.tensor.name)
+        return part[:, span.start : span.stop] if span.tensor.axis == 1 else part[span.start : span.stop]  # type: ignore[no-any-return]
 
     def _slice(self, name: str) -> Any:
         return self._files[self._file_of[name]].get_slice(name)
 
-    def _expected(self, spec: ModelSpec) -> list[HFTensor]:
-        expected = hf_tensors(spec)
+    def _expected(self, model: ModelDescription) -> list[HFTensor]:
+        expected = hf_tensors(model)
         names = {tensor.name for tensor in expected}
         if missing := [name for name in names if name not in self._file_of]:
             raise ModelError(f"{self.folder}: the safetensors lack {_some(missing)}, which config.json calls for")
         # transformers drops these too: a tied head's copy of the embedding, and rotary tables of old checkpoints
-        tied = {"lm_head.weight"} if spec.tied else set()
+        tied = {"lm_head.weight"} if model.tied else set()
         unknown = [n for n in self._file_of if n not in names | tied and not n.endswith("rotary_emb.inv_freq")]
         if unknown:
             raise ModelError(
                 f"{self.folder}: the safetensors hold {_some(unknown)}, which config.json does not describe "
-                f"({spec.family}, {spec.num_layers} layers): the folder mixes two models, or the model is not supported"
+                f"({model.family}, {model.num_layers} layers): the folder mixes two models, or the model is not "
+                "supported"
             )
         return expected
 

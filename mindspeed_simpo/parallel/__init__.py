@@ -1,5 +1,5 @@
 """Degrees -> process groups, and the collectives that every room shares."""
 
-from mindspeed_simpo.parallel.groups import Groups, initialize, seed_model_ranks, shutdown
+from mindspeed_simpo.parallel.groups import Groups, consecutive_ranks, initialize, seed_model_ranks, shutdown
 
-__all__ = ["Groups", "initialize", "seed_model_ranks", "shutdown"]
+__all__ = ["Groups", "consecutive_ranks", "initialize", "seed_model_ranks", "shutdown"]

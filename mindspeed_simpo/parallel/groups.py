@@ -74,6 +74,20 @@ def initialize(layout: Layout, device: Device, timeout_minutes: float = 10.0) ->
     )
 
 
+def consecutive_ranks(number: int) -> dist.ProcessGroup:
+    """A new group of ``number`` tensor-parallel ranks, from a multiple of it on; a collective of the world.
+
+    megatron-core numbers tensor-parallel ranks first, so that consecutive ones are consecutive in the world.
+
+    Args:
+        number: Divides the tensor-parallel ranks.
+    """
+    world = range(dist.get_world_size())
+    found = [dist.new_group(list(world[first : first + number])) for first in world[::number]]
+    own: dist.ProcessGroup = found[dist.get_rank() // number]
+    return own
+
+
 def seed_model_ranks(seed: int) -> None:
     """Give megatron-core's layers their random state, another for each tensor-parallel rank."""
     from megatron.core import tensor_parallel

@@ -184,7 +184,7 @@ def load(
         loaded = dist_checkpointing.load(_sharded_state(models, stepper, is_loading=True), str(folder))
     with fail_together(groups.world), _naming(folder, hint):
         for key, model in _chunks(models):
-            model.load_state_dict(loaded[key])
+            model.load_parameters(loaded[key])
         if stepper is not None:
             step = read_state(folder).step
             load_optimizer_state(stepper.optimizer, [model for _, model in _chunks(models)], loaded["optimizer"], step)

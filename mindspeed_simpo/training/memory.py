@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.largest import LargestPass, PassShape
 from mindspeed_simpo.device import DeviceName
-from mindspeed_simpo.model.description import ModelSpec
+from mindspeed_simpo.model.blockwise import block_size
+from mindspeed_simpo.model.description import Attention, HeadShare, Layer, ModelDescription
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 
 _FP32 = 4
@@ -38,7 +40,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    spec: ModelSpec, config: Config, layout: Layout, largest: LargestPass, device: DeviceName
+    model: ModelDescription, config: Config, layout: Layout, largest: LargestPass, device: DeviceName
 ) -> list[MemoryEstimate]:
     """Memory of one rank of each pipeline stage, bytes.
 
@@ -49,16 +51,17 @@ def estimate_memory(
       context ranks with ``use_distributed_optimizer``;
     - activations ``n (layers a + b hidden) s``: n tokens of a pass on this context rank, s passes in flight
       (``stages - stage``, with virtual stages as many as megatron-core's interleaved schedule warms up, at most
-      all of them), and a what one layer keeps for a token, ``b (4 hidden + 3 ffn / t)`` and the attention's
-      (``_Run.attention_bytes``); ``hidden`` over t too with ``sequence_parallel``. A recomputed layer keeps
-      ``b hidden``; one group of layers is whole while it is recomputed. Rotary tables and, on CPUs, the mask of
-      branches are kept once;
+      all of them), and a what one layer keeps for a token, ``b (4 hidden + 3 ffn / t)``, ``b hidden`` for each norm
+      after a block, and the attention's (``_Run.attention_bytes``); ``hidden`` over t too with ``sequence_parallel``.
+      A recomputed layer keeps ``b hidden``; one group of layers is whole while it is recomputed. Rotary tables, the
+      masks of windows and, on CPUs, the mask of branches are kept once;
     - head, on the last stage: of r response tokens the states ``2 b r hidden`` and the logits, ``8 r vocabulary / t``
       whole, or with ``fused_logprob`` ``(4, in bf16 8) vocabulary / t`` of at most ``logprob_chunk_tokens`` of them;
-    - backward ``4 b n ffn / t``: what SwiGLU's makes while its layer is still there.
+    - backward ``4 b n ffn / t``: what SwiGLU's makes while its layer is still there; or where scores have a soft cap
+      those of one block of queries, six times, if that is more.
 
     Args:
-        spec: Shape of the model.
+        model: Whose layers count each for itself.
         config: Batch, precision and recompute options.
         layout: Degrees of the axes.
         largest: Of the run.
@@ -67,27 +70,22 @@ def estimate_memory(
     Returns:
         One estimate a stage, first to last.
     """
-    chunks = pipeline_chunks(spec, layout.pipeline, config.virtual_stages(spec.num_layers) or 1)
+    chunks = pipeline_chunks(model, layout.pipeline, config.virtual_stages(model.num_layers) or 1)
     stages = [[chunk for chunk in chunks if chunk.stage == stage] for stage in range(layout.pipeline)]
-    run = _Run(spec, config, layout, largest, device)
+    run = _Run(model, config, layout, largest, device)
     return [run.stage(stage) for stage in stages]
 
 
-def count_parameters(spec: ModelSpec, chunks: Sequence[Chunk], tensor_ranks: int = 1) -> int:
-    """Parameters of the chunks on one of ``tensor_ranks`` ranks, the padding of the vocabulary left out."""
-    return sum(
-        -(-_product(tensor.shape) // (tensor_ranks if tensor.axis is not None else 1))
-        for chunk in chunks
-        for slot in chunk.slots(spec)
-        for tensor in slot.tensors
-    )
+def count_parameters(model: ModelDescription, chunks: Sequence[Chunk], tensor_ranks: int = 1) -> int:
+    """Parameters of the chunks on the first of ``tensor_ranks`` ranks, padding included where these do not divide."""
+    return sum(math.prod(slot.shape(0, tensor_ranks)) for chunk in chunks for slot in chunk.slots(model))
 
 
 @dataclass(frozen=True)
 class _Run:
     """The shapes that every formula takes."""
 
-    spec: ModelSpec
+    model: ModelDescription
     config: Config
     layout: Layout
     largest: LargestPass
@@ -111,10 +109,10 @@ class _Run:
     @property
     def hidden(self) -> int:
         """Values of the residual stream of one token on this rank."""
-        return self.spec.hidden_size // (self.layout.tensor if self.config.sequence_parallel else 1)
+        return self.model.hidden_size // (self.layout.tensor if self.config.sequence_parallel else 1)
 
     def stage(self, chunks: Sequence[Chunk]) -> MemoryEstimate:
-        count = count_parameters(self.spec, chunks, self.layout.tensor)
+        count = count_parameters(self.model, chunks, self.layout.tensor)
         shards = self.layout.data * self.layout.context if self.config.use_distributed_optimizer else 1
         return MemoryEstimate(
             stage=chunks[0].stage,
@@ -123,7 +121,7 @@ class _Run:
             optimizer=(12 if self.config.bf16 else 8) * count // shards,
             activations=self.activation_bytes(chunks) + self.mask_bytes(),
             head=self.head_bytes() if chunks[-1].has_head else 0,
-            backward=4 * self.width * self.tokens * self.spec.ffn_size // self.layout.tensor,
+            backward=max(self.backward_bytes(layer) for chunk in chunks for layer in chunk.layers(self.model)),
         )
 
     def activation_bytes(self, chunks: Sequence[Chunk]) -> int:
@@ -142,78 +140,115 @@ class _Run:
     def chunk_bytes(self, chunk: Chunk) -> tuple[int, int]:
         """What the layers of a chunk keep of one micro-batch, and what comes to it while some are recomputed."""
         residual = self.width * self.tokens * self.hidden
-        whole = 4 * residual + 3 * self.width * self.tokens * self.spec.ffn_size // self.layout.tensor
-        whole += 2 * _FP32 * self.tokens + self.attention_bytes(recomputed=False)
-        angles = self.tokens // (self.batch.rows if self.config.batching_in_use == "padded" else 1)
-        tables = 2 * self.width * angles * self.spec.head_dim
-        layers = chunk.num_layers
+        layers = chunk.layers(self.model)
+        wholes = [self.layer_bytes(layer) for layer in layers]
+        positions = self.tokens // (self.batch.rows if self.config.batching_in_use == "padded" else 1)
+        dims = sum(rotation.dims for rotation in {layer.attention.rotation for layer in layers})
+        tables = 2 * self.width * positions * dims
         if self.config.recompute_granularity == "full":
-            group = min(self.config.recompute_num_layers or 1, layers)
+            group = min(self.config.recompute_num_layers or 1, len(layers))
             if self.config.recompute_method == "block":  # the first `group` layers are recomputed, one at a time
-                left = layers - group
-                return tables + (group + 1) * residual + left * whole, 0 if left else whole - 2 * residual
-            return tables + (-(-layers // group) + 1) * residual, group * whole - 2 * residual
+                left = sum(wholes[group:])
+                return tables + (group + 1) * residual + left, 0 if left else max(wholes) - 2 * residual
+            groups = [sum(wholes[first : first + group]) for first in range(0, len(wholes), group)]
+            return tables + (len(groups) + 1) * residual, max(groups) - 2 * residual
         if self.config.recompute_granularity == "selective":
-            saved = self.attention_bytes(recomputed=False) - self.attention_bytes(recomputed=True)
-            return tables + layers * (whole - saved) + residual, 0
-        return tables + layers * whole + residual, 0
+            both = [[self.attention_bytes(layer.attention, recomputed=r) for r in (False, True)] for layer in layers]
+            return tables + sum(wholes) - sum(kept - left for kept, left in both) + residual, 0
+        return tables + sum(wholes) + residual, 0
 
-    def attention_bytes(self, *, recomputed: bool) -> int:
+    def layer_bytes(self, layer: Layer) -> int:
+        """What one layer keeps that is not recomputed."""
+        residual = self.width * self.tokens * self.hidden
+        whole = 4 * residual + 3 * self.width * self.tokens * layer.mlp.width // self.layout.tensor
+        norms_after = sum(norm is not None for norm in (layer.norm_after_attention, layer.norm_after_mlp))
+        whole += norms_after * residual + (2 + norms_after) * _FP32 * self.tokens
+        return whole + self.attention_bytes(layer.attention, recomputed=False)
+
+    def share(self, attention: Attention) -> HeadShare:
+        """Heads of the first tensor-parallel rank."""
+        return attention.share(0, self.layout.tensor)
+
+    def blockwise(self, attention: Attention) -> bool:
+        """Whether it is computed in blocks, which keep queries, keys and values alone."""
+        if self.device == "npu":
+            return False
+        longest = self.config.seq_length
+        if self.config.batching_in_use == "padded":
+            longest = self.batch.tokens // self.batch.rows
+        return attention.softcap is not None or (attention.window or longest) < longest
+
+    def attention_bytes(self, attention: Attention, *, recomputed: bool) -> int:
         """What the attention of one layer keeps between its two products with weights.
 
         With q values of queries and k of keys a token: rotated queries and keys and the undivided projection, of which
         values are a view, ``2 q + 3 k``; the result, ``q``, again where documents' results are joined; a number or
-        more a head for the softmax. Context ranks hold the gathered keys and values instead, ``2 k`` a token of all;
-        branches their prefixes' and their own, ``2 k``. Where heads share keys, the kernel of CPUs takes copies of
-        them: ``2 q`` in the place of ``3 k`` and of each ``2 k``.
+        more a head for the softmax, unless it is computed in blocks. Context ranks hold the gathered keys and values
+        instead, ``2 k`` a token of all; branches their prefixes' and their own, ``2 k``. Where heads share keys, the
+        kernel of CPUs takes copies of them: ``2 q`` in the place of ``3 k`` and of each ``2 k``. Ranks that share a
+        key-value head hold its gathered keys and values besides, ``2 k``.
         """
-        spec, batch, context = self.spec, self.batch, self.layout.context
-        queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        batch, context, share = self.batch, self.layout.context, self.share(attention)
+        queries, keys = share.padded_queries * attention.head_dim, share.kv_heads * attention.head_dim
         gathered = context > 1 and self.config.context_parallel_algo == "gathered"
         joined = gathered or self.config.batching_in_use != "padded"
-        shared = spec.num_heads > spec.num_kv_heads
-        mixed = queries + 2 * keys
+        shared = share.queries > share.kv_heads
+        normed = attention.qk_norm is not None
+        blockwise = self.blockwise(attention)
+        mixed = queries + (2 * keys if share.kv_parts == 1 else 2 * keys // share.kv_parts + 2 * keys)
         if recomputed:
-            per_token = queries + keys + mixed + queries + (queries if spec.qk_norm and shared else 0)
-            return self.width * self.tokens * per_token // self.layout.tensor
+            per_token = queries + keys + mixed + queries + (queries if normed and shared else 0)
+            return self.width * self.tokens * per_token
         branch_keys = batch.prefixes + batch.branch_tokens if batch.longest_branch else 0
         values = self.tokens * (2 * queries + (queries if joined else 0))
-        if shared and self.device == "cpu":
+        copied = shared and self.device == "cpu" and not blockwise
+        if copied:
             seen = self.tokens - batch.branch_tokens + branch_keys
             if gathered:  # two chunks, each with copies of the keys up to its end
                 seen = self.tokens * (2 * context + 1) // 2
-            values += 2 * queries * seen + (self.tokens * (mixed + queries) if spec.qk_norm else 0)
+            values += 2 * queries * seen + (self.tokens * (mixed + queries) if normed else 0)
         elif gathered:
-            values += 2 * keys * self.tokens * context + (self.tokens * mixed if spec.qk_norm else 0)
+            values += 2 * keys * self.tokens * context + (self.tokens * mixed if normed else 0)
         else:
             values += self.tokens * (keys + mixed) + 2 * keys * branch_keys
-        if spec.qk_norm and shared and self.device != "cpu":
+        if normed and shared and not copied:
             values += self.tokens * queries
         # npu_fusion_attention keeps a maximum and a sum, eight times each
-        softmax = self.tokens * spec.num_heads * _FP32 * (16 if self.device == "npu" else 1)
-        norms = self.tokens * (spec.num_heads + spec.num_kv_heads) * _FP32 if spec.qk_norm else 0
+        softmax = self.tokens * share.queries * _FP32 * (16 if self.device == "npu" else 1)
+        norms = self.tokens * (share.queries + share.kv_heads) * _FP32 if normed else 0
         order = 8 * batch.tokens // batch.rows if gathered else 0
-        return (self.width * values + softmax + norms) // self.layout.tensor + order
+        return self.width * values + (0 if blockwise else softmax) + norms + order
+
+    def backward_bytes(self, layer: Layer) -> int:
+        """The most that the backward of one layer makes besides what is kept."""
+        mlp = 4 * self.width * self.tokens * layer.mlp.width // self.layout.tensor
+        attention, share = layer.attention, self.share(layer.attention)
+        if attention.softcap is None or not self.blockwise(attention):
+            return mlp
+        length = min(self.batch.tokens // self.batch.rows, self.config.seq_length)
+        rows = self.batch.rows if self.config.batching_in_use == "padded" else 1
+        queries = block_size(attention.window, attention.softcap)
+        return max(mlp, 6 * _FP32 * rows * share.queries * min(queries, length) * length)
 
     def mask_bytes(self) -> int:
-        """The floating-point mask that branches need on CPUs."""
-        if self.device != "cpu" or not self.batch.longest_branch:
-            return 0
-        return self.width * (1 << (self.batch.longest_branch - 1).bit_length()) ** 2
+        """The floating-point masks: of each window in use, and of the branches on CPUs."""
+        attentions = dict.fromkeys(layer.attention for layer in self.model.layers)
+        blocks = {
+            (block_size(each.window, each.softcap), each.window or 0, _FP32 if each.softcap else self.width)
+            for each in attentions
+            if self.blockwise(each)
+        }
+        masks = sum(size * (size + (window or size) - 1) * width for size, window, width in blocks)
+        if self.device != "cpu" or not self.batch.longest_branch or all(map(self.blockwise, attentions)):
+            return masks
+        return masks + int(self.width * (1 << (self.batch.longest_branch - 1).bit_length()) ** 2)
 
     def head_bytes(self) -> int:
         """The most that exists at once behind the last layer."""
         scored = self.batch.scored // self.layout.context
-        states = 2 * self.width * scored * self.spec.hidden_size
-        vocabulary = self.spec.vocab_size // self.layout.tensor
+        states = 2 * self.width * scored * self.model.hidden_size
+        vocabulary = self.model.vocab_size // self.layout.tensor
         if self.config.fused_logprob:
             chunk = min(scored, self.config.logprob_chunk_tokens)
             return states + chunk * vocabulary * (8 if self.config.bf16 else 4)
         return states + scored * vocabulary * 8
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from mindspeed_simpo.batch import RunningStatistics
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import validate
 from mindspeed_simpo.config.layout import Layout
-from mindspeed_simpo.config.validation import make_layout
+from mindspeed_simpo.config.validation import make_layout, settle_batching
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.cache import cache_folder
 from mindspeed_simpo.data.dataset import PairDataset, prepare_pairs
@@ -33,7 +32,8 @@ from mindspeed_simpo.loss.pair_loss import PairLoss
 from mindspeed_simpo.loss.reference import ReferenceTable
 from mindspeed_simpo.loss.running import RunningTracker
 from mindspeed_simpo.loss.scoring import PairScorer
-from mindspeed_simpo.model.description import ModelSpec, read_model_spec, resolve_model
+from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.hf_config import read_description, resolve_model
 from mindspeed_simpo.model.megatron.export import export_hf
 from mindspeed_simpo.model.megatron.gpt import build_model
 from mindspeed_simpo.model.megatron.weights import fill_weights, load_hf_weights
@@ -58,7 +58,7 @@ class Session:
     device: Device
     groups: Groups
     tokenizer: PreTrainedTokenizerBase
-    spec: ModelSpec
+    spec: ModelDescription
     models: Sequence[torch.nn.Module]
     """Pipeline chunks, with the weights that ``init_from`` asks for."""
     metric_sums: MetricSums
@@ -112,7 +112,7 @@ class Session:
 def build_schedule(
     config: Config,
     models: list[torch.nn.Module],
-    spec: ModelSpec,
+    spec: ModelDescription,
     groups: Groups,
     device: Device,
     table: ReferenceTable | None = None,
@@ -198,8 +198,9 @@ def _build_session(config: Config, layout: Layout, device: Device, groups: Group
     device.seed(config.seed)
     seed_model_ranks(config.seed)
     with fail_together(groups.world):
-        spec = read_model_spec(config.model_name_or_path)
-        spec.check_layout(config)
+        spec = read_description(config.model_name_or_path)
+        config = settle_batching(config, spec)
+        layout = make_layout(config, groups.world.size(), spec, device.name)
         tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     with fail_together(groups.world):
         models = build_model(spec, config, groups, device)
@@ -249,15 +250,12 @@ def reference_tables(session: Session, datasets: Sequence[PairDataset | None]) -
     return tables
 
 
-def _check_reference(ref_model: str, policy: ModelSpec) -> None:
-    spec = read_model_spec(ref_model)
-    for field in dataclasses.fields(spec):
-        ours, theirs = getattr(policy, field.name), getattr(spec, field.name)
-        if ours != theirs and field.name not in ("dtype", "initializer_range", "max_position_embeddings"):
-            raise ModelError(
-                f"ref_model: {ref_model} has another {field.name} ({theirs}) than the trained model ({ours}); "
-                "the reference must be a model of the same shape and vocabulary"
-            )
+def _check_reference(ref_model: str, policy: ModelDescription) -> None:
+    if difference := policy.difference(read_description(ref_model)):
+        raise ModelError(
+            f"ref_model: {ref_model} has another {difference}; the reference must be a model of the same shape and "
+            "vocabulary"
+        )
 
 
 def _cached_table(session: Session, data: PairDataset | None, digest: str) -> ReferenceTable | None:

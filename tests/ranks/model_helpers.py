@@ -6,14 +6,38 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS = {
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+    "glm4": Glm4Config,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "phi3": Phi3Config,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+HEAD_DIMS = {"qwen3": 32, "gemma2": 24, "gemma3_text": 32, "glm4": 16}
+"""Of families whose default is not hidden_size / num_attention_heads."""
+VARIANTS = {
+    "gemma2": {"query_pre_attn_scalar": 20, "sliding_window": 7, "attn_logit_softcapping": 2.0}
+    | {"final_logit_softcapping": 3.0, "pad_token_id": 0},
+    "gemma3_text": {"query_pre_attn_scalar": 20, "sliding_window": 7, "pad_token_id": 0}
+    | {"layer_types": ["sliding_attention", "full_attention"]},
+    "glm4": {"pad_token_id": 0},
+    "phi3": {"pad_token_id": 0},
+}
+"""Settings that a small model needs to show what is special to its family."""
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -38,9 +62,9 @@ def make_checkpoint(folder, family="qwen2", *, seed=0, dtype=torch.float32, max_
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if family == "qwen3":
-        shape["head_dim"] = 32
-    config = CONFIGS[family](**(shape | overrides))
+    if family in HEAD_DIMS:
+        shape["head_dim"] = HEAD_DIMS[family]
+    config = CONFIGS[family](**(shape | VARIANTS.get(family, {}) | overrides))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -84,7 +108,7 @@ def transformers_result(folder):
 
 
 def engine_model(folder, layout, **options):
-    """Spec, groups, device and filled model of one rank; ``layout`` is (tensor, pipeline, data)."""
+    """Description, groups and filled model of one rank; ``layout`` is (tensor, pipeline, data)."""
     from mindspeed_simpo.config.config import Config
     from mindspeed_simpo.config.layout import Layout
     from mindspeed_simpo.device import open_device
@@ -98,6 +122,7 @@ def engine_model(folder, layout, **options):
             "model_name_or_path": str(folder),
             "data_path": "unused",
             "seq_length": 64,
+            "batching": "padded",
             "tensor_model_parallel_size": tensor,
             "pipeline_model_parallel_size": pipeline,
         }
@@ -105,15 +130,15 @@ def engine_model(folder, layout, **options):
     )
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from mindspeed_simpo.model.description import read_model_spec
+    from mindspeed_simpo.model.hf_config import read_description
     from mindspeed_simpo.model.megatron.gpt import build_model
     from mindspeed_simpo.model.megatron.weights import fill_weights
 
     model_parallel_cuda_manual_seed(1)
-    spec = read_model_spec(str(folder))
-    models = build_model(spec, config, groups, device)
-    fill_weights(models, spec, config, groups)
-    return spec, groups, models
+    description = read_description(str(folder))
+    models = build_model(description, config, groups, device)
+    fill_weights(models, description, config, groups)
+    return description, groups, models
 
 
 def run_engine(folder, layout, **options):
@@ -129,14 +154,14 @@ def run_engine(folder, layout, **options):
 
     from mindspeed_simpo.model.megatron.weights import gather_hf_tensors
 
-    spec, groups, models = engine_model(folder, layout, **options)
+    description, groups, models = engine_model(folder, layout, **options)
     config = models[0].config
     wrapped = [Float16Module(config, model) for model in models] if config.bf16 else models
     wrapped = [
         DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
         for model in wrapped
     ]
-    tokens, labels = make_batch(spec.vocab_size)
+    tokens, labels = make_batch(description.vocab_size)
 
     def forward_step(_, model):
         def loss(logits):
@@ -144,7 +169,7 @@ def run_engine(folder, layout, **options):
             losses = vocab_parallel_cross_entropy(logits.float().transpose(0, 1).contiguous(), labels.t().contiguous())
             return losses.mean(), {"logits": kept}
 
-        return model(tokens), loss
+        return model(tokens, lengths=torch.full((len(tokens),), tokens.shape[1])), loss
 
     for model in wrapped:
         model.zero_grad_buffer()
@@ -158,7 +183,7 @@ def run_engine(folder, layout, **options):
         forward_only=False,
     )
     finalize_model_grads(wrapped)
-    gathered = gather_hf_tensors(wrapped, spec, groups, lambda parameter: parameter.main_grad)
+    gathered = gather_hf_tensors(wrapped, description, groups, lambda parameter: parameter.main_grad)
     gradients = {name: gradient.float().numpy().copy() for name, gradient in gathered}
     return (kept[0]["logits"].float().numpy() if kept else None), gradients
 

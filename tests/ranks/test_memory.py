@@ -22,7 +22,7 @@ def _counted_on_rank(folder, token_pairs, options, modes):
     from mindspeed_simpo.data.largest import largest_pass
     from mindspeed_simpo.data.loader import PairLoader
     from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.model.description import read_model_spec
+    from mindspeed_simpo.model.hf_config import read_description
     from mindspeed_simpo.parallel import initialize
     from mindspeed_simpo.training.memory import estimate_memory
     from scripts.engine import build_engine
@@ -52,7 +52,7 @@ def _counted_on_rank(folder, token_pairs, options, modes):
         with StoredBytes(parameters) as stored, PeakBytes(present) as made:
             schedule.forward_backward(micro_batches, PAIRS)
         largest = largest_pass(pairs.lengths, config, Batching.of(config), layout)
-        estimate = estimate_memory(read_model_spec(folder), config, layout, largest, "cpu")[groups.pipeline.rank()]
+        estimate = estimate_memory(read_description(folder), config, layout, largest, "cpu")[groups.pipeline.rank()]
         found.append((stored.peak, made.peak, estimate.activations, estimate.head, estimate.backward))
     return found
 

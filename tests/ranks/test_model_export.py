@@ -17,6 +17,10 @@ FAMILIES = {
     "mistral": {"sliding_window": None, "head_dim": 24},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "phi3": {},
+    "glm4": {},
 }
 
 
@@ -24,14 +28,14 @@ def _export(folder, layout, output, max_shard_bytes=10**9, change=0.0, **options
     from mindspeed_simpo.errors import ModelError
     from mindspeed_simpo.model.megatron.export import export_hf
 
-    spec, groups, models = engine_model(folder, layout, **options)
+    description, groups, models = engine_model(folder, layout, **options)
     with torch.no_grad():
         for parameter in models[0].parameters():
             parameter.add_(change)
     try:
         export_hf(
             models,
-            spec,
+            description,
             groups,
             source=Path(folder),
             output=Path(output),
@@ -62,10 +66,22 @@ def test_import_then_export_changes_no_bit(tmp_path, family, dtype):
     assert config.get("dtype", config.get("torch_dtype")) == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 2, 2)])
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-def test_every_layout_exports_the_same_bits(tmp_path, family, layout):
-    source = make_checkpoint(tmp_path / "source", family, dtype=torch.bfloat16, **FAMILIES[family])
+SEVEN_HEADS = {"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 112}
+LAYOUTS = [
+    *((family, (2, 2, 1), {}) for family in FAMILIES),
+    ("qwen2", (2, 1, 1), {}),
+    ("llama", (1, 2, 2), {}),
+    # more ranks than key-value heads; heads that the ranks do not divide
+    ("qwen2", (4, 1, 1), {}),
+    ("qwen2", (2, 2, 1), SEVEN_HEADS),
+    ("phi3", (4, 1, 1), SEVEN_HEADS),
+    ("glm4", (4, 1, 1), {}),
+]
+
+
+@pytest.mark.parametrize(("family", "layout", "shape"), LAYOUTS)
+def test_every_layout_exports_the_same_bits(tmp_path, family, layout, shape):
+    source = make_checkpoint(tmp_path / "source", family, dtype=torch.bfloat16, **FAMILIES[family], **shape)
     run_ranks(_export, np.prod(layout), source, layout, str(tmp_path / "out"), bf16=True)
     _assert_same_bits(source, tmp_path / "out")
 
@@ -143,9 +159,10 @@ def _inspect(folder):
     read = {}
     original = hf_weights.SafetensorsFolder.read
 
-    def recording(self, tensor, rank, size):
-        part = original(self, tensor, rank, size)
-        read[tensor.name] = tuple(part.shape)
+    def recording(self, span):
+        part = original(self, span)
+        assert span.tensor.name not in read, "read twice"
+        read[span.tensor.name] = tuple(part.shape)
         return part
 
     hf_weights.SafetensorsFolder.read = recording
@@ -184,8 +201,49 @@ def test_each_rank_reads_its_slices_and_marks_its_shards(tmp_path):
         unmarked = [name for name in rank["names"] if name not in rank["marked"]]
         assert all("layernorm" in name for name in unmarked), unmarked
         assert rank["shared"] is True
-        assert rank["sharded"] >= len(rank["names"])
+        assert rank["sharded"] == len(rank["names"])
     assert ranks[0]["marked"]["decoder.layers.0.mlp.linear_fc2.weight"] == (1, (64, 48))
     assert ranks[0]["marked"]["decoder.layers.0.self_attention.linear_qkv.bias"] == (0, (64,))
     assert ranks[3]["padding"] == 0.0
     assert ranks[2]["padding"] > 0.0
+
+
+def _planted(folder, mistake):
+    from mindspeed_simpo.errors import ModelError
+    from mindspeed_simpo.model import naming
+
+    original = naming.Chunk.slots
+
+    def slots(self, description):
+        found = list(original(self, description))
+        if mistake == "uncovered":
+            del found[2]
+        elif mistake == "doubled":
+            found.append(found[1])
+        elif mistake == "absent":
+            found.append(naming.Slot("decoder.layers.0.adapter.weight", found[1].tensors, kind="adapter"))
+        else:
+            found[1] = naming.Slot(found[1].parameter, (naming.HFTensor("x", (7,)),))
+        return iter(found)
+
+    naming.Chunk.slots = slots
+    try:
+        engine_model(folder, (1, 1, 1))
+    except ModelError as error:
+        return str(error)
+    finally:
+        naming.Chunk.slots = original
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("uncovered", "decoder.layers.0.self_attention.linear_qkv.weight has no slot"),
+        ("doubled", "decoder.layers.0.input_layernorm.weight has more than one slot"),
+        ("absent", "decoder.layers.0.adapter.weight has a slot but no values"),
+        ("misshapen", "the shape (7,); the module has (64,)"),
+    ],
+)
+def test_slots_cover_every_parameter_exactly_once(tmp_path, mistake, message):
+    folder = make_checkpoint(tmp_path, "llama")
+    assert message in run_ranks(_planted, 1, folder, mistake)[0]

@@ -6,6 +6,14 @@ import pytest
 from tests.ranks.launcher import run_ranks
 from tests.ranks.model_helpers import LLAMA3_ROPE, make_checkpoint, run_engine, transformers_result, whole_logits
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 300.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0 + 0.05 * index for index in range(8)],
+    "long_factor": [1.0 + 0.5 * index for index in range(8)],
+}
+WIDE = {"hidden_size": 112}
 MODELS = {
     "llama-gqa": {"family": "llama"},
     "llama-mha-tied": {"family": "llama", "num_key_value_heads": 4, "tie_word_embeddings": True},
@@ -29,6 +37,52 @@ MODELS = {
     "qwen3-gqa": {"family": "qwen3"},
     "qwen3-mha-tied": {"family": "qwen3", "num_key_value_heads": 4, "tie_word_embeddings": True},
     "qwen3-biases": {"family": "qwen3", "attention_bias": True},
+    "qwen3-window": {
+        "family": "qwen3",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "qwen2-window": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "mistral-window": {"family": "mistral", "sliding_window": 6},
+    "llama-yarn": {
+        "family": "llama",
+        "rope_parameters": YARN | {"beta_fast": 4.0, "beta_slow": 1.5, "truncate": False},
+    },
+    "qwen2-yarn": {"family": "qwen2", "rope_parameters": YARN},
+    "llama-yarn-mscale": {"family": "llama", "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.4}},
+    "llama-dynamic": {
+        "family": "llama",
+        "max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1000.0},
+    },
+    "gemma2": {"family": "gemma2"},
+    "gemma2-untied-without-caps": {
+        "family": "gemma2",
+        "tie_word_embeddings": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    },
+    "gemma3": {"family": "gemma3_text"},
+    "gemma3-scaled": {
+        "family": "gemma3_text",
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "final_logit_softcapping": 3.0,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 20000.0},
+        },
+    },
+    "phi3": {"family": "phi3", "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}},
+    "phi3-window": {"family": "phi3", "sliding_window": 11, "tie_word_embeddings": True},
+    "phi3-long": {"family": "phi3", "original_max_position_embeddings": 16, "rope_parameters": LONGROPE},
+    "phi3-short": {"family": "phi3", "original_max_position_embeddings": 32, "rope_parameters": LONGROPE},
+    "glm4": {"family": "glm4"},
+    "glm4-without-biases": {"family": "glm4", "attention_bias": False, "head_dim": 24},
+    "llama-7-heads": {"family": "llama", "num_attention_heads": 7, "num_key_value_heads": 1} | WIDE,
+    "qwen2-14-heads": {"family": "qwen2", "num_attention_heads": 14, "num_key_value_heads": 2} | WIDE,
+    "qwen3-6-heads": {"family": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 1, "attention_bias": True},
 }
 LAYOUTS = [
     ("llama-biases", (2, 1, 1)),
@@ -41,6 +95,19 @@ LAYOUTS = [
     ("qwen3-mha-tied", (2, 2, 1)),
     ("qwen2-gqa", (2, 2, 1)),
     ("llama-gqa", (1, 1, 2)),
+    ("gemma2", (2, 1, 1)),
+    ("gemma2", (1, 2, 1)),
+    ("gemma3", (2, 2, 1)),
+    ("phi3", (2, 1, 1)),
+    ("phi3-window", (1, 2, 1)),
+    ("glm4", (2, 1, 1)),
+    ("glm4", (1, 2, 1)),
+    ("qwen2-window", (2, 2, 1)),
+    # more ranks than key-value heads; heads that the ranks do not divide
+    ("llama-7-heads", (2, 1, 1)),
+    ("qwen2-14-heads", (4, 1, 1)),
+    ("qwen3-6-heads", (4, 1, 1)),
+    ("glm4", (4, 1, 1)),
 ]
 
 

@@ -127,7 +127,9 @@ def _one_mode(config, token_pairs, references, device, groups):
     metric_sums = MetricSums(config.objective, groups, device)
     sums = metric_sums.reduce(metric_sums.local(scored))
     _complete_sharded_gradients(wrapped, config)
-    gathered = gather_hf_tensors(wrapped, wrapped[0].module.spec, groups, value=lambda parameter: parameter.main_grad)
+    gathered = gather_hf_tensors(
+        wrapped, wrapped[0].module.description, groups, value=lambda parameter: parameter.main_grad
+    )
     return metric_sums.totals(sums).means, {name: tensor.clone().numpy() for name, tensor in gathered}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from mindspeed_simpo.device import npu, operators, reduction_dtype
@@ -41,14 +42,18 @@ def compare(ours, formula, inputs, tolerance):
         torch.testing.assert_close(a, b, **tolerance)
 
 
-def test_rms_norm(tolerance):
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(offset, tolerance):
     def formula(hidden, weight):
         return torch.stack(
-            [weight * row / torch.sqrt(torch.dot(row, row) / len(row) + 1e-3) for row in hidden.flatten(0, 1)]
+            [
+                (offset + weight) * row / torch.sqrt(torch.dot(row, row) / len(row) + 1e-3)
+                for row in hidden.flatten(0, 1)
+            ]
         ).view_as(hidden)
 
     inputs = [random(5, 2, 6), random(6, seed=1)]
-    compare(lambda *inputs: operators.rms_norm(*inputs, 1e-3), formula, inputs, tolerance)
+    compare(lambda *inputs: operators.rms_norm(*inputs, 1e-3, offset), formula, inputs, tolerance)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -59,25 +64,54 @@ def test_swiglu(biased, tolerance):
         return gate / (1 + torch.exp(-gate)) * up
 
     inputs = [random(5, 2, 6), *([random(6, seed=1)] if biased else [])]
-    # megatron-core's MLP gives the bias, or None, and flags
-    compare(lambda gate_up, bias=None: operators.swiglu(gate_up, bias, False), formula, inputs, tolerance)
+    compare(operators.swiglu, formula, inputs, tolerance)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_geglu(biased, tolerance):
+    def formula(gate_up, bias=None):
+        total = gate_up if bias is None else gate_up + bias
+        gate, up = total[..., :3], total[..., 3:]
+        return 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+
+    inputs = [random(5, 2, 6), *([random(6, seed=1)] if biased else [])]
+    compare(operators.geglu, formula, inputs, tolerance)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_rotate(rows, tolerance):
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rest", [0, 4])
+def test_rotate(rows, interleaved, rest, tolerance):
     positions = torch.arange(7)[:, None] * torch.arange(1, rows + 1)
     half = positions[..., None].double() * torch.tensor([1.0, 0.1, 0.01])
-    angles = torch.cat((half, half), -1)[:, :, None, :]
+    angles = half.repeat_interleave(2, -1) if interleaved else torch.cat((half, half), -1)
+    cosines, sines = angles[:, :, None].cos(), angles[:, :, None].sin()
 
     def formula(heads):
-        """Each pair of numbers as a complex one, times the unit of its angle."""
-        turned = torch.complex(*heads.chunk(2, -1)) * torch.polar(torch.ones_like(half), half)[:, :, None]
-        return torch.cat([turned.real, turned.imag], -1)
+        """Each pair of numbers as a complex one, times the unit of its angle; the rest as it is."""
+        pairs = (heads[..., 0:6:2], heads[..., 1:6:2]) if interleaved else heads[..., :6].chunk(2, -1)
+        turned = torch.complex(*pairs) * torch.polar(torch.ones_like(half), half)[:, :, None]
+        both = turned.real, turned.imag
+        joined = torch.stack(both, -1).flatten(-2) if interleaved else torch.cat(both, -1)
+        return torch.cat([joined, heads[..., 6:]], -1)
 
     def ours(heads):
-        return operators.rotate(heads, angles, False, multi_latent_attention=False, mscale=1.0)
+        return operators.rotate(heads, cosines, sines, interleaved=interleaved)
 
-    compare(ours, formula, [random(7, 3, 2, 6)], tolerance)
+    compare(ours, formula, [random(7, 3, 2, 6 + rest)], tolerance)
+
+
+def test_a_norm_of_stored_differences_in_bfloat16_is_that_of_transformers_bit_by_bit():
+    norm = Gemma2RMSNorm(48, eps=1e-6).to(torch.bfloat16)
+    torch.nn.init.normal_(norm.weight, std=0.3)
+    hidden = torch.randn(9, 2, 48).to(torch.bfloat16).requires_grad_()
+    found, wanted = operators.rms_norm(hidden, norm.weight, 1e-6, 1.0), norm(hidden)
+    assert torch.equal(found, wanted)
+    upstream = torch.randn_like(wanted)
+    for a, b in zip(
+        *(torch.autograd.grad(value, (hidden, norm.weight), upstream) for value in (found, wanted)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
 def test_a_norm_in_bfloat16_is_that_of_transformers_bit_by_bit():
@@ -101,7 +135,8 @@ def test_what_is_kept_for_the_backward():
     for call, numbers in (
         (lambda: operators.rms_norm(vectors, weight, 1e-6), tokens * (hidden + 1)),
         (lambda: operators.swiglu(gate_up), tokens * 2 * ffn),
-        (lambda: operators.rotate(heads, angles), tokens * 2 * 8),
+        (lambda: operators.geglu(gate_up), tokens * 2 * ffn),
+        (lambda: operators.rotate(heads, angles.cos(), angles.sin()), tokens * 2 * 8),
     ):
         with StoredBytes([weight]) as stored:
             kept = call()

@@ -11,7 +11,7 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.largest import largest_pass
-from mindspeed_simpo.model.description import read_model_spec
+from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.naming import pipeline_chunks
 from mindspeed_simpo.training import memory
 from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters
@@ -34,7 +34,7 @@ def estimate_memory(spec, config: Config, layout: Layout, device="cpu") -> list[
 
 @pytest.fixture(scope="module")
 def spec():
-    return read_model_spec(QUICKSTART)
+    return read_description(QUICKSTART)
 
 
 def test_parameters_are_those_of_the_model(spec):
@@ -126,8 +126,9 @@ def test_head_and_backward_are_not_there_at_the_same_time(spec):
 def test_devices_keep_different_things(spec):
     """Heads share groups: only CPUs copy keys and values, and keep the projection too; NPUs keep 16 numbers a head."""
     [cpu], [cuda], [npu] = (estimate_memory(spec, config(), Layout(), name) for name in ("cpu", "cuda", "npu"))
-    tokens, layers, heads = 2 * 60, 4, spec.num_heads
-    queries, keys = heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    attention = spec.layers[0].attention
+    tokens, layers, heads = 2 * 60, 4, attention.heads
+    queries, keys = heads * attention.head_dim, attention.kv_heads * attention.head_dim
     assert cpu.activations - cuda.activations == layers * tokens * 4 * (2 * queries - keys)
     assert npu.activations - cuda.activations == layers * tokens * 4 * 15 * heads
 

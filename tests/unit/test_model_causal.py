@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from mindspeed_simpo.device import npu
+from mindspeed_simpo.model import blockwise
 from mindspeed_simpo.model.causal import causal_attention
+from scripts.tensor_bytes import PeakBytes, StoredBytes
 
 FAKES = Path(__file__).parent.parent / "fakes"
 
 
-def dense(query, key, value, scale):
+def dense(query, key, value, scale, window=None, softcap=None):
     """One head at a time, one query at a time."""
     queries, rows, heads, _ = query.shape
     keys, shared = key.shape[0], heads // key.shape[2]
@@ -21,9 +23,12 @@ def dense(query, key, value, scale):
     for row in range(rows):
         for head in range(heads):
             for position in range(queries):
-                seen = keys - queries + position + 1
-                scores = scale * key[:seen, row, head // shared] @ query[position, row, head]
-                context[position, row, head] = torch.softmax(scores, 0) @ value[:seen, row, head // shared]
+                end = keys - queries + position + 1
+                seen = slice(0 if window is None else max(0, end - window), end)
+                scores = scale * key[seen, row, head // shared] @ query[position, row, head]
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                context[position, row, head] = torch.softmax(scores, 0) @ value[seen, row, head // shared]
     return context.flatten(2)
 
 
@@ -43,20 +48,50 @@ def torch_npu(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
-@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (3, 7), (1, 6)])
-@pytest.mark.parametrize("kernel", ["any device", "npu"])
-def test_value_and_gradient(kernel, queries, keys, heads, groups, torch_npu):  # noqa: ARG001
-    inputs = problem(queries, keys, heads, groups)
-    attend = causal_attention if kernel == "any device" else npu.causal_attention
-    context = attend(*inputs, 0.3)
-    expected = dense(*inputs, 0.3)
-    tolerance = (
-        {"rtol": 1e-12, "atol": 1e-12} if kernel == "any device" else {"rtol": 1e-5, "atol": 1e-6}
-    )  # fp32 inside
+def compare(attend, inputs, tolerance, **variants):
+    context, expected = attend(*inputs, 0.3, **variants), dense(*inputs, 0.3, **variants)
     torch.testing.assert_close(context, expected, **tolerance)
     upstream = torch.randn_like(expected)
     ours = torch.autograd.grad(context, inputs, upstream)
     theirs = torch.autograd.grad(expected, inputs, upstream)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+TOLERANCES = {"any device": {"rtol": 1e-12, "atol": 1e-12}, "npu": {"rtol": 1e-5, "atol": 1e-6}}  # fp32 inside
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (3, 7), (1, 6)])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("kernel", TOLERANCES)
+def test_value_and_gradient(kernel, window, queries, keys, heads, groups, torch_npu):  # noqa: ARG001
+    attend = causal_attention if kernel == "any device" else npu.causal_attention
+    compare(attend, problem(queries, keys, heads, groups), TOLERANCES[kernel], window=window)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2)])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (3, 7)])
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_soft_cap(window, queries, keys, heads, groups):
+    inputs = problem(queries, keys, heads, groups)
+    compare(causal_attention, inputs, TOLERANCES["any device"], window=window, softcap=0.5)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, 0.5), (2, None), (3, 0.5), (5, None), (9, None)])
+@pytest.mark.parametrize(("queries", "keys"), [(13, 13), (9, 17), (8, 8)])
+def test_several_blocks_of_queries(monkeypatch, window, softcap, queries, keys):
+    monkeypatch.setattr(blockwise, "_SMALLEST_BLOCK", 4)
+    monkeypatch.setattr(blockwise, "_LARGEST_BLOCK", 6)
+    inputs = problem(queries, keys, 2, 1)
+    compare(causal_attention, inputs, TOLERANCES["any device"], window=window, softcap=softcap)
+
+
+def test_blocks_keep_their_inputs_alone_and_see_no_whole_row():
+    query, key, value = (torch.randn(3000, 1, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    with PeakBytes([query, key, value]) as made:
+        with StoredBytes([query, key, value]) as stored:
+            context = causal_attention(query, key, value, 1.0, window=200)
+        context.sum().backward()
+    assert stored.peak == 0, "the inputs are the caller's"
+    assert made.peak < 4 * 3000 * 1000, "scores of the whole row would be nine times as many"

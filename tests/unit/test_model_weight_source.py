@@ -9,12 +9,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mindspeed_simpo.errors import ModelError
-from mindspeed_simpo.model.description import read_model_spec
-from mindspeed_simpo.model.naming import hf_tensors, pipeline_chunks
+from mindspeed_simpo.model.families import families
+from mindspeed_simpo.model.hf_config import read_description
+from mindspeed_simpo.model.naming import Span, hf_tensors, joined, pipeline_chunks
 from mindspeed_simpo.model.weight_source import INDEX_FILE, SINGLE_FILE, RandomWeights, SafetensorsFolder
-from tests.ranks.model_helpers import make_checkpoint
+from tests.ranks.model_helpers import CONFIGS, make_checkpoint
 
-FAMILIES = [("llama", {"attention_bias": True, "mlp_bias": True}), ("mistral", {}), ("qwen2", {}), ("qwen3", {})]
+FAMILIES = [(family, {}) for family in CONFIGS] + [("llama", {"attention_bias": True, "mlp_bias": True})]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,14 @@ def folder(checkpoint, tmp_path):
     return shutil.copytree(checkpoint, tmp_path / "copy")
 
 
+def _write_config(folder, family, **shape):
+    sizes = {"vocab_size": 131, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
+    default = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+    CONFIGS[family](**(default | sizes | shape), tie_word_embeddings=False).save_pretrained(folder)
+
+
 def _open(folder):
-    return SafetensorsFolder(folder, read_model_spec(str(folder)))
+    return SafetensorsFolder(folder, read_description(str(folder)))
 
 
 @pytest.mark.parametrize(("family", "options"), FAMILIES)
@@ -36,54 +43,75 @@ def _open(folder):
 def test_the_table_names_what_transformers_saves(tmp_path, family, options, tied):
     make_checkpoint(tmp_path, family, tie_word_embeddings=tied, **options)
     stored = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / SINGLE_FILE).items()}
-    spec = read_model_spec(str(tmp_path))
+    spec = read_description(str(tmp_path))
+    assert set(CONFIGS) == set(families())
     assert {tensor.name: tensor.shape for tensor in hf_tensors(spec)} == stored
     stages = [slot for chunk in pipeline_chunks(spec, 2) for slot in chunk.slots(spec)]
     assert sorted(t.name for slot in stages if not slot.replica for t in slot.tensors) == sorted(stored)
     assert sum(slot.replica for slot in stages) == tied
 
 
-def test_slices_tile_every_tensor(folder):
-    source = _open(folder)
-    stored = load_file(folder / SINGLE_FILE)
-    for tensor in hf_tensors(read_model_spec(str(folder))):
-        parts = [source.read(tensor, rank, 2) for rank in range(2)]
-        whole = parts[0] if tensor.axis is None else torch.cat(parts, tensor.axis)
-        assert torch.equal(whole, stored[tensor.name])
-        if tensor.axis is not None:
-            assert parts[0].shape[tensor.axis] == -(-tensor.shape[tensor.axis] // 2)
+LAYOUTS = [
+    ({}, 1),
+    ({}, 2),
+    ({"num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 12}, 4),
+    ({"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12}, 4),
+]
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_fusing_interleaves_by_group_and_is_undone(folder, bias):
-    spec = read_model_spec(str(folder))
-    slots = {slot.parameter: slot for slot in pipeline_chunks(spec, 1)[0].slots(spec)}
-    slot = slots[f"decoder.layers.0.self_attention.linear_qkv.{'bias' if bias else 'weight'}"]
-    slices = [torch.arange(t.shape[0] * 1.0).add(1000 * i) for i, t in enumerate(slot.tensors)]
-    slices = slices if bias else [part[:, None].expand(-1, 3) for part in slices]
-    fused = slot.fuse(slices, spec)
-    first = fused if bias else fused[:, 0]
-    head = spec.head_dim
-    assert first[: 2 * head].tolist() == list(range(2 * head))
-    assert first[2 * head] == 1000
-    assert first[3 * head] == 2000
-    assert first[4 * head] == 2 * head
-    for part, again in zip(slices, slot.unfuse(fused, spec), strict=True):
-        assert torch.equal(part, again)
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(("shape", "ranks"), LAYOUTS)
+def test_the_ranks_together_hold_every_element_once(tmp_path, family, shape, ranks):
+    shape = shape if family != "qwen2" else {key: value for key, value in shape.items() if key != "head_dim"}
+    hidden = 12 * shape.get("num_attention_heads", 4)
+    _write_config(tmp_path, family, hidden_size=hidden, **shape)
+    description = read_description(str(tmp_path))
+    for slot in pipeline_chunks(description, 1)[0].slots(description):
+        if slot.axis is None:
+            continue
+        counts = {tensor: torch.zeros(tensor.shape[slot.axis], dtype=torch.int64) for tensor in slot.tensors}
+        for rank in range(ranks):
+            for span in slot.spans(rank, ranks):
+                if span.tensor is not None:
+                    counts[span.tensor][span.start : span.stop] += 1
+        assert all(torch.all(count == 1) for count in counts.values()), slot.parameter
+        assert len({slot.shape(rank, ranks) for rank in range(ranks)}) == 1, "unequal parameters"
+
+
+def test_queries_keys_and_values_alternate_by_group(folder):
+    description = read_description(str(folder))
+    slots = {slot.parameter: slot for slot in pipeline_chunks(description, 1)[0].slots(description)}
+    for suffix in ("weight", "bias"):
+        spans = slots[f"decoder.layers.0.self_attention.linear_qkv.{suffix}"].spans(0, 1)
+        found = [(span.tensor.name.split(".")[4], span.start, span.stop) for span in spans]
+        group = [("q_proj", 0, 32), ("k_proj", 0, 16), ("v_proj", 0, 16)]
+        assert found == [*group, ("q_proj", 32, 64), ("k_proj", 16, 32), ("v_proj", 16, 32)]
+
+
+def test_spans_are_read_in_one_piece(folder):
+    description = read_description(str(folder))
+    slots = {slot.parameter: slot for slot in pipeline_chunks(description, 1)[0].slots(description)}
+    spans = slots["decoder.layers.0.self_attention.linear_qkv.weight"].spans(0, 1)
+    assert [(span.start, span.stop) for span in joined(spans)] == [(0, 32), (0, 64), (0, 32)]
+    source, stored = _open(folder), load_file(folder / SINGLE_FILE)
+    for whole in joined(spans):
+        assert torch.equal(source.read(whole), stored[whole.tensor.name])
+    columns = slots["decoder.layers.0.mlp.linear_fc2.weight"].spans(1, 2)
+    assert torch.equal(source.read(columns[0]), stored["model.layers.0.mlp.down_proj.weight"][:, 48:])
 
 
 def test_random_weights_depend_on_seed_and_name_alone(folder):
-    spec = read_model_spec(str(folder))
+    spec = read_description(str(folder))
     tensors = {tensor.name: tensor for tensor in hf_tensors(spec)}
     first, again, other = RandomWeights(spec, 1), RandomWeights(spec, 1), RandomWeights(spec, 2)
     gate = tensors["model.layers.0.mlp.gate_proj.weight"]
-    whole = first.read(gate, 0, 1)
-    assert torch.equal(whole, torch.cat([again.read(gate, rank, 2) for rank in range(2)]))
-    assert not torch.equal(whole, other.read(gate, 0, 1))
-    assert not torch.equal(whole, first.read(tensors["model.layers.1.mlp.gate_proj.weight"], 0, 1))
+    whole = first.read(Span(gate, 0, 96))
+    assert torch.equal(whole, torch.cat([again.read(Span(gate, start, start + 48)) for start in (0, 48)]))
+    assert not torch.equal(whole, other.read(Span(gate, 0, 96)))
+    assert not torch.equal(whole, first.read(Span(tensors["model.layers.1.mlp.gate_proj.weight"], 0, 96)))
     assert 0.9 < whole.std() / spec.initializer_range < 1.1
-    assert torch.all(first.read(tensors["model.norm.weight"], 0, 1) == 1)
-    assert torch.all(first.read(tensors["model.layers.0.self_attn.q_proj.bias"], 0, 1) == 0)
+    assert torch.all(first.read(Span(tensors["model.norm.weight"], 0, 64)) == 1)
+    assert torch.all(first.read(Span(tensors["model.layers.0.self_attn.q_proj.bias"], 0, 64)) == 0)
 
 
 def _edit(folder, change):
@@ -141,9 +169,9 @@ def test_shards(tmp_path):
     index = json.loads((tmp_path / INDEX_FILE).read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 1
-    tensor = next(t for t in hf_tensors(read_model_spec(str(tmp_path))) if t.name == "lm_head.weight")
+    tensor = next(t for t in hf_tensors(read_description(str(tmp_path))) if t.name == "lm_head.weight")
     with safe_open(tmp_path / index["weight_map"]["lm_head.weight"], "pt") as file:
-        assert torch.equal(_open(tmp_path).read(tensor, 0, 1), file.get_tensor("lm_head.weight"))
+        assert torch.equal(_open(tmp_path).read(Span(tensor, 0, 131)), file.get_tensor("lm_head.weight"))
     (tmp_path / files[1]).rename(tmp_path / "elsewhere")
     _refused(tmp_path, INDEX_FILE, files[1], "does not hold")
     for broken in ("{", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):

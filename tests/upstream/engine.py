@@ -12,14 +12,13 @@ import sys
 import torch
 
 from mindspeed_simpo import device
-from mindspeed_simpo.device import megatron_repairs, npu, operators
+from mindspeed_simpo.device import megatron_repairs, npu
 
 
 def open_device(_):
     """The engine's own steps for an NPU, less the choice of a card."""
     npu.install_adaptor()
     megatron_repairs.repair()
-    operators.install()
     return device.Device("npu", torch.device("cpu"))
 
 

@@ -1,134 +1,143 @@
-"""Core attention: what runs between the rotary embedding and the output projection."""
+"""The attention of one layer: projections, norms of the heads, rotation, core attention."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mindspeed_simpo.batch import Documents
 from mindspeed_simpo.config.options import ContextParallelAlgo
-from mindspeed_simpo.device import npu_context
+from mindspeed_simpo.device import operators
+from mindspeed_simpo.model import description
 from mindspeed_simpo.model.causal import causal_attention
+from mindspeed_simpo.model.megatron.context import ACROSS_RANKS
+from mindspeed_simpo.model.megatron.linear import RMSNorm, column_parallel, row_parallel
 from mindspeed_simpo.model.packed import packed_attention
+from mindspeed_simpo.model.rotary import RotationTables
+from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import gather_along_first
-from mindspeed_simpo.parallel.context import chunks_of, natural_order
 
 
-class CausalAttention(torch.nn.Module):
-    """``softmax(q k^T / sqrt(dim)) v`` over the keys up to each query, on the whole sequence.
+@dataclass(frozen=True)
+class RowContents:
+    """What the attention of every layer must know of a micro-batch."""
+
+    documents: Documents
+    """What attends to what."""
+    tables: Mapping[description.Rotation, RotationTables]
+    """Of each distinct rotation of the model."""
+
+
+class Attention(torch.nn.Module):
+    """Causal attention of this tensor-parallel rank's heads, as a layer describes it.
 
     Rows are padded on the right, so what follows a token cannot reach it and causality alone is enough. The documents
-    of a packed row attend apart (:mod:`mindspeed_simpo.model.packed`).
+    of a packed row attend apart (:mod:`mindspeed_simpo.model.packed`). Under context parallelism a rank holds two
+    chunks of the sequence, and :data:`~mindspeed_simpo.model.megatron.context.ACROSS_RANKS` says how they meet.
 
-    Under context parallelism a rank holds queries, keys and values of its two chunks of the sequence
-    (:mod:`mindspeed_simpo.parallel.context`), and ``context_parallel_algo`` says how they meet:
-    :func:`gathered_attention`, or on Ascend :func:`mindspeed_simpo.device.npu_context.ring_attention` or
-    :func:`ulysses_attention`.
+    Where there are more tensor-parallel ranks than key-value heads, consecutive ranks share one: each projects its part
+    of the key and of the value, and the parts are gathered. The query heads of the group are divided over them; where
+    one has fewer than another, its parameters end with padding, which is zero, computes nothing and gets no gradient.
     """
 
     def __init__(
         self,
-        config: Any,
-        layer_number: int,
-        context_group: dist.ProcessGroup,
+        config: TransformerConfig,
+        layer: description.Attention,
+        groups: Groups,
+        kv_group: dist.ProcessGroup | None,
         context_parallel_algo: ContextParallelAlgo,
-        softmax_scale: float | None = None,
-        **_: Any,
     ) -> None:
         super().__init__()
-        self.layer_number = layer_number
-        self.context_group = context_group
-        self.softmax_scale = scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
-        if context_group.size() == 1:
-            self._attend = partial(causal_attention, scale=scale)
+        self.layer = layer
+        self.kv_group = kv_group
+        self.context_group = groups.context
+        self.recomputes = config.recompute_granularity == "selective"
+        ranks = groups.tensor.size()
+        self.share = layer.share(groups.tensor.rank(), ranks)
+        assert (kv_group is None) == (self.share.kv_parts == 1), "ranks that share a key-value head need a group"
+        queries = ranks * self.share.padded_queries * layer.head_dim
+        keys = max(ranks, layer.kv_heads) * layer.head_dim // self.share.kv_parts
+        # in this order: the gradient norm adds up the parameters one after the other
+        self.linear_proj = row_parallel(queries, config.hidden_size, config, groups, bias=layer.o_bias)
+        self.linear_qkv = column_parallel(
+            config.hidden_size, queries + 2 * keys, config, groups, bias=layer.qkv_bias, adds_bias=True
+        )
+        self.q_layernorm = self.k_layernorm = None
+        if layer.qk_norm is not None:
+            self.q_layernorm = RMSNorm(config, layer.head_dim, layer.qk_norm)
+            self.k_layernorm = RMSNorm(config, layer.head_dim, layer.qk_norm)
+        scores: dict[str, Any] = {"scale": layer.scale, "window": layer.window, "softcap": layer.softcap}
+        if groups.context.size() > 1:
+            self._attend = partial(ACROSS_RANKS[context_parallel_algo], **scores, group=groups.context)
         else:
-            across_ranks = {
-                "gathered": gathered_attention,
-                "megatron_cp_algo": npu_context.ring_attention,
-                "ulysses_cp_algo": ulysses_attention,
-            }
-            self._attend = partial(across_ranks[context_parallel_algo], scale=scale, group=context_group)
+            self._attend = partial(causal_attention, **scores)
 
     def forward(
+        self, hidden: Float[Tensor, "held row hidden"], contents: RowContents
+    ) -> tuple[Float[Tensor, "held row hidden"], Float[Tensor, " hidden"] | None]:
+        """The block's result, and the bias that is still to be added.
+
+        Args:
+            hidden: Normalised; this rank's part of the sequence.
+            contents: What the rows hold.
+        """
+        mixed, _ = self.linear_qkv(hidden)
+        query, key, value = self._gathered(mixed) if self.kv_group is not None else self._divided(mixed)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        rotation = self.layer.rotation
+        query, key = (
+            operators.rotate(heads, *contents.tables[rotation], interleaved=rotation.interleaved)
+            for heads in (query, key)
+        )
+        core = partial(self._core, documents=contents.documents)
+        if self.recomputes and self.training:
+            context = tensor_parallel.checkpoint(core, False, query, key, value)
+        else:
+            context = core(query, key, value)
+        padding = (self.share.padded_queries - self.share.queries) * self.layer.head_dim
+        result: tuple[Tensor, Tensor | None] = self.linear_proj(
+            torch.nn.functional.pad(context, (0, padding)) if padding else context
+        )
+        return result
+
+    def _divided(self, mixed: Float[Tensor, "seq row mixed"]) -> tuple[Tensor, Tensor, Tensor]:
+        groups, head = self.share.kv_heads, self.layer.head_dim
+        queries = self.share.queries // groups * head
+        mixed = mixed.view(*mixed.shape[:-1], groups, queries + 2 * head)
+        query, key, value = torch.split(mixed, [queries, head, head], dim=3)
+        return query.reshape(*query.shape[:2], -1, head), key, value
+
+    def _gathered(self, mixed: Float[Tensor, "seq row mixed"]) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.kv_group is not None
+        head, parts = self.layer.head_dim, self.share.kv_parts
+        queries = self.share.padded_queries * head
+        query, own = torch.split(mixed, [queries, mixed.shape[-1] - queries], dim=-1)
+        query = query.view(*query.shape[:2], -1, head)[:, :, : self.share.queries]
+        whole = gather_along_first(own, self.kv_group).view(parts, *own.shape[:2], 2, head // parts)
+        key, value = whole.permute(3, 1, 2, 0, 4).reshape(2, *own.shape[:2], 1, head)
+        return query, key, value
+
+    def _core(
         self,
         query: Float[Tensor, "seq row heads dim"],
         key: Float[Tensor, "seq row groups dim"],
         value: Float[Tensor, "seq row groups dim"],
-        attention_mask: Tensor | None = None,
-        attention_bias: Documents | None = None,
-        **_: Any,
+        documents: Documents,
     ) -> Float[Tensor, "seq row width"]:
-        """Attend causally.
-
-        Args:
-            query: This rank's heads and positions, already rotated; ``key`` and ``value`` likewise.
-            key: See ``query``.
-            value: See ``query``.
-            attention_mask: None; causality is the only mask.
-            attention_bias: What a row holds, under the name that megatron-core has for what it does not read.
-        """
-        assert attention_mask is None, "the causal mask suffices"
-        assert attention_bias is not None, "what a row holds was lost on the way: the rows would run into each other"
-        if attention_bias.wholes:
+        if documents.wholes:
             assert self.context_group.size() == 1, "a packed row is whole on every rank"
-            return packed_attention(query, key, value, attention_bias, self.softmax_scale)
-        return self._attend(query, key, value)
-
-
-def gathered_attention(
-    query: Float[Tensor, "seq row heads dim"],
-    key: Float[Tensor, "seq row groups dim"],
-    value: Float[Tensor, "seq row groups dim"],
-    scale: float,
-    group: dist.ProcessGroup,
-) -> Float[Tensor, "seq row width"]:
-    """Causal attention of this rank's two chunks over keys and values gathered from all ranks; any device.
-
-    Each chunk attends to the keys up to its own end: memory of two tensors ``[whole seq, row, groups, dim]`` a layer,
-    work divided evenly.
-
-    Args:
-        query: This rank's positions.
-        key: See ``query``.
-        value: See ``query``.
-        scale: Of the scores.
-        group: The context-parallel ranks.
-    """
-    size = group.size()
-    order = natural_order(size, size * query.shape[0], query.device)
-    key, value = (gather_along_first(tensor, group)[order] for tensor in (key, value))
-    length = query.shape[0] // 2
-    parts = [
-        causal_attention(part, key[: (chunk + 1) * length], value[: (chunk + 1) * length], scale)
-        for part, chunk in zip(query.chunk(2), chunks_of(group.rank(), size), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def ulysses_attention(
-    query: Float[Tensor, "seq row heads dim"],
-    key: Float[Tensor, "seq row groups dim"],
-    value: Float[Tensor, "seq row groups dim"],
-    scale: float,
-    group: dist.ProcessGroup,
-) -> Float[Tensor, "seq row width"]:
-    """Causal attention of a share of the heads over the whole sequence; Ascend only.
-
-    Args:
-        query: This rank's positions.
-        key: See ``query``.
-        value: See ``query``.
-        scale: Of the scores.
-        group: The context-parallel ranks.
-    """
-    order = natural_order(group.size(), group.size() * query.shape[0], query.device)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return causal_attention(query[order], key[order], value[order], scale)[torch.argsort(order)]
-
-    return npu_context.ulysses_attention(query, key, value, attend, group)
+            layer = self.layer
+            return packed_attention(query, key, value, documents, layer.scale, layer.window, layer.softcap)
+        attended: Tensor = self._attend(query, key, value)
+        return attended

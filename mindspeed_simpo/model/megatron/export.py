@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mindspeed_simpo.errors import ModelError
-from mindspeed_simpo.model.description import ARCHITECTURES, ModelSpec
+from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.megatron.weights import gather_hf_tensors
 from mindspeed_simpo.model.naming import hf_tensors
 from mindspeed_simpo.model.weight_source import INDEX_FILE, SafetensorsFolder
@@ -30,7 +30,7 @@ _COPIED = ("generation_config.json",)
 
 def export_hf(
     models: Sequence[torch.nn.Module],
-    spec: ModelSpec,
+    description: ModelDescription,
     groups: Groups,
     *,
     source: Path,
@@ -47,7 +47,7 @@ def export_hf(
 
     Args:
         models: This rank's chunks, wrapped or not.
-        spec: Of the model.
+        description: Of the model.
         groups: Of the layout that the models were built with.
         source: Hugging Face folder that the model was built from; its config.json is kept.
         output: Folder to write.
@@ -58,14 +58,14 @@ def export_hf(
     Raises:
         ModelError: where ``output`` is a folder of something else, or cannot be written.
     """
-    tensors = gather_hf_tensors(models, spec, groups, value)
+    tensors = gather_hf_tensors(models, description, groups, value)
     if torch.distributed.get_rank() != 0:
         for _ in tensors:
             raise AssertionError("gathered on another rank than 0")
         return
     try:
         _check_replaceable(output)
-        _write_folder(tensors, spec, source, output, tokenizer, max_shard_bytes)
+        _write_folder(tensors, description, source, output, tokenizer, max_shard_bytes)
     except Exception as error:
         for _ in tensors:  # the other ranks wait in these collectives
             pass
@@ -76,7 +76,7 @@ def export_hf(
 
 def _write_folder(
     tensors: Iterator[tuple[str, Tensor]],
-    spec: ModelSpec,
+    description: ModelDescription,
     source: Path,
     output: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -87,9 +87,9 @@ def _write_folder(
         for left_over in (new, old):
             shutil.rmtree(left_over, ignore_errors=True)
         new.mkdir(parents=True)
-        dtypes = _stored_dtypes(source, spec)
-        _write_weights(new, tensors, spec, dtypes, max_shard_bytes)
-        _write_config(new, source, spec, dtypes)
+        dtypes = _stored_dtypes(source, description)
+        _write_weights(new, tensors, description, dtypes, max_shard_bytes)
+        _write_config(new, source, description, dtypes)
         tokenizer.save_pretrained(new)
         if output.exists():
             output.rename(old)
@@ -109,21 +109,21 @@ def _check_replaceable(output: Path) -> None:
     raise ModelError(f"{output} exists and is not an earlier export: choose a new folder, or remove it")
 
 
-def _stored_dtypes(source: Path, spec: ModelSpec) -> dict[str, torch.dtype]:
+def _stored_dtypes(source: Path, description: ModelDescription) -> dict[str, torch.dtype]:
     try:
-        return SafetensorsFolder(source, spec).dtypes
+        return SafetensorsFolder(source, description).dtypes
     except ModelError:
-        return dict.fromkeys((tensor.name for tensor in hf_tensors(spec)), getattr(torch, spec.dtype))
+        return dict.fromkeys((tensor.name for tensor in hf_tensors(description)), getattr(torch, description.dtype))
 
 
 def _write_weights(
     folder: Path,
     tensors: Iterator[tuple[str, Tensor]],
-    spec: ModelSpec,
+    description: ModelDescription,
     dtypes: dict[str, torch.dtype],
     max_shard_bytes: int,
 ) -> None:
-    sizes = {t.name: math.prod(t.shape) * dtypes[t.name].itemsize for t in hf_tensors(spec)}
+    sizes = {t.name: math.prod(t.shape) * dtypes[t.name].itemsize for t in hf_tensors(description)}
     plan = split_state_dict_into_shards_factory(
         sizes,
         get_storage_size=lambda size: size,
@@ -144,12 +144,12 @@ def _write_weights(
         _write_json(folder / INDEX_FILE, index)
 
 
-def _write_config(folder: Path, source: Path, spec: ModelSpec, dtypes: dict[str, torch.dtype]) -> None:
+def _write_config(folder: Path, source: Path, description: ModelDescription, dtypes: dict[str, torch.dtype]) -> None:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     used = list(dtypes.values())
     key = "dtype" if "dtype" in config else "torch_dtype"
     config[key] = str(max(set(used), key=used.count)).removeprefix("torch.")
-    config["architectures"] = [ARCHITECTURES[spec.family]]
+    config["architectures"] = [description.architecture]
     _write_json(folder / "config.json", config)
     for name in _COPIED:
         if (source / name).is_file():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -18,12 +19,15 @@ from mindspeed_simpo.batch import ONE_A_ROW, Documents
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.options import ContextParallelAlgo
 from mindspeed_simpo.device import Device
-from mindspeed_simpo.errors import ConfigError
-from mindspeed_simpo.model.description import ModelSpec
+from mindspeed_simpo.errors import ModelError
+from mindspeed_simpo.model.description import ModelDescription, Rotation
+from mindspeed_simpo.model.megatron.attention import RowContents
+from mindspeed_simpo.model.megatron.checkpoint import sharded_parameter
 from mindspeed_simpo.model.megatron.layers import block_spec, transformer_config
-from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
-from mindspeed_simpo.model.rotary import inverse_frequencies, rotation_angles
-from mindspeed_simpo.parallel import Groups
+from mindspeed_simpo.model.naming import Chunk, Slot, pipeline_chunks
+from mindspeed_simpo.model.packed import document_lengths
+from mindspeed_simpo.model.rotary import RotationTables, inverse_frequencies, rotation_tables
+from mindspeed_simpo.parallel import Groups, consecutive_ranks
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """``head(hidden [seq, row, hidden], weight [vocabulary shard, hidden])``: what the last stage returns."""
@@ -35,62 +39,71 @@ _TAKES_VIRTUAL_STAGE = "vp_stage" in inspect.signature(GPTModel.__init__).parame
 class PolicyModel(GPTModel):  # type: ignore[misc]
     """One rank's share of a decoder: some layers, the embedding on the first pipeline stage, the head on the last.
 
-    The forward is this package's own: rotary angles come from the positions, and a ``head`` may take the place of the
+    The forward is this package's own: rotations come from the positions, and a ``head`` may take the place of the
     output layer, so that log-probabilities need no logits. The wrappers and schedules of megatron-core (DDP,
     ``Float16Module``, pipelines) see an ordinary ``GPTModel``.
     """
 
     def __init__(
         self,
-        spec: ModelSpec,
+        description: ModelDescription,
         config: TransformerConfig,
         chunks: list[Chunk],
         chunk: Chunk,
         groups: Groups,
+        kv_groups: dict[int, dist.ProcessGroup],
         context_parallel_algo: ContextParallelAlgo,
     ) -> None:
         ranks = groups.tensor.size()
         self.chunk = chunk
-        self._interleaved = config.virtual_pipeline_model_parallel_size is not None
-        self._enter_virtual_stage()
+        interleaved = config.virtual_pipeline_model_parallel_size is not None
+        if interleaved and not _TAKES_VIRTUAL_STAGE:
+            parallel_state.set_virtual_pipeline_model_parallel_rank(chunk.virtual_stage)
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(spec, chunk.num_layers, groups, context_parallel_algo),
-            vocab_size=spec.padded_vocab_size(ranks),
-            max_sequence_length=spec.max_position_embeddings,
+            transformer_layer_spec=block_spec(description, chunk, groups, kv_groups, context_parallel_algo),
+            vocab_size=description.padded_vocab_size(ranks),
+            max_sequence_length=description.max_position_embeddings,
             pre_process=chunk.has_embedding,
             post_process=chunk.has_head,
-            share_embeddings_and_output_weights=spec.tied,
+            share_embeddings_and_output_weights=description.tied,
             position_embedding_type="none",
-            **({"vp_stage": chunk.virtual_stage} if self._interleaved and _TAKES_VIRTUAL_STAGE else {}),
+            **({"vp_stage": chunk.virtual_stage} if interleaved and _TAKES_VIRTUAL_STAGE else {}),
         )
-        self.spec = spec
+        self.description = description
         self.chunks = chunks
         """The chunks of all ranks, in the order of the layers."""
-        self.slots = list(chunk.slots(spec))
+        self.slots = list(chunk.slots(description))
+        self._groups = groups
         rows = self.vocab_size // ranks
-        self._existing_rows = max(0, min(rows, spec.vocab_size - groups.tensor.rank() * rows))
-        # Not a buffer: Float16Module would round it to bfloat16
-        self._frequencies = inverse_frequencies(spec.rope, spec.head_dim)
+        self._existing_rows = max(0, min(rows, description.vocab_size - groups.tensor.rank() * rows))
+        self._embedding_scale = float(torch.tensor(description.embedding_scale, dtype=config.params_dtype))
+        # Not buffers: Float16Module would round them to bfloat16
+        self._frequencies: dict[Rotation, Tensor] = {
+            each: inverse_frequencies(each) for each in description.rotations if not each.depends_on_length
+        }
+        check_slots(self.slots, dict(self.named_parameters()), groups)
         self._mark_sharded_parameters()
 
-    def _enter_virtual_stage(self) -> None:
-        if self._interleaved and not _TAKES_VIRTUAL_STAGE:
-            parallel_state.set_virtual_pipeline_model_parallel_rank(self.chunk.virtual_stage)
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Every parameter by its name, for ``dist_checkpointing``; by that its place does not depend on the layout."""
+        return {
+            slot.parameter: sharded_parameter(slot, self.get_parameter(slot.parameter), self._groups)
+            for slot in self.slots
+        }
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """megatron-core's; the layers' numbers follow the virtual stage."""
-        self._enter_virtual_stage()
-        return super().sharded_state_dict(*args, **kwargs)
+    @torch.no_grad()
+    def load_parameters(self, state: Mapping[str, Tensor]) -> None:
+        """Copy what :meth:`sharded_state_dict` was loaded as."""
+        for slot in self.slots:
+            self.get_parameter(slot.parameter).copy_(state[slot.parameter])
 
     def _mark_sharded_parameters(self) -> None:
         # megatron-core marks weights only where it initialises them; the gradient norm counts unmarked ones once
         for slot in self.slots:
-            axis = slot.tensors[0].axis
             parameter = self.get_parameter(slot.parameter)
-            if axis is not None and not hasattr(parameter, "tensor_model_parallel"):
-                stride = 2 if slot.fusion == "gate_up" else 1
-                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axis, stride=stride)
+            if slot.axis is not None and not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=slot.axis, stride=1)
 
     def forward(
         self,
@@ -99,6 +112,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         attention_mask: None = None,
         head: Head | None = None,
         documents: Documents = ONE_A_ROW,
+        lengths: Int[Tensor, " row"] | None = None,
     ) -> Tensor:
         """Hidden states of this stage, or on the last stage the head's result or the logits.
 
@@ -107,9 +121,11 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
             position_ids: Position of each token in its document; default 0, 1, 2 and so on in every row.
             attention_mask: None; attention is causal.
             head: Called with the final hidden states ``[seq, row, hidden]`` and this rank's output weight
-                ``[padded vocabulary / tensor ranks, hidden]``. Rows beyond ``spec.vocab_size`` are padding, and the
-                head must give them no probability.
+                ``[padded vocabulary / tensor ranks, hidden]``. Rows beyond ``description.vocab_size`` are padding, and
+                the head must give them no probability.
             documents: What a packed row holds.
+            lengths: int64 tokens of each padded row on all context ranks, padding left out; needed where a rotation
+                depends on them.
 
         Returns:
             Before the last stage hidden states ``[seq, row, hidden]``. On the last, what ``head`` returns, or
@@ -118,17 +134,31 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         assert attention_mask is None, "attention is causal and takes no mask"
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        self._frequencies = self._frequencies.to(input_ids.device)
+        if documents.wholes:
+            lengths = document_lengths(documents, input_ids.device)
+        embedded = None
+        if self.pre_process:
+            embedded = self.embedding(input_ids=input_ids, position_ids=None)
+            if self.description.embedding_scale != 1.0:
+                embedded = embedded * self._embedding_scale
         hidden = self.decoder(
-            hidden_states=self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None,
+            hidden_states=embedded,
             attention_mask=None,
-            rotary_pos_emb=rotation_angles(self._frequencies, position_ids),
-            # the one argument that megatron-core hands to the attention as it is, also when it recomputes a layer
-            attention_bias=documents,
+            attention_bias=RowContents(documents, self._tables(position_ids, lengths)),
         )
         if not self.post_process:
             return hidden  # type: ignore[no-any-return]
         return self._logits(hidden) if head is None else head(hidden, self.output_weight)
+
+    def _tables(self, position_ids: Tensor, lengths: Tensor | None) -> dict[Rotation, RotationTables]:
+        tables = {}
+        for rotation in dict.fromkeys(layer.attention.rotation for layer in self.chunk.layers(self.description)):
+            if rotation.depends_on_length:
+                frequencies = inverse_frequencies(rotation, lengths)
+            else:
+                frequencies = self._frequencies[rotation] = self._frequencies[rotation].to(position_ids.device)
+            tables[rotation] = rotation_tables(rotation, frequencies, position_ids, self.config.params_dtype)
+        return tables
 
     @property
     def output_weight(self) -> Float[Tensor, "vocab hidden"]:
@@ -138,32 +168,53 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits, _ = self.output_layer(hidden, weight=self.output_weight)
+        softcap = self.description.logit_softcap
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
         if self._existing_rows < logits.shape[-1]:
             logits[..., self._existing_rows :] = -torch.inf
         return logits.transpose(0, 1).contiguous()  # type: ignore[no-any-return]
 
 
-def build_model(spec: ModelSpec, config: Config, groups: Groups, device: Device) -> list[PolicyModel]:
-    """This rank's model chunks, in layer order, on its device; the weights are still undefined.
-
-    Fill them with :func:`mindspeed_simpo.model.megatron.weights.fill_weights` or from a checkpoint.
+def check_slots(slots: Sequence[Slot], parameters: Mapping[str, Tensor], groups: Groups) -> None:
+    """Refuse a model that the table does not describe: a parameter without a slot would not be read, nor exported.
 
     Raises:
-        ConfigError: where the layout does not divide the model, or the device lacks ``context_parallel_algo``.
-        ModelError: where ``seq_length`` exceeds the model's sliding window.
+        ModelError: where a parameter has no slot or two, a slot no parameter, or the two differ in their shape.
     """
-    spec.check_layout(config)
-    if config.context_parallel_algo != "gathered" and device.name != "npu":
-        raise ConfigError(
-            f"context_parallel_algo: {config.context_parallel_algo} is MindSpeed's and runs on npu; this is "
-            f"{device.name}: set context_parallel_algo: gathered"
-        )
-    megatron_config = transformer_config(spec, config, device)
-    virtual_stages = config.virtual_stages(spec.num_layers)
+    named = [slot.parameter for slot in slots]
+    rank, size = groups.tensor.rank(), groups.tensor.size()
+    uncovered = sorted(set(parameters) - set(named))
+    doubled = sorted({name for name in named if named.count(name) > 1})
+    absent = sorted(set(named) - set(parameters))
+    for problem, names in (("no slot", uncovered), ("more than one slot", doubled), ("a slot but no values", absent)):
+        if names:
+            raise ModelError(f"model/naming.py and the modules disagree: {', '.join(names)} has {problem}")
+    for slot in slots:
+        found, expected = tuple(parameters[slot.parameter].shape), slot.shape(rank, size)
+        if found != expected:
+            raise ModelError(f"model/naming.py gives {slot.parameter} the shape {expected}; the module has {found}")
+
+
+def build_model(description: ModelDescription, config: Config, groups: Groups, device: Device) -> list[PolicyModel]:
+    """This rank's model chunks, in layer order, on its device; the weights are still undefined.
+
+    Fill them with :func:`mindspeed_simpo.model.megatron.weights.fill_weights` or from a checkpoint. A collective.
+
+    Args:
+        description: Of the model; ``config.validation.make_layout`` accepts it with this configuration.
+        config: Precision, degrees and recomputation.
+        groups: Of the layout.
+        device: Of the ranks.
+    """
+    megatron_config = transformer_config(description, config, device)
+    virtual_stages = config.virtual_stages(description.num_layers)
     parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual_stages)
-    chunks = pipeline_chunks(spec, groups.pipeline.size(), virtual_stages or 1)
+    chunks = pipeline_chunks(description, groups.pipeline.size(), virtual_stages or 1)
+    parts = {layer.attention.share(0, groups.tensor.size()).kv_parts for layer in description.layers}
+    kv_groups = {number: consecutive_ranks(number) for number in sorted(parts) if number > 1}
     return [
-        PolicyModel(spec, megatron_config, chunks, chunk, groups, config.context_parallel_algo)
+        PolicyModel(description, megatron_config, chunks, chunk, groups, kv_groups, config.context_parallel_algo)
         for chunk in chunks
         if chunk.stage == groups.pipeline.rank()
     ]

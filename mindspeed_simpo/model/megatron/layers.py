@@ -1,94 +1,159 @@
-"""Layer specification and ``TransformerConfig``: megatron-core's own layers without TransformerEngine."""
+"""Decoder layers as the description has them, and megatron-core's ``TransformerConfig``."""
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
-from torch.nn.functional import silu
 
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.options import ContextParallelAlgo
 from mindspeed_simpo.device import Device, operators
-from mindspeed_simpo.model.description import ModelSpec
-from mindspeed_simpo.model.megatron.attention import CausalAttention
-from mindspeed_simpo.model.naming import layers_by_stage
+from mindspeed_simpo.model import description
+from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.megatron.attention import Attention, RowContents
+from mindspeed_simpo.model.megatron.linear import RMSNorm, column_parallel, row_parallel
+from mindspeed_simpo.model.naming import Chunk, layers_by_stage
 from mindspeed_simpo.parallel import Groups
 
+_ACTIVATIONS = {"silu": operators.swiglu, "gelu_tanh": operators.geglu}
 
-class RMSNorm(torch.nn.Module):
-    """``weight * x / sqrt(mean(x^2) + eps)`` over the last axis; normalised in fp32, scaled in the input's dtype.
 
-    That is transformers' rounding. megatron-core's wrapper of ``torch.nn.RMSNorm`` refuses sequence parallelism and
-    rounds otherwise in bfloat16.
-    """
+class MLP(torch.nn.Module):
+    """``down(activation(gate x) * up x)``; gate and up are one projection."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, layer: description.MLP, groups: Groups) -> None:
         super().__init__()
-        device = torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.eps = eps
+        self.linear_fc1 = column_parallel(
+            config.hidden_size, 2 * layer.width, config, groups, bias=layer.bias, adds_bias=False
+        )
+        self.activation = _ACTIVATIONS[layer.activation]
+        self.linear_fc2 = row_parallel(layer.width, config.hidden_size, config, groups, bias=layer.bias)
 
-    def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """Normalise each vector of the last axis."""
-        return operators.rms_norm(hidden, self.weight, self.eps)
+    def forward(
+        self, hidden: Float[Tensor, "held row hidden"]
+    ) -> tuple[Float[Tensor, "held row hidden"], Float[Tensor, " hidden"] | None]:
+        """The block's result, and the bias that is still to be added.
 
-
-class BiasedColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
-    """Has a bias whatever the layer asks: ``TransformerConfig`` has one switch where models differ by projection."""
-
-    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:  # noqa: ARG002
-        super().__init__(*args, bias=True, **kwargs)
-
-
-class BiasedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
-    """See :class:`BiasedColumnParallelLinear`."""
-
-    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:  # noqa: ARG002
-        super().__init__(*args, bias=True, **kwargs)
+        Args:
+            hidden: Normalised; this rank's part of the sequence.
+        """
+        result: tuple[Tensor, Tensor | None] = self.linear_fc2(self.activation(*self.linear_fc1(hidden)))
+        return result
 
 
-def transformer_config(spec: ModelSpec, config: Config, device: Device) -> TransformerConfig:
-    """megatron-core's view of the model and the run: dropout off, weights left to the loader."""
+class DecoderLayer(torch.nn.Module):
+    """One layer, in the place of megatron-core's ``TransformerLayer`` inside its ``TransformerBlock``."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer: description.Layer,
+        groups: Groups,
+        kv_group: dist.ProcessGroup | None,
+        context_parallel_algo: ContextParallelAlgo,
+        layer_number: int,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+        self.input_layernorm = RMSNorm(config, config.hidden_size, layer.norm_before_attention)
+        self.self_attention = Attention(config, layer.attention, groups, kv_group, context_parallel_algo)
+        self.post_attention_layernorm = self.post_mlp_layernorm = None
+        if layer.norm_after_attention is not None:
+            self.post_attention_layernorm = RMSNorm(config, config.hidden_size, layer.norm_after_attention)
+        self.pre_mlp_layernorm = RMSNorm(config, config.hidden_size, layer.norm_before_mlp)
+        self.mlp = MLP(config, layer.mlp, groups)
+        if layer.norm_after_mlp is not None:
+            self.post_mlp_layernorm = RMSNorm(config, config.hidden_size, layer.norm_after_mlp)
+
+    def forward(
+        self, hidden_states: Float[Tensor, "held row hidden"], attention_bias: RowContents, **_: Any
+    ) -> tuple[Float[Tensor, "held row hidden"], None]:
+        """The residual stream after this layer, and None where megatron-core has a cross-attention's context.
+
+        Args:
+            hidden_states: The residual stream.
+            attention_bias: What the rows hold: the one argument that megatron-core hands to a layer as it is, also when
+                it recomputes the layer.
+        """
+        blocks = (
+            (self.input_layernorm, self.self_attention, (attention_bias,), self.post_attention_layernorm),
+            (self.pre_mlp_layernorm, self.mlp, (), self.post_mlp_layernorm),
+        )
+        for norm_before, block, arguments, norm_after in blocks:
+            result, bias = block(norm_before(hidden_states), *arguments)
+            if bias is not None:
+                result = result + bias
+            if norm_after is not None:
+                result = norm_after(result)
+            hidden_states = hidden_states + result
+        return hidden_states, None
+
+
+def block_spec(
+    model: ModelDescription,
+    chunk: Chunk,
+    groups: Groups,
+    kv_groups: dict[int, dist.ProcessGroup],
+    context_parallel_algo: ContextParallelAlgo,
+) -> TransformerBlockSubmodules:
+    """The layers of one chunk and the final norm.
+
+    Args:
+        model: Of the whole model.
+        chunk: Which layers.
+        groups: Of the layout.
+        kv_groups: Ranks that share a key-value head, by their number.
+        context_parallel_algo: How context-parallel ranks meet.
+    """
+    layers = []
+    for layer in chunk.layers(model):
+        parts = layer.attention.share(groups.tensor.rank(), groups.tensor.size()).kv_parts
+        params = {
+            "layer": layer,
+            "groups": groups,
+            "kv_group": kv_groups.get(parts),
+            "context_parallel_algo": context_parallel_algo,
+        }
+        layers.append(ModuleSpec(module=DecoderLayer, params=params))
+    norm = ModuleSpec(module=RMSNorm, params={"norm": model.final_norm})
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def transformer_config(model: ModelDescription, config: Config, device: Device) -> TransformerConfig:
+    """What megatron-core must know of the model and the run; the layers themselves are this package's.
+
+    Its own counts of heads and widths are read by its own layers alone, and only need to divide.
+    """
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    stages = config.pipeline_model_parallel_size
+    stages, ranks = config.pipeline_model_parallel_size, config.tensor_model_parallel_size
     interleaved = config.num_layers_per_virtual_pipeline_stage is not None
-    uneven = layers_by_stage(spec.num_layers, stages) if spec.num_layers % stages else None
+    uneven = layers_by_stage(model.num_layers, stages) if model.num_layers % stages else None
     with warnings.catch_warnings():
         # "core_attn may be TransformerEngine's fused one": here it never is
         warnings.filterwarnings("ignore", message="If you are using transformer_engine")
         return TransformerConfig(
-            num_layers=spec.num_layers,
-            hidden_size=spec.hidden_size,
-            num_attention_heads=spec.num_heads,
-            num_query_groups=spec.num_kv_heads,
-            kv_channels=spec.head_dim,
-            ffn_hidden_size=spec.ffn_size,
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_attention_heads=ranks,
+            num_query_groups=ranks,
+            kv_channels=model.layers[0].attention.head_dim,
+            ffn_hidden_size=model.layers[0].mlp.width,
             normalization="RMSNorm",
-            layernorm_epsilon=spec.rms_eps,
-            qk_layernorm=spec.qk_norm,
-            gated_linear_unit=True,
-            activation_func=silu,
+            layernorm_epsilon=model.final_norm.eps,
+            # its gradients are summed over the tensor-parallel ranks
+            qk_layernorm=any(layer.attention.qk_norm is not None for layer in model.layers),
             add_bias_linear=False,
-            add_qkv_bias=spec.qkv_bias,
             hidden_dropout=0.0,
             attention_dropout=0.0,
-            bias_activation_fusion=True,  # calls device.operators
             bias_dropout_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,
@@ -99,7 +164,7 @@ def transformer_config(spec: ModelSpec, config: Config, device: Device) -> Trans
             gradient_accumulation_fusion=False,
             tensor_model_parallel_size=config.tensor_model_parallel_size,
             pipeline_model_parallel_size=stages,
-            virtual_pipeline_model_parallel_size=config.virtual_stages(spec.num_layers),
+            virtual_pipeline_model_parallel_size=config.virtual_stages(model.num_layers),
             num_layers_in_first_pipeline_stage=uneven[0] if uneven else None,
             num_layers_in_last_pipeline_stage=uneven[-1] if uneven else None,
             sequence_parallel=config.sequence_parallel and config.tensor_model_parallel_size > 1,
@@ -115,47 +180,3 @@ def transformer_config(spec: ModelSpec, config: Config, device: Device) -> Trans
             recompute_method=config.recompute_method,
             recompute_num_layers=config.recompute_num_layers,
         )
-
-
-def block_spec(
-    spec: ModelSpec, num_layers: int, groups: Groups, context_parallel_algo: ContextParallelAlgo
-) -> TransformerBlockSubmodules:
-    """``num_layers`` layers of this model and the final norm."""
-    layer = _layer_spec(spec, {"context_group": groups.context, "context_parallel_algo": context_parallel_algo})
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
-
-
-def _layer_spec(spec: ModelSpec, attention_params: dict[str, Any]) -> ModuleSpec:
-    qk_norm = RMSNorm if spec.qk_norm else IdentityOp
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=ModuleSpec(module=CausalAttention, params=attention_params),
-            linear_proj=BiasedRowParallelLinear if spec.o_bias else RowParallelLinear,
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
-        ),
-    )
-    # Newer lines of megatron-core warn where an MLP is not told its width; older ones do not take it
-    takes_width = "ffn_hidden_size" in inspect.signature(MLP.__init__).parameters
-    mlp = ModuleSpec(
-        module=MLP,
-        params={"ffn_hidden_size": spec.ffn_size} if takes_width else {},
-        submodules=MLPSubmodules(
-            linear_fc1=BiasedColumnParallelLinear if spec.mlp_bias else ColumnParallelLinear,
-            linear_fc2=BiasedRowParallelLinear if spec.mlp_bias else RowParallelLinear,
-        ),
-    )
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )

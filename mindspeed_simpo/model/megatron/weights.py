@@ -10,53 +10,60 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.model.description import ModelSpec, resolve_model
+from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.hf_config import resolve_model
 from mindspeed_simpo.model.megatron.gpt import PolicyModel
-from mindspeed_simpo.model.naming import Slot
+from mindspeed_simpo.model.naming import Slot, joined
 from mindspeed_simpo.model.weight_source import RandomWeights, SafetensorsFolder, WeightSource
 from mindspeed_simpo.parallel import Groups
 
 
-def fill_weights(models: Sequence[torch.nn.Module], spec: ModelSpec, config: Config, groups: Groups) -> None:
+def fill_weights(
+    models: Sequence[torch.nn.Module], description: ModelDescription, config: Config, groups: Groups
+) -> None:
     """Give every parameter its first value: ``init_from: weights`` reads them, ``config`` draws them from ``seed``.
 
     Raises:
         ModelError: see :func:`load_hf_weights`.
     """
     if config.init_from == "weights":
-        load_hf_weights(models, spec, config.model_name_or_path, groups)
+        load_hf_weights(models, description, config.model_name_or_path, groups)
     else:
-        fill_from(models, RandomWeights(spec, config.seed), groups)
+        fill_from(models, RandomWeights(description, config.seed), groups)
 
 
 def load_hf_weights(
-    models: Sequence[torch.nn.Module], spec: ModelSpec, model_name_or_path: str | Path, groups: Groups
+    models: Sequence[torch.nn.Module], description: ModelDescription, model_name_or_path: str | Path, groups: Groups
 ) -> None:
     """Read a checkpoint's safetensors into the parameters, in their dtype; each rank reads only its own slices.
 
     Raises:
-        ModelError: for absent, damaged, quantized or pickled weights, and for tensors that do not fit ``spec``.
+        ModelError: for absent, damaged, quantized or pickled weights, and for tensors that do not fit the description.
     """
     folder = resolve_model(str(model_name_or_path), weights=True)
-    fill_from(models, SafetensorsFolder(folder, spec), groups)
+    fill_from(models, SafetensorsFolder(folder, description), groups)
 
 
 @torch.no_grad()
 def fill_from(models: Sequence[torch.nn.Module], source: WeightSource, groups: Groups) -> None:
-    """Copy ``source`` into every parameter; rows that only pad the vocabulary become zero."""
+    """Copy ``source`` into every parameter; what only pads the vocabulary or the heads becomes zero."""
     rank, size = groups.tensor.rank(), groups.tensor.size()
     for model in map(unwrap, models):
         for slot in model.slots:
-            slices = [source.read(tensor, rank, size) for tensor in slot.tensors]
-            fused = slot.fuse(slices, model.spec)
-            parameter = model.get_parameter(slot.parameter)
-            parameter[: fused.shape[0]].copy_(fused)
-            parameter[fused.shape[0] :].zero_()
+            axis, spans = slot.axis or 0, slot.spans(rank, size)
+            stored = [(whole, source.read(whole)) for whole in joined(spans)]
+            parts = torch.split(model.get_parameter(slot.parameter), [span.length for span in spans], axis)
+            for span, part in zip(spans, parts, strict=True):
+                if span.tensor is None:
+                    part.zero_()
+                    continue
+                whole, values = next(each for each in stored if each[0].holds(span))
+                part.copy_(values.narrow(axis, span.start - whole.start, span.length))
 
 
 def gather_hf_tensors(
     models: Sequence[torch.nn.Module],
-    spec: ModelSpec,
+    description: ModelDescription,
     groups: Groups,
     value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.data,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -66,7 +73,7 @@ def gather_hf_tensors(
 
     Args:
         models: This rank's chunks, wrapped or not.
-        spec: Of the model.
+        description: Of the model.
         groups: Of the layout that the models were built with.
         value: What to gather of each parameter, in the parameter's shape: its data, its gradient, an optimizer state.
             One dtype for all parameters.
@@ -77,13 +84,13 @@ def gather_hf_tensors(
     some = next(iter(own.values()))
     like = value(some.get_parameter(some.slots[0].parameter))
     for chunk in some.chunks:
-        for slot in chunk.slots(spec):
+        for slot in chunk.slots(description):
             if slot.replica:
                 continue
             tensors: list[Tensor] = []
             if chunk in own:
                 parameter = value(own[chunk].get_parameter(slot.parameter)).detach()
-                tensors = _gather_tensor_ranks(slot, parameter, spec, groups)
+                tensors = _gather_tensor_ranks(slot, parameter, groups)
             elif groups.pipeline.rank() == 0 and groups.tensor.rank() == 0:
                 tensors = [like.new_empty(tensor.shape) for tensor in slot.tensors]
             for tensor, whole in zip(slot.tensors, tensors, strict=False):
@@ -98,18 +105,23 @@ def unwrap(model: torch.nn.Module) -> PolicyModel:
     return model
 
 
-def _gather_tensor_ranks(slot: Slot, parameter: Tensor, spec: ModelSpec, groups: Groups) -> list[Tensor]:
+def _gather_tensor_ranks(slot: Slot, parameter: Tensor, groups: Groups) -> list[Tensor]:
+    """The whole tensors of a slot on the first tensor-parallel rank; nothing on the others."""
+    if slot.axis is None:
+        return [parameter] if groups.tensor.rank() == 0 else []
+    parameter = parameter.contiguous()
     # all_gather, because HCCL has no gather
-    whole = []
-    for tensor, part in zip(slot.tensors, slot.unfuse(parameter, spec), strict=True):
-        if tensor.axis is None:
-            whole.append(part)
-            continue
-        part = part.contiguous()
-        parts = [torch.empty_like(part) for _ in range(groups.tensor.size())]
-        dist.all_gather(parts, part, group=groups.tensor)
-        whole.append(torch.cat(parts, tensor.axis).narrow(tensor.axis, 0, tensor.shape[tensor.axis]))
-    return whole
+    parts = [torch.empty_like(parameter) for _ in range(groups.tensor.size())]
+    dist.all_gather(parts, parameter, group=groups.tensor)
+    if groups.tensor.rank():
+        return []
+    wholes = {tensor.name: parameter.new_empty(tensor.shape) for tensor in slot.tensors}
+    for rank, part in enumerate(parts):
+        spans = slot.spans(rank, groups.tensor.size())
+        for span, piece in zip(spans, torch.split(part, [span.length for span in spans], slot.axis), strict=True):
+            if span.tensor is not None:
+                wholes[span.tensor.name].narrow(slot.axis, span.start, span.length).copy_(piece)
+    return list(wholes.values())
 
 
 def _move_to_first_stage(whole: Tensor, stage: int, groups: Groups) -> bool:

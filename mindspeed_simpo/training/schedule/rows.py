@@ -31,11 +31,14 @@ class HeldRows:
     documents: Documents
     """What attends to what."""
     scored: ScoredTokens
+    lengths: Int[Tensor, " row"] | None = None
+    """int64 tokens of each padded row on all context-parallel ranks, padding left out; None for a packed row."""
 
     def to(self, device: torch.device) -> HeldRows:
         """On ``device``."""
         tokens, position_ids = moved(self.tokens, device), moved(self.position_ids, device)
-        return HeldRows(tokens, position_ids, self.documents, self.scored.to(device))
+        lengths = moved(self.lengths, device) if self.lengths is not None else None
+        return HeldRows(tokens, position_ids, self.documents, self.scored.to(device), lengths)
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,13 @@ class Rows:
     tokens: Int[Tensor, "row seq"]
     targets: Int[Tensor, "target_row seq"]
     packing: Packing | None = None
+    lengths: Int[Tensor, " row"] | None = None
+    """int64 tokens of each padded row without its padding; None for a packed row."""
 
     @classmethod
     def of(cls, batch: PairBatch) -> Rows:
         """All sequences: chosen, then rejected."""
-        return cls(batch.tokens, batch.targets, batch.packing)
+        return cls(batch.tokens, batch.targets, batch.packing, batch.lengths if batch.packing is None else None)
 
     def held_by(self, context_rank: int, context_size: int) -> HeldRows:
         """What one context-parallel rank holds of them."""
@@ -59,13 +64,16 @@ class Rows:
             position_ids=self.packing.positions[held] if self.packing is not None else held,
             documents=self.packing.documents if self.packing is not None else ONE_A_ROW,
             scored=ScoredTokens.of(self.targets[:, held], self.packing),
+            lengths=self.lengths,
         )
 
     def halves(self) -> tuple[Rows, Rows]:
         """Chosen rows, rejected rows; of padded rows only."""
         assert self.packing is None, "packed rows are cut by halves_in_turn"
-        (chosen, rejected), (chosen_targets, rejected_targets) = self.tokens.chunk(2), self.targets.chunk(2)
-        return Rows(chosen, chosen_targets), Rows(rejected, rejected_targets)
+        assert self.lengths is not None, "padded rows have lengths"
+        parts = zip(self.tokens.chunk(2), self.targets.chunk(2), self.lengths.chunk(2), strict=True)
+        chosen, rejected = (Rows(tokens, targets, lengths=lengths) for tokens, targets, lengths in parts)
+        return chosen, rejected
 
     def halves_in_turn(self, lengths: Int[Tensor, " sequence"], multiple_of: int) -> tuple[Half, Half]:
         """One sequence of each pair, then the other, each half without the padding that only the other one needs.
@@ -113,7 +121,7 @@ class Rows:
 
     def trimmed_to(self, length: int) -> Rows:
         """The first ``length`` positions of padded rows."""
-        return Rows(self.tokens[:, :length], self.targets[:, :length])
+        return Rows(self.tokens[:, :length], self.targets[:, :length], lengths=self.lengths)
 
     def padded_to(self, length: int) -> Rows:
         """Padded rows with more padding, to ``length`` positions."""
@@ -121,6 +129,7 @@ class Rows:
         return Rows(
             torch.nn.functional.pad(self.tokens, (0, missing)),
             torch.nn.functional.pad(self.targets, (0, missing), value=IGNORE_INDEX),
+            lengths=self.lengths,
         )
 
 

@@ -139,7 +139,9 @@ class PairSchedule:
     def _score(self, model: torch.nn.Module, rows: HeldRows) -> Tensor:
         """Log-probability sums of the sequences on the last stage, hidden states ``[seq, row, hidden]`` before it."""
         head = partial(self.head, scored=rows.scored)
-        output: Tensor = model(rows.tokens, position_ids=rows.position_ids, documents=rows.documents, head=head)
+        output: Tensor = model(
+            rows.tokens, position_ids=rows.position_ids, documents=rows.documents, lengths=rows.lengths, head=head
+        )
         return output
 
     def _score_apart(self, model: torch.nn.Module, parts: Sequence[HeldRows]) -> Tensor:

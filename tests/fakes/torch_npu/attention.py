@@ -34,6 +34,10 @@ def _hidden(mask, sparse_mode, pre, following, query_len, key_len, device):
     if sparse_mode in (2, 3):
         shift = key_len - query_len if sparse_mode == 3 else 0
         return torch.ones(query_len, key_len, dtype=torch.bool, device=device).triu(1 + shift)
+    if sparse_mode == 4:  # a band, counted from the last query and the last key
+        shift = key_len - query_len
+        ones = torch.ones(query_len, key_len, dtype=torch.bool, device=device)
+        return ones.triu(1 + shift + following) | ones.tril(shift - pre - 1)
     if sparse_mode not in (0, 1):
         raise NotImplementedError(f"sparse_mode {sparse_mode}")
     hidden = None if mask is None else mask.bool()
@@ -80,16 +84,17 @@ def npu_fusion_attention(
     ``atten_mask`` is True (1) where attention is not allowed. The statistics are fp32 [B, N, Sq, 8].
 
     TND has the tokens of all batch members end to end, [T, N, D]; ``actual_seq_qlen`` and ``actual_seq_kvlen`` are the
-    running sums of their lengths, and sparse_mode 3 aligns the mask to the last query and key of each of them. The
+    running sums of their lengths, and sparse_mode 3 and 4 align the mask to the last query and key of each of them. The
     statistics are [T, N, 8].
     """
     if pse is not None or keep_prob != 1.0:
         raise NotImplementedError("pse and dropout")
     if input_layout == "TND":
-        if sparse_mode not in (2, 3) or atten_mask is None or atten_mask.shape != (2048, 2048):
+        if sparse_mode not in (2, 3, 4) or atten_mask is None or atten_mask.shape != (2048, 2048):
             raise NotImplementedError("TND without a compressed mask")
         documents = _documents(query, key, value, head_num, actual_seq_qlen, actual_seq_kvlen)
-        parts = [npu_fusion_attention(*d, head_num, "BSND", scale=scale, sparse_mode=sparse_mode) for d in documents]
+        shape = {"scale": scale, "sparse_mode": sparse_mode, "pre_tockens": pre_tockens, "next_tockens": next_tockens}
+        parts = [npu_fusion_attention(*d, head_num, "BSND", **shape) for d in documents]
         out = torch.cat([part[0][0] for part in parts])
         statistics = [torch.cat([part[i][0].transpose(0, 1) for part in parts]) for i in (1, 2)]
         return out, *statistics, out.detach(), 0, 0, 0

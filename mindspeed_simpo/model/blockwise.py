@@ -1,0 +1,141 @@
+"""Causal attention in blocks of queries, each over the keys it can reach: windows, and scores with a soft cap.
+
+No mask and no scores of the whole row exist at any time, and nothing but queries, keys and values is kept for the
+backward, which computes each block once more.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 128, 1024
+
+
+def blockwise_attention(
+    query: Float[Tensor, "queries row heads dim"],
+    key: Float[Tensor, "keys row groups dim"],
+    value: Float[Tensor, "keys row groups dim"],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Float[Tensor, "queries row width"]:
+    """See :func:`mindspeed_simpo.model.causal.causal_attention`; for CPUs and GPUs.
+
+    Args:
+        query: The last positions of the keys.
+        key: See ``query``.
+        value: As ``key``.
+        scale: Of the scores.
+        window: Keys that a query sees, its own included; None for all before it.
+        softcap: None leaves the scores as they are, and torch's own kernel attends.
+    """
+    context: Tensor = _Blockwise.apply(query, key, value, scale, window, softcap)  # type: ignore[no-untyped-call]
+    return context.flatten(2)
+
+
+class _Blockwise(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.variants = scale, window, softcap
+        context = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for block in _blocks(query.shape[0], key.shape[0], window, softcap):
+            context[block.queries] = _attend(
+                query[block.queries], key[block.keys], value[block.keys], scale, window, softcap
+            )
+        return context
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        scale, window, softcap = ctx.variants
+        grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for block in _blocks(query.shape[0], key.shape[0], window, softcap):
+            parts = query[block.queries], key[block.keys], value[block.keys]
+            with torch.enable_grad():
+                q, k, v = (part.detach().requires_grad_() for part in parts)
+                context = _attend(q, k, v, scale, window, softcap)
+            q_grad, k_grad, v_grad = torch.autograd.grad(context, (q, k, v), grad[block.queries])
+            grads[0][block.queries] = q_grad
+            grads[1][block.keys] += k_grad
+            grads[2][block.keys] += v_grad
+        return *grads, None, None, None
+
+
+class _Block(NamedTuple):
+    queries: slice
+    keys: slice
+
+
+def _blocks(queries: int, keys: int, window: int | None, softcap: float | None) -> Iterator[_Block]:
+    size = block_size(window, softcap)
+    before = keys - queries
+    for start in range(0, queries, size):
+        stop = min(start + size, queries)
+        first = 0 if window is None else max(0, before + start - window + 1)
+        yield _Block(slice(start, stop), slice(first, before + stop))
+
+
+def block_size(window: int | None, softcap: float | None) -> int:
+    """Queries of a block: few where their scores are in memory, else so many that no more than half is masked out."""
+    if softcap is not None or window is None:
+        return _SMALLEST_BLOCK
+    return min(max(window, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+
+
+def _attend(
+    query: Float[Tensor, "queries row heads dim"],
+    key: Float[Tensor, "keys row groups dim"],
+    value: Float[Tensor, "keys row groups dim"],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Float[Tensor, "queries row heads dim"]:
+    """One block; its keys end with its last query's own, and begin no earlier than the first query's window."""
+    repeats = query.shape[2] // key.shape[2]
+    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    wide = torch.promote_types(query.dtype, torch.float32)
+    mask_dtype = query.dtype if softcap is None else wide
+    size = block_size(window, softcap)
+    mask = _mask(size, window, mask_dtype, query.device, query.shape[0], key.shape[0])
+    if softcap is None:
+        if repeats > 1 and not query.is_cuda:
+            k, v = (each[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for each in (k, v))
+        grouped = repeats > 1 and query.is_cuda
+        context = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    else:
+        q = q.reshape(q.shape[0], -1, repeats, *q.shape[2:]).to(wide)
+        scores = q @ k[:, :, None].to(wide).transpose(-1, -2) * (scale / softcap)
+        weights = torch.softmax(scores.tanh() * softcap + mask, dim=-1)
+        context = (weights @ v[:, :, None].to(wide)).to(query.dtype).flatten(1, 2)
+    return context.permute(2, 0, 1, 3)
+
+
+def _mask(
+    size: int, window: int | None, dtype: torch.dtype, device: torch.device, queries: int, keys: int
+) -> Float[Tensor, "queries keys"]:
+    """0 where a query sees a key, else minus infinity; the last query's own key is the last."""
+    if window is not None:
+        return _band(size, window, dtype, device)[-queries:, -keys:]
+    triangle = _band(size, size, dtype, device)[-queries:, -queries:]
+    return torch.nn.functional.pad(triangle, (keys - queries, 0))
+
+
+@functools.lru_cache(32)
+def _band(size: int, window: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "size keys"]:
+    """Of ``size`` queries over the keys from the first one's window to the last one's own."""
+    hidden = torch.full((size, size + window - 1), -math.inf, dtype=dtype, device=device)
+    return hidden.triu(window) + hidden.tril(-1)

@@ -1,0 +1,53 @@
+"""Gemma 2: alternating windows, capped scores and logits, norms on both sides of a block, scaled embeddings."""
+
+from __future__ import annotations
+
+from mindspeed_simpo.model.description import Layer, ModelDescription, TensorNames
+from mindspeed_simpo.model.settings import Family, Settings
+
+NAMES = TensorNames(
+    norm_after_attention="post_attention_layernorm",
+    norm_before_mlp="pre_feedforward_layernorm",
+    norm_after_mlp="post_feedforward_layernorm",
+)
+
+
+def check_direction(settings: Settings) -> None:
+    """Refuse what attends to the future.
+
+    Raises:
+        ModelError: where ``use_bidirectional_attention`` is set.
+    """
+    if settings.raw.get("use_bidirectional_attention"):
+        raise settings.error("use_bidirectional_attention is not supported: a preference is scored left to right")
+
+
+def describe(settings: Settings) -> ModelDescription:
+    """Layers differ in their windows; a norm's weight is stored less one."""
+    check_direction(settings)
+    hf, norm, rotation = settings.hf, settings.norm(weight_offset=1.0), settings.rotation()
+    mlp = settings.mlp(key="hidden_activation", expected="gelu_pytorch_tanh")
+    bias = bool(settings.raw.get("attention_bias"))
+    windows = settings.windows(settings.layer_types(lambda index: index % 2 == 0))
+    attentions = [
+        settings.attention(
+            window,
+            rotation,
+            scale=hf.query_pre_attn_scalar**-0.5,
+            softcap=hf.attn_logit_softcapping,
+            qkv_bias=bias,
+            o_bias=bias,
+        )
+        for window in windows
+    ]
+    layers = [Layer(norm, attention, norm, mlp, norm, norm) for attention in attentions]
+    return settings.model(
+        layers,
+        norm,
+        names=NAMES,
+        embedding_scale=hf.hidden_size**0.5,
+        logit_softcap=hf.final_logit_softcapping,
+    )
+
+
+FAMILY = Family("gemma2", "Gemma2ForCausalLM", describe)

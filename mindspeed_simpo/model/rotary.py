@@ -76,8 +76,8 @@ def _yarn_range(rotation: Rotation) -> tuple[float, float]:
 
     low, high = place(rotation.beta_fast), place(rotation.beta_slow)
     if rotation.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rotation.dims - 1)
+        low, high = float(math.floor(low)), float(math.ceil(high))
+    low, high = max(low, 0.0), min(high, rotation.dims - 1.0)
     return low, high + 0.001 if low == high else high
 
 

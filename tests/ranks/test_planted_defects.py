@@ -81,17 +81,16 @@ def shift_after_slicing():
 
 def supervised_term_divided_twice():
     """``pref_ftx`` times a mean that is divided by the length once more."""
-    from mindspeed_simpo import objectives
+    from mindspeed_simpo.loss.pair_loss import PairLoss
 
-    original = objectives.simpo
+    original = PairLoss.__call__
 
-    def simpo(inputs, *, pref_ftx, **options):
-        once = original(inputs, pref_ftx=pref_ftx, **options)
-        none = original(inputs, pref_ftx=0.0, **options)
+    def call(self, inputs):
+        once, none = original(self, inputs), original(dataclasses.replace(self, pref_ftx=0.0), inputs)
         twice = none.loss + (once.loss - none.loss) / inputs.chosen_tokens.clamp(min=1)
         return dataclasses.replace(once, loss=twice)
 
-    _put_in_place_of(original, simpo)
+    PairLoss.__call__ = call
 
 
 def loss_divided_by_context_ranks():

@@ -392,3 +392,8 @@ def test_values_near_their_limits_keep_their_digits():
     exact = [math.log(-math.expm1(value)) if value > -0.7 else math.log1p(-math.exp(value)) for value in values]
     assert log1m_exp(_floats(values)).tolist() == pytest.approx(exact, rel=1e-14)
     assert torch.autograd.gradcheck(log1m_exp, _floats(values[2:6]).requires_grad_())
+    rounded_up = _floats([0.0, 1e-9]).requires_grad_()
+    result = log1m_exp(rounded_up)
+    result.sum().backward()
+    assert result.isfinite().all()
+    assert rounded_up.grad.tolist() == [0.0, 0.0]

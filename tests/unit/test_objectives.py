@@ -106,6 +106,8 @@ BY_HAND = [
         -LOG_SIGMOID[0.5],
         (2 * (-1 + 0.35), 2 * (-1.5 + 0.1)),
     ),
+    # 0.75 - 0.5
+    ({"stage": "repo", "repo_margin": 0.75}, 0.25, (-1.0, -1.5)),
     # z = (1.75 - 0.15) / 0.4 = 4; 2 (0.5 - 0.05 - 0.05 z) = 0.5
     (
         {"stage": "alphadpo", "alphadpo_beta": 2.0, "alphadpo_alpha": 0.05, "alphadpo_gamma_beta_ratio": 0.05},

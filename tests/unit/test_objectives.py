@@ -367,6 +367,14 @@ def test_alphadpo_with_alpha_0_is_simpo():
     assert not _same(loss_of("alphadpo", alphadpo_alpha=0.1, **keys), simpo)
 
 
+def test_hinge_of_simpo_is_beta_times_repo():
+    # 1 - beta (Dm - ratio) = beta (1 / beta + ratio - Dm): the ratio is RePO's margin minus 1 / beta
+    for beta, margin in ((4.0, 0.5), (2.0, 0.5), (10.0, 0.3)):
+        hinge = loss_of(simpo_loss_type="hinge", simpo_beta=beta, gamma_beta_ratio=margin - 1 / beta)
+        assert _same(hinge, loss_of("repo", repo_margin=margin), scale=beta)
+        assert not _same(hinge, loss_of("repo", repo_margin=margin))
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_alphapo_tends_to_simpo_linearly_in_alpha(sign):
     keys = {"alphapo_beta": 3.0, "alphapo_gamma_beta_ratio": 0.4}

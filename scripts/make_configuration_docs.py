@@ -46,7 +46,10 @@ def _section(group: Any) -> Iterator[str]:
 def _objective(objective: Objective) -> Iterator[str]:
     reference = "needs a reference model" if objective.needs_reference else "no reference model"
     yield f"### {objective.title}\n"
-    yield f"`stage: {objective.stage}`, {reference}. {objective.source}.\n"
+    yield f"`stage: {objective.stage}`, {reference}. Source: {objective.source}.\n"
+    yield f"Rewards in the metrics: {objective.rewards}.\n"
+    for name, meaning in objective.metrics.items():
+        yield f"Metric of its own: `{name}`, {meaning}.\n"
     if objective.keys.model_fields:
         yield from _table(objective.keys.model_fields)
     else:

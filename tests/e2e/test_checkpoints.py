@@ -1,5 +1,6 @@
 """kill -9 at any point, resume, and the same bits as a run that nobody stopped; damaged checkpoints are refused."""
 
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,8 @@ LAYOUTS = {
     "one rank": (1, {}),
     "bf16, dp2, sharded optimizer": (2, {"bf16": True, "use_distributed_optimizer": True}),
     "tp2 pp2": (4, {TP: 2, PP: 2}),
+    "alphadpo, dp2": (2, {"stage": "alphadpo", "alphadpo_alpha": 0.5}),
+    "orpo": (1, {"stage": "orpo"}),
 }
 
 
@@ -46,6 +49,11 @@ def numbers_of(output):
     return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines_of(output)]
 
 
+def statistics_of(output):
+    """What the last checkpoint keeps of the value that the objective tracks."""
+    return json.loads((output / "checkpoints" / f"iter_{STEPS:07d}" / "state.json").read_text())["running"]
+
+
 @pytest.fixture
 def program(program):
     program.config |= {"train_iters": STEPS, "save_interval": 2, "global_batch_size": 10, "micro_batch_size": 1}
@@ -69,6 +77,9 @@ def test_a_run_killed_in_training_goes_on_bit_by_bit(program, tmp_path, layout):
     assert "resumed from" in done.stderr
     assert_same_bits(tmp_path / "out", tmp_path / "whole")
     assert numbers_of(tmp_path / "out") == numbers_of(tmp_path / "whole")
+    statistics = [statistics_of(tmp_path / name) for name in ("out", "whole")]
+    assert statistics[0] == statistics[1]
+    assert (statistics[0] is None) == (options.get("stage") != "alphadpo")
 
 
 def kill_during_a_save(program, output, ranks):

@@ -6,21 +6,23 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_simpo.objectives import OBJECTIVES as DECLARED
 from tests import oracle
 from tests.e2e.encode import encode_file, encode_rows
 from tests.hf import make_checkpoint
+from tests.objectives import OBJECTIVES
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 EXACT = 1e-5
-OBJECTIVES = {
-    "hinge": {"simpo_loss_type": "hinge", "simpo_beta": 1.5},
-    "ipo": {"simpo_loss_type": "ipo"},
+FORMS = OBJECTIVES | {
+    "hinge, other beta": {"simpo_loss_type": "hinge", "simpo_beta": 1.5},
     "smoothing": {"simpo_label_smoothing": 0.3, "gamma_beta_ratio": 0.0},
-    "pref_ftx": {"pref_ftx": 0.5},
     "dpo hinge": {"stage": "dpo", "dpo_loss_type": "hinge"},
     "dpo ipo": {"stage": "dpo", "dpo_loss_type": "ipo", "dpo_beta": 0.5},
     "dpo smoothing": {"stage": "dpo", "dpo_label_smoothing": 0.2, "pref_ftx": 0.1},
 }
+WITH_REFERENCE = [stage for stage, objective in DECLARED.items() if objective.needs_reference]
+WITHOUT_REFERENCE = [stage for stage in DECLARED if stage not in WITH_REFERENCE]
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
@@ -48,10 +50,10 @@ def test_the_last_line_of_stdout_is_the_metrics(program, model, eval_pairs):
     assert_equal(done.metrics, oracle.evaluate(model, encode_file(model, eval_pairs), oracle.Options()))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", FORMS)
 def test_objectives(program, model, reference, eval_pairs, objective):
-    options = oracle.Options(**OBJECTIVES[objective])
-    ref_model = reference if options.stage == "dpo" else None
+    options = oracle.Options(**FORMS[objective])
+    ref_model = reference if options.stage in WITH_REFERENCE else None
     if ref_model is not None:
         program.config["ref_model"] = str(ref_model)
     program.config |= {key: value for key, value in asdict(options).items() if "adam" not in key}
@@ -65,6 +67,12 @@ def test_dpo_begins_where_its_own_reference_stands(program, model, eval_pairs):
     assert metrics["rewards/margins"] == 0
     # without a margin, right and wrong is a matter of rounding
     assert_equal(metrics | {"rewards/accuracies": 0.0}, expected | {"rewards/accuracies": 0.0})
+
+
+@pytest.mark.parametrize("stage", WITHOUT_REFERENCE)
+def test_a_reference_model_that_nothing_reads_is_refused(program, reference, stage):
+    done = program.run("evaluate", stage=stage, ref_model=reference)
+    done.fails(2, "ref_model", DECLARED[stage].title, "remove ref_model, or set stage to one of", *WITH_REFERENCE)
 
 
 @pytest.mark.parametrize(
@@ -109,10 +117,12 @@ def test_real_pairs(program, tmp_path, language, family):
         for row in rows
     ]
     model = make_checkpoint(tmp_path / "model", family, hidden=32, std=0.2)
-    for options in (oracle.Options(pref_ftx=0.2), oracle.Options(stage="dpo")):
-        expected = oracle.evaluate(model, encode_rows(model, conversations), options)
-        program.config |= {"model_name_or_path": str(model), "eval_data_path": str(data), "seq_length": 2048}
-        metrics = program.run("evaluate", stage=options.stage, pref_ftx=options.pref_ftx).metrics
-        if options.stage == "dpo":
-            expected["rewards/accuracies"] = metrics["rewards/accuracies"]
-        assert_equal(metrics, expected)
+    other = make_checkpoint(tmp_path / "other", family, hidden=32, std=0.2, seed=5)
+    pairs = encode_rows(model, conversations)
+    program.config |= {"model_name_or_path": str(model), "eval_data_path": str(data), "seq_length": 2048}
+    # every objective on one of the four, which take long
+    for stage in DECLARED if (family, language) == ("qwen3", "zh") else ("simpo", "dpo"):
+        reference = {"ref_model": other} if stage in WITH_REFERENCE else {}
+        options = oracle.Options(stage=stage, pref_ftx=0.2)
+        expected = oracle.evaluate(model, pairs, options, reference.get("ref_model"))
+        assert_equal(program.run("evaluate", stage=stage, pref_ftx=0.2, **reference).metrics, expected)

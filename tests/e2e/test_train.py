@@ -176,13 +176,14 @@ def test_dpo_takes_its_reference_from_the_cache(program, model, train_pairs, tmp
         assert curve(tmp_path / output) == pytest.approx([x for step in history for x in step], rel=EXACT)
 
 
-def test_dpo_with_shared_prompts(program, model, train_pairs, tmp_path):
-    program.config |= {"stage": "dpo", "lr": 1e-4, "batching": "prefix_shared", "max_tokens_per_micro_batch": 600}
+@pytest.mark.parametrize("stage", ["dpo", "alphadpo", "simper"])
+def test_other_objectives_with_shared_prompts(program, model, train_pairs, tmp_path, stage):
+    program.config |= {"stage": stage, "lr": 1e-4, "batching": "prefix_shared", "max_tokens_per_micro_batch": 600}
     done = program.run("train", 2)
     assert done.code == 0, done.stderr
     pairs = encode_file(model, train_pairs)
     batches = [[pairs[i] for i in batch] for batch in order_of(program, len(pairs))]
-    history, _ = oracle.train(model, batches, learning_rates(program), oracle.Options(stage="dpo"))
+    history, _ = oracle.train(model, batches, learning_rates(program), oracle.Options(stage=stage))
     assert curve(tmp_path / "out") == pytest.approx([x for step in history for x in step], rel=EXACT)
 
 

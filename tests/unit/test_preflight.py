@@ -136,7 +136,7 @@ def test_absent_weights_model_and_data(tmp_path):
 def test_a_layout_that_the_model_cannot_have(tmp_path):
     verdict, report = run(tmp_path, world_size=3, tensor_model_parallel_size=3)
     assert not verdict
-    assert "tensor_model_parallel_size 3 does not divide the model's intermediate_size" in report
+    assert "tensor_model_parallel_size 3 neither divides the model's num_key_value_heads 2" in report
 
 
 @pytest.mark.parametrize(

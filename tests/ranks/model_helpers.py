@@ -31,13 +31,13 @@ HEAD_DIMS = {"qwen3": 32, "gemma2": 24, "gemma3_text": 32, "glm4": 16}
 """Of families whose default is not hidden_size / num_attention_heads."""
 VARIANTS = {
     "gemma2": {"query_pre_attn_scalar": 20, "sliding_window": 7, "attn_logit_softcapping": 2.0}
-    | {"final_logit_softcapping": 3.0, "pad_token_id": 0},
-    "gemma3_text": {"query_pre_attn_scalar": 20, "sliding_window": 7, "pad_token_id": 0}
+    | {"final_logit_softcapping": 3.0, "pad_token_id": None},
+    "gemma3_text": {"query_pre_attn_scalar": 20, "sliding_window": 7, "pad_token_id": None}
     | {"layer_types": ["sliding_attention", "full_attention"]},
-    "glm4": {"pad_token_id": 0},
-    "phi3": {"pad_token_id": 0},
+    "glm4": {"pad_token_id": None},
+    "phi3": {"pad_token_id": None},
 }
-"""Settings that a small model needs to show what is special to its family."""
+"""Settings that a small model needs to show what is special to its family; a padding id has no gradient in torch."""
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -14,12 +14,15 @@ LAYOUTS = {
     "vpp2": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
     "pp3": {"pipeline_model_parallel_size": 3},
     "sp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    # two ranks share each key-value head, and three query heads
+    "tp4": {"tensor_model_parallel_size": 4, "use_distributed_optimizer": True},
 }
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = hf.make_checkpoint(tmp_path_factory.mktemp("hf"), "qwen3", layers=4, vocab_size=301, tied=True)
+    shape = {"layers": 4, "vocab_size": 301, "heads": 6, "kv_heads": 2, "head_dim": 16}
+    folder = hf.make_checkpoint(tmp_path_factory.mktemp("hf"), "qwen3", tied=True, **shape)
     pairs = hf.make_token_pairs(16, vocab_size=301)
     return folder, [pairs[:8], pairs[8:]], engine_steps(folder, [pairs[:8], pairs[8:]] * 2, **TRAINING)
 
@@ -32,6 +35,8 @@ def run(tmp_path_factory):
         ("cp2_dp2_sharded", "sp2"),
         ("vpp2", "pp3"),
         ("one", "vpp2"),
+        ("tp2_pp2", "tp4"),
+        ("tp4", "cp2_dp2_sharded"),
     ],
 )
 def test_the_curve_goes_on_at_another_layout(run, tmp_path, written, read):

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mindspeed_simpo.cli.flags import describe_range
 from mindspeed_simpo.config.options import OPTION_GROUPS
+from mindspeed_simpo.config.ranges import describe_range
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\

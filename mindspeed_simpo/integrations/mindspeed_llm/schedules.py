@@ -29,7 +29,8 @@ def pair_rows_wrapper(get_forward_backward_func: Callable[..., Schedule]) -> Cal
             from megatron.training import get_args
 
             objective = stages.objective_of(get_args())
-            assert objective is not None, "the patch is registered for this package's stages alone"
+            if objective is None:
+                return schedule(*args, **kwargs)
             kwargs["micro_batch_size"] *= 4 if objective.needs_reference else 2
             if kwargs.get("forward_only"):
                 return schedule(*args, **kwargs)

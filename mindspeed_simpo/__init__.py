@@ -1,3 +1,3 @@
-"""SimPO and DPO preference training on megatron-core: Ascend NPUs, GPUs and plain CPUs."""
+"""Preference training with SimPO, DPO and their kin on megatron-core: Ascend NPUs, GPUs and plain CPUs."""
 
 __version__ = "0.1.0"

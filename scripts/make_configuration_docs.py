@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -10,12 +10,14 @@ from pydantic.fields import FieldInfo
 
 from mindspeed_simpo.config.options import OPTION_GROUPS
 from mindspeed_simpo.config.ranges import describe_range
+from mindspeed_simpo.objectives import OBJECTIVES, Objective
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-Written by `scripts/make_configuration_docs.py` from `mindspeed_simpo/config/options.py`; do not edit it by hand.
+Written by `scripts/make_configuration_docs.py` from `mindspeed_simpo/config/options.py` and
+`mindspeed_simpo/objectives/`; do not edit it by hand.
 
 All keys live side by side in one YAML file. The key `simpo_beta` is the flag `--simpo-beta`; a flag wins over the file.
 Boolean keys are `--bf16` and `--no-bf16`; a list is `--data-path a.jsonl b.jsonl`; `--map-keys` takes JSON. An unknown
@@ -33,9 +35,28 @@ def render() -> str:
 
 def _section(group: Any) -> Iterator[str]:
     yield f"## {(group.__doc__ or group.__name__).rstrip('.')}\n"
+    of_objectives = {name for objective in OBJECTIVES.values() for name in objective.keys.model_fields}
+    fields = group.model_fields
+    yield from _table({name: field for name, field in fields.items() if name not in of_objectives})
+    if of_objectives & fields.keys():
+        for objective in OBJECTIVES.values():
+            yield from _objective(objective)
+
+
+def _objective(objective: Objective) -> Iterator[str]:
+    reference = "needs a reference model" if objective.needs_reference else "no reference model"
+    yield f"### {objective.title}\n"
+    yield f"`stage: {objective.stage}`, {reference}. {objective.source}.\n"
+    if objective.keys.model_fields:
+        yield from _table(objective.keys.model_fields)
+    else:
+        yield "It has no keys.\n"
+
+
+def _table(fields: Mapping[str, FieldInfo]) -> Iterator[str]:
     yield "| key | value | default | meaning |"
     yield "|---|---|---|---|"
-    for name, field in group.model_fields.items():
+    for name, field in fields.items():
         yield f"| `{name}` | {_value(field)} | {_default(field)} | {_escape(field.description or '')} |"
     yield ""
 

@@ -93,7 +93,7 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
 
 
 def judge_settings(config: Config) -> Iterator[str]:
-    """Settings outside the ranges that the SimPO paper and its authors report as good."""
+    """Settings outside the ranges of the objective's published runs, and keys that have no effect."""
     yield from config.objective.warnings(config.keys_of(config.objective))
     for objective in OBJECTIVES.values():
         changed = [name for name, key in objective.keys.model_fields.items() if getattr(config, name) != key.default]
@@ -101,10 +101,11 @@ def judge_settings(config: Config) -> Iterator[str]:
             yield f"{', '.join(changed)}: of no effect, for the stage is {config.stage}"
     if config.init_from == "config":
         yield "init_from: config starts from random weights; preference training normally starts from a tuned model"
-    elif config.lr >= 1e-5:
-        yield f"lr {config.lr:g}: the paper's runs use 3e-7 to 1e-6; its authors saw 1e-5 degrade models"
-    elif not 3e-7 <= config.lr <= 1e-6:
-        yield f"lr {config.lr:g}: the paper's runs use 3e-7 to 1e-6"
+        return
+    lowest, highest = config.objective.learning_rates
+    if not lowest <= config.lr <= highest:
+        degrades = "; ten times as much is known to degrade models" if config.lr >= 10 * highest else ""
+        yield (f"lr {config.lr:g}: published runs of {config.objective.title} use {lowest:g} to {highest:g}{degrades}")
 
 
 def judge_length(config: Config, num_pairs: int) -> Iterator[str]:

@@ -92,7 +92,7 @@ def _run(argv: Sequence[str], rank: int) -> int:
         command = tyro.cli(
             _commands(),
             prog="mindspeed-simpo",
-            description="SimPO and DPO preference training on megatron-core.",
+            description="Preference training with SimPO, DPO and their kin on megatron-core.",
             args=list(argv),
             console_outputs=rank == 0,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),

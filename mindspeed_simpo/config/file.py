@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.errors import ConfigError
+from mindspeed_simpo.objectives import DEFAULT_STAGE
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
@@ -50,17 +51,14 @@ def validate(values: dict[str, Any], where: str, flags: Iterable[str] = ()) -> C
     try:
         return Config(**values)
     except ValidationError as error:
-        lines = [_explain(item, where, set(flags)) for item in error.errors(include_url=False)]
+        stage = str(values.get("stage", DEFAULT_STAGE))
+        lines = [_explain(item, where, set(flags), stage) for item in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
 _OTHER_NAMES = {
-    "beta": "simpo_beta",
     "gamma": "gamma_beta_ratio",
     "simpo_gamma": "gamma_beta_ratio",
-    "cpo_alpha": "pref_ftx",
-    "label_smoothing": "simpo_label_smoothing",
-    "loss_type": "simpo_loss_type",
     "learning_rate": "lr",
     "max_length": "seq_length",
     "max_steps": "train_iters",
@@ -68,7 +66,7 @@ _OTHER_NAMES = {
     "train_file": "data_path",
     "per_device_train_batch_size": "micro_batch_size",
 }
-"""What other trainers call a key."""
+"""What other trainers call a key; their `beta` or `loss_type` is that of the stage, such as `simpo_beta`."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -92,10 +90,11 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _explain(item: Any, where: str, flags: set[str]) -> str:
+def _explain(item: Any, where: str, flags: set[str], stage: str) -> str:
     key = str(item["loc"][0]) if item["loc"] else ""
     if item["type"] == "extra_forbidden":
-        known = [_OTHER_NAMES[key]] if key in _OTHER_NAMES else list(Config.model_fields)
+        other = _OTHER_NAMES.get(key, f"{stage}_{key}")
+        known = [other] if other in Config.model_fields else list(Config.model_fields)
         nearest = known if len(known) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         hint = f"did you mean `{nearest[0]}`?" if nearest else "`mindspeed-simpo train --help` lists all keys"
         return f"{where}: unknown key `{key}`; {hint}"

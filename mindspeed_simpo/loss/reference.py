@@ -1,4 +1,4 @@
-"""DPO's reference log-probabilities: computed once, before training, and cached on disk."""
+"""Log-probabilities under the reference model: computed once, before training, and cached on disk."""
 
 from __future__ import annotations
 

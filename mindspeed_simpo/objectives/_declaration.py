@@ -43,6 +43,8 @@ class Objective:
     """Metrics of its own: name -> meaning. The formula returns each of them by pair."""
     warnings: Callable[[Any], Iterator[str]]
     """``warnings(keys)``: what ``mindspeed-simpo check`` says of values outside of the published ranges."""
+    learning_rates: tuple[float, float]
+    """The lowest and the highest peak learning rate of published runs of whole models; ``check`` warns of others."""
     tracked: Callable[[LossInputs], Tensor] | None
     """A value of each pair whose running mean and deviation over the global batches so far ``inputs.running`` holds."""
     source: str

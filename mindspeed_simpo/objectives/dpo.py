@@ -63,6 +63,7 @@ OBJECTIVE = Objective(
     rewards="`dpo_beta` x (sum minus reference sum); means in place of sums with `dpo_length_norm`",
     metrics={},
     warnings=_warnings,
+    learning_rates=(3e-7, 1e-6),
     tracked=None,
     source="Rafailov et al. 2023, arXiv:2305.18290, equation 7; hinge: arXiv:2305.10425; ipo: arXiv:2310.12036; "
     "smoothing: arXiv:2403.00409; length normalisation: arXiv:2407.15229",

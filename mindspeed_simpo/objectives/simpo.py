@@ -71,6 +71,7 @@ OBJECTIVE = Objective(
     rewards="`simpo_beta` x mean log-probability per token (x the sum without `simpo_length_norm`)",
     metrics={},
     warnings=_warnings,
+    learning_rates=(3e-7, 1e-6),
     tracked=None,
     source="Meng et al. 2024, arXiv:2405.14734, equation 6",
 )

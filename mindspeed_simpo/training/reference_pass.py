@@ -1,4 +1,4 @@
-"""DPO's reference pass: every pair scored once, forward only, before training."""
+"""The reference pass: every pair scored once, forward only, before training."""
 
 from __future__ import annotations
 

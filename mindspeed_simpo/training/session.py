@@ -208,7 +208,7 @@ def _build_session(config: Config, layout: Layout, device: Device, groups: Group
 
 
 def reference_tables(session: Session, datasets: Sequence[PairDataset | None]) -> list[ReferenceTable | None]:
-    """DPO's reference sums of each dataset, from the cache or from one forward-only pass; Nones for SimPO.
+    """Sums under the reference model of each dataset, from the cache or from a forward-only pass; else Nones.
 
     Leaves the model with its starting weights: while training, no second model is in memory.
 

@@ -8,22 +8,15 @@ from pathlib import Path
 
 from mindspeed_simpo.config import supported
 from mindspeed_simpo.config.supported import Option, Topology
+from mindspeed_simpo.objectives import OBJECTIVES as DECLARED
 from tests import oracle
 from tests.hf import make_checkpoint, make_token_pairs
+from tests.objectives import OBJECTIVES, STATISTICS, stage_of
 from tests.ranks.parity import Run, engine_runs, worst_error
 
 LOSS, GRADIENT, PARAMETER = 1e-6, 1e-5, 1e-5
 """The contract: relative error of the loss, relative L2 distance of each gradient and of each updated parameter."""
 
-OBJECTIVES = {
-    "sigmoid": {},
-    "sigmoid + ftx": {"pref_ftx": 0.3},
-    "hinge": {"simpo_loss_type": "hinge"},
-    "hinge + ftx": {"simpo_loss_type": "hinge", "pref_ftx": 0.3},
-    "ipo": {"simpo_loss_type": "ipo"},
-    "ipo + ftx": {"simpo_loss_type": "ipo", "pref_ftx": 0.3},
-    "dpo": {"stage": "dpo"},
-}
 FAMILIES = {
     "qwen2": {"family": "qwen2", "tied": True},
     "qwen3": {"family": "qwen3", "head_dim": 16},
@@ -31,6 +24,9 @@ FAMILIES = {
     "mistral": {"family": "mistral"},
 }
 """Queries share keys in all; Qwen2 has biases and a head tied to the embedding, Qwen3 wider heads with norms."""
+
+ON_EVERY_ROW = ("sigmoid", "sigmoid + ftx", "hinge", "hinge + ftx", "ipo", "ipo + ftx", "dpo")
+"""The objectives that continuous integration has on every one of its rows."""
 
 LR = 1e-3
 # Adam's first step is lr * g / (|g| + eps): an epsilon far above fp32's noise keeps it from scaling that noise up.
@@ -90,6 +86,20 @@ def quick_rows() -> list[Row]:
     return list(dict.fromkeys([*map(Row, supported.COVERING), *together, *families]))
 
 
+def quick_objectives(row: Row) -> tuple[str, ...]:
+    """The objectives of a row in continuous integration: all where most axes and options meet, else a choice.
+
+    Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
+    """
+    return tuple(OBJECTIVES) if row in _rows_of_all_objectives() else ON_EVERY_ROW
+
+
+@functools.cache
+def _rows_of_all_objectives() -> frozenset[Row]:
+    together = [Row(_rows_of_all(options)[-1], options) for options in supported.OPTIONS_TOGETHER[1:]]
+    return frozenset({Row(supported.COVERING[-2]), *together})
+
+
 def _rows_of_all(options: tuple[Option, ...]) -> list[Topology]:
     """The topologies of the option that has the fewest axes; every one of them claims these axes."""
     narrowest = min(options, key=lambda option: len(option.axes))
@@ -142,10 +152,7 @@ class Matrix:
     def cells(self, row: Row, objectives=tuple(OBJECTIVES), prepare=None) -> list[Cell]:
         """One optimizer step by each objective; ``prepare`` as :func:`tests.ranks.parity.engine_runs` takes it."""
         shape = _shape_of(row.topology, row.family)
-        runs = [
-            Run(OBJECTIVES[name], self._references(shape) if OBJECTIVES[name].get("stage") == "dpo" else None)
-            for name in objectives
-        ]
+        runs = [self._run(shape, name) for name in objectives]
         keys = {**ADAM, "lr": LR, "lr_decay_style": "constant", **layout_keys(row.topology, shape.layers, shape.pairs)}
         for option in row.options:
             keys |= {option.key: option.value, **option.companions}
@@ -155,6 +162,14 @@ class Matrix:
             _compare(row, objective, result, *self._expected(shape, objective))
             for objective, result in zip(objectives, results, strict=True)
         ]
+
+    def _run(self, shape: _Shape, objective: str) -> Run:
+        declared = DECLARED[stage_of(objective)]
+        return Run(
+            OBJECTIVES[objective],
+            references=self._references(shape) if declared.needs_reference else None,
+            running=STATISTICS if declared.tracked is not None else None,
+        )
 
     def _make_checkpoint(self, shape: _Shape, seed=0) -> Path:
         options = FAMILIES[shape.family] | {"heads": shape.heads, "kv_heads": shape.kv_heads}
@@ -180,8 +195,10 @@ class Matrix:
         options = oracle.Options(**OBJECTIVES[objective], **ADAM)
         pairs = [pair for pair in global_batch(shape.pairs) if pair]
         folder, reference = self._checkpoint(shape), self._make_checkpoint(shape, seed=1)
-        grads = oracle.gradients(folder, pairs, options, reference)
-        [(loss, grad_norm)], params = oracle.train(folder, [pairs], [LR], options, reference)
+        grads = oracle.gradients(folder, pairs, options, reference, oracle.Running(STATISTICS))
+        [(loss, grad_norm)], params = oracle.train(
+            folder, [pairs], [LR], options, reference, oracle.Running(STATISTICS)
+        )
         return loss, grad_norm, grads, {name: param.detach() for name, param in params.items()}
 
 

@@ -29,16 +29,18 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     """Configuration keys, over those of the layout."""
     references: list[list[float]] | None = None
-    """DPO's reference sums, ``[pairs of all batches, 2]``."""
+    """Sums under the reference model, ``[pairs of all batches, 2]``."""
+    running: tuple[float, float] | None = None
+    """Statistics of the global batches before, for an objective that tracks a value."""
     save: str | None = None
     """Folder of checkpoints to write the last step to."""
     load: str | None = None
     """Checkpoint to start from."""
 
 
-def engine_steps(folder, batches, references=None, save=None, load=None, **layout):
+def engine_steps(folder, batches, references=None, running=None, save=None, load=None, **layout):
     """Train on global batches once; see :func:`engine_runs`."""
-    run = Run(references=references, save=save and str(save), load=load and str(load))
+    run = Run(references=references, running=running, save=save and str(save), load=load and str(load))
     return engine_runs(folder, batches, [run], **layout)[0]
 
 
@@ -54,7 +56,8 @@ def engine_runs(folder, batches, runs, prepare: Callable[[], None] | None = None
         **layout: Configuration keys, and ``data_parallel_size``.
 
     Returns:
-        For each run ``losses`` and ``grad_norms`` by step, ``grads`` of the first step and ``params`` after the last.
+        For each run ``losses`` and ``grad_norms`` by step, ``grads`` of the first step, and after the last ``params``
+        and ``running``, the statistics of what the objective tracks or None.
     """
     ranks = layout.pop("data_parallel_size", 1)
     for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
@@ -62,7 +65,8 @@ def engine_runs(folder, batches, runs, prepare: Callable[[], None] | None = None
     layout.setdefault("micro_batch_size", 2)
     by_rank = run_ranks(_rank, ranks, str(folder), batches, runs, prepare, layout, timeout_s=timeout_s)
     for results in zip(*by_rank, strict=True):
-        assert all(result["losses"] == results[0]["losses"] for result in results), "ranks disagree on the loss"
+        for key in ("losses", "running"):
+            assert all(result[key] == results[0][key] for result in results), f"ranks disagree on the {key}"
         for key in ("grads", "params"):
             results[0][key] = {name: torch.from_numpy(array) for name, array in results[0][key].items()}
     return by_rank[0]
@@ -98,7 +102,7 @@ def _train(batches, run, config, groups, device):
     from pathlib import Path
 
     from mindspeed_simpo.loss.reference import ReferenceTable
-    from mindspeed_simpo.loss.running import RunningTracker
+    from mindspeed_simpo.loss.running import RunningState, RunningTracker
     from mindspeed_simpo.model.description import read_model_spec
     from mindspeed_simpo.model.megatron.gpt import build_model
     from mindspeed_simpo.model.megatron.weights import fill_weights, gather_hf_tensors
@@ -117,8 +121,11 @@ def _train(batches, run, config, groups, device):
     running = RunningTracker(config.objective, groups, device)
     schedule = build_schedule(config, wrapped, spec, groups, device, table, running.current)
     metric_sums = MetricSums(config.objective, groups, device)
+    if run.running is not None:
+        running.load(RunningState(mean=run.running[0], deviation=run.running[1]))
     if run.load:
         checkpoint.load(Path(run.load), wrapped, stepper, groups, device)
+        running.load(checkpoint.read_state(Path(run.load)).running)
     result = {"losses": [], "grad_norms": []}
     for step, pairs in enumerate(batches):
         for model in wrapped:
@@ -138,9 +145,15 @@ def _train(batches, run, config, groups, device):
         result["grad_norms"].append(squared_norm.item() ** 0.5)
     if run.save:
         state = checkpoint.TrainingState(
-            step=len(batches), consumed_pairs=0, data_fingerprint="", config=config.model_dump()
+            step=len(batches),
+            consumed_pairs=0,
+            data_fingerprint="",
+            running=running.state(),
+            config=config.model_dump(),
         )
         checkpoint.save(Path(run.save), state, wrapped, stepper, groups, device, keep=None)
+    state = running.state()
+    result["running"] = state and (state.mean, state.deviation)
     gathered = gather_hf_tensors(wrapped, spec, groups)
     result["params"] = {name: tensor.float().clone().numpy() for name, tensor in gathered}
     return result

@@ -5,14 +5,27 @@ import itertools
 import pytest
 
 from mindspeed_simpo.config import supported
-from tests.ranks.matrix import OBJECTIVES, VOCABULARY, all_rows, boundary_ids, global_batch, quick_rows
+from mindspeed_simpo.objectives import OBJECTIVES as DECLARED
+from tests.objectives import OBJECTIVES, stage_of
+from tests.ranks.matrix import VOCABULARY, all_rows, boundary_ids, global_batch, quick_objectives, quick_rows
 
 
 @pytest.mark.parametrize("row", quick_rows(), ids=str)
 def test_the_step_equals_the_oracle(matrix, row):
-    cells = matrix.cells(row)
-    assert [cell.objective for cell in cells] == list(OBJECTIVES)
+    objectives = quick_objectives(row)
+    cells = matrix.cells(row, objectives)
+    assert [cell.objective for cell in cells] == list(objectives)
     assert not [cell for cell in cells if not cell.holds]
+
+
+def test_every_objective_meets_every_axis_and_every_batching():
+    rows = [row for row in quick_rows() if quick_objectives(row) == tuple(OBJECTIVES)]
+    assert frozenset().union(*(row.topology.axes for row in rows)) == set(supported.AXES)
+    batchings = {option.value for row in rows for option in row.options if option.key == "batching"}
+    assert batchings == {"packed", "prefix_shared"}
+    assert any(not row.options for row in rows)
+    assert any(option.value == "two_pass" for row in rows for option in row.options)
+    assert {stage_of(form) for form in OBJECTIVES} == set(DECLARED)
 
 
 def test_these_rows_have_every_pair_of_axes():

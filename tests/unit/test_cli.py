@@ -96,7 +96,7 @@ def test_help_shows_groups_units_ranges_and_defaults():
         (["--simpo-beta", "abc"], ["error: --simpo-beta: input should be a valid number", "'abc'"]),
         (["--simpo-beta", "-1"], ["error: --simpo-beta: input should be greater than 0"]),
         (["--simpo-beta"], ["--simpo-beta"]),
-        (["--stage", "sft"], ["error: --stage: input should be 'simpo' or 'dpo', found 'sft'"]),
+        (["--stage", "sft"], ["error: --stage: input should be 'simpo', ", "found 'sft'"]),
         (["--map-keys", "prompt=question"], ["error: --map-keys: input should be a valid dictionary"]),
         (["--micro-batch-size", "3"], ["global_batch_size (8) is not a multiple of micro_batch_size (3)"]),
         (["--tensor-model-parallel-size", "2"], ["1 ranks cannot hold tensor_model_parallel_size 2"]),

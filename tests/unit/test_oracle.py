@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import hf, oracle
+from tests.oracle_objectives import Scores, score
 
 SHAPES = [(family, {}) for family in hf.FAMILIES] + [
     ("qwen2", {"tied": True}),
@@ -159,8 +160,8 @@ def test_simpo_loss_by_hand(loss_type, smoothing, expected, pref_ftx):
         simpo_label_smoothing=smoothing,
         pref_ftx=pref_ftx,
     )
-    means = torch.tensor([-1.0, -1.5], dtype=torch.float64)
-    assert oracle.simpo_loss(*means, options).item() == pytest.approx(expected + pref_ftx * 1.0, abs=1e-14)
+    pair = Scores(sums(-4.0, -3.0), (4, 2))
+    assert score(pair, options)[0].item() == pytest.approx(expected + pref_ftx * 1.0, abs=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +175,23 @@ def test_simpo_loss_by_hand(loss_type, smoothing, expected, pref_ftx):
     ],
 )
 def test_dpo_loss_by_hand(loss_type, smoothing, expected):
-    options = oracle.Options(dpo_beta=0.1, dpo_loss_type=loss_type, dpo_label_smoothing=smoothing, pref_ftx=0.5)
-    loss = oracle.dpo_loss(*torch.tensor([3.0, -2.0, -1.25], dtype=torch.float64), options)
+    options = oracle.Options(
+        stage="dpo", dpo_beta=0.1, dpo_loss_type=loss_type, dpo_label_smoothing=smoothing, pref_ftx=0.5
+    )
+    loss, _ = score(Scores(sums(-5.0, -3.0), (4, 2), (-8.0, -1.0)), options)
     assert loss.item() == pytest.approx(expected + 0.5 * 1.25, abs=1e-14)
+
+
+def test_running_statistics_by_hand():
+    running = oracle.Running()
+    running.join([1.0, 3.0])
+    assert running.value == pytest.approx((2.0, 2**0.5))
+    running.join([7.0])
+    assert running.value == pytest.approx((0.9 * 2 + 0.7, 0.9 * 2**0.5))
+
+
+def sums(chosen, rejected):
+    return torch.tensor(chosen, dtype=torch.float64), torch.tensor(rejected, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05, 1e6])

@@ -145,13 +145,25 @@ def test_a_layout_that_the_model_cannot_have(tmp_path):
         ({}, []),
         ({"simpo_beta": 0.1}, ["simpo_beta 0.1"]),
         ({"gamma_beta_ratio": 1.4}, ["gamma_beta_ratio 1.4"]),
-        ({"lr": 2e-6}, ["lr 2e-06: the paper's runs use 3e-7 to 1e-6"]),
-        ({"lr": 1e-5}, ["lr 1e-05", "degrade"]),
-        ({"stage": "dpo", "dpo_beta": 2.5, "simpo_beta": 99}, ["dpo_beta 2.5"]),
+        ({"lr": 2e-6}, ["lr 2e-06: published runs of SimPO use 3e-07 to 1e-06"]),
+        ({"lr": 1e-5}, ["lr 1e-05: published runs of SimPO use 3e-07 to 1e-06; ten times as much is known to degrade"]),
+        ({"simpo_length_norm": False, "simpo_beta": 2.0}, ["simpo_length_norm"]),
+        ({"stage": "dpo", "dpo_beta": 2.5}, ["dpo_beta 2.5"]),
+        ({"stage": "dpo", "dpo_beta": 0.1, "dpo_length_norm": True}, ["dpo_beta 0.1: published runs of LN-DPO"]),
+        ({"stage": "dpo", "simpo_beta": 99}, ["simpo_beta: of no effect, for the stage is dpo"]),
+        ({"stage": "orpo", "lr": 8e-6}, []),
+        ({"stage": "orpo", "lr": 5e-6, "orpo_lambda": 5}, ["orpo_lambda 5: published runs"]),
+        ({"stage": "cpo", "cpo_beta": 2.5}, ["cpo_beta 2.5: its authors use 0.1"]),
+        ({"stage": "cpo", "cpo_alpha": 0}, ["cpo_alpha 0: its authors use 1"]),
+        ({"stage": "simper"}, []),
+        ({"stage": "alphapo", "alphapo_alpha": -1}, ["alphapo_alpha -1: its authors"]),
+        ({"stage": "alphapo", "alphapo_gamma_beta_ratio": 1.4}, ["alphapo_gamma_beta_ratio 1.4"]),
+        ({"stage": "rainbowpo", "rainbowpo_reference_mix": 0}, ["set stage: simpo"]),
+        ({"stage": "alphadpo", "alphadpo_alpha": 1}, ["alphadpo_alpha 1: its authors' runs use 0.05 to 0.2"]),
         ({"init_from": "config", "lr": 1e-3}, ["random weights"]),
     ],
 )
-def test_settings_outside_the_papers_range(values, expected):
+def test_settings_outside_the_published_ranges(values, expected):
     warnings = "\n".join(judge_settings(Config(model_name_or_path="m", data_path="d", **values)))
     assert all(text in warnings for text in expected)
     assert len(warnings.splitlines()) == min(1, len(expected))

@@ -15,6 +15,7 @@ OBJECTIVES = {
     "simper": {"stage": "simper"},
     "alphapo": {"stage": "alphapo"},
     "rainbowpo": {"stage": "rainbowpo"},
+    "repo": {"stage": "repo"},
     "alphadpo": {"stage": "alphadpo"},
 }
 """Configuration keys by the name of the form."""

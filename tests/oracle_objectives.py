@@ -34,6 +34,7 @@ class Options:
     rainbowpo_beta: float = 2.5
     rainbowpo_reference_mix: float = 0.25
     rainbowpo_gamma_beta_ratio: float = 0.55
+    repo_margin: float = 0.5
     alphadpo_beta: float = 2.5
     alphadpo_alpha: float = 0.1
     alphadpo_gamma_beta_ratio: float = 0.3
@@ -161,6 +162,11 @@ def _rainbowpo(pair: Scores, options: Options) -> Terms:
     return Terms(_minus_log_sigmoid(beta * (chosen - rejected - margin)), rewards)
 
 
+def _repo(pair: Scores, options: Options) -> Terms:
+    chosen, rejected = pair.means
+    return Terms(torch.clamp(options.repo_margin + rejected - chosen, min=0), [chosen, rejected])
+
+
 def _alphadpo(pair: Scores, options: Options) -> Terms:
     alpha, beta = options.alphadpo_alpha, options.alphadpo_beta
     margin = options.alphadpo_gamma_beta_ratio
@@ -193,6 +199,7 @@ STAGES = {
     "simper": Stage(_simper),
     "alphapo": Stage(_alphapo),
     "rainbowpo": Stage(_rainbowpo, needs_reference=True),
+    "repo": Stage(_repo),
     "alphadpo": Stage(_alphadpo, needs_reference=True, tracks_gap=True),
 }
 """Every objective by the value of ``stage``; there is none for an unknown one."""

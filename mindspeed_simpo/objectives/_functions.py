@@ -18,9 +18,16 @@ def log_sigmoid(values: Tensor) -> Tensor:
 
 
 def log1m_exp(values: Tensor) -> Tensor:
-    """``log(1 - exp(values))`` of negative values, elementwise, exact near 0 and far from it."""
+    """``log(1 - exp(values))`` of negative values, elementwise, exact near 0 and far from it.
+
+    A value that rounding lifted to 0 or above counts as the largest negative number, and has no gradient: the result
+    is finite.
+    """
     from math import log
 
+    from torch import finfo
+
+    values = values.clamp(max=-finfo(values.dtype).tiny)
     near = values > -log(2)
     # each branch sees values that it is exact for: the other ones would give infinite gradients
     return (-values.where(near, -1.0).expm1()).log().where(near, (-values.where(~near, -1.0).exp()).log1p())

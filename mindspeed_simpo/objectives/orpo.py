@@ -38,11 +38,7 @@ def orpo(inputs: LossInputs, keys: OrpoKeys) -> ObjectiveTerms:
 
 
 def _log_odds(mean: Tensor) -> Tensor:
-    from torch import finfo
-
-    # a response that the model is certain of has infinite odds: the smallest number keeps the loss finite, and a mean
-    # that rounding lifted to 0 or above has no gradient through log(1 - exp(m))
-    return mean - log1m_exp(mean.clamp(max=-finfo(mean.dtype).tiny))
+    return mean - log1m_exp(mean)
 
 
 def _warnings(keys: OrpoKeys) -> Iterator[str]:

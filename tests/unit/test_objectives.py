@@ -106,6 +106,8 @@ BY_HAND = [
         -LOG_SIGMOID[0.5],
         (2 * (-1 + 0.35), 2 * (-1.5 + 0.1)),
     ),
+    # 0.75 - 0.5
+    ({"stage": "repo", "repo_margin": 0.75}, 0.25, (-1.0, -1.5)),
     # z = (1.75 - 0.15) / 0.4 = 4; 2 (0.5 - 0.05 - 0.05 z) = 0.5
     (
         {"stage": "alphadpo", "alphadpo_beta": 2.0, "alphadpo_alpha": 0.05, "alphadpo_gamma_beta_ratio": 0.05},
@@ -392,3 +394,8 @@ def test_values_near_their_limits_keep_their_digits():
     exact = [math.log(-math.expm1(value)) if value > -0.7 else math.log1p(-math.exp(value)) for value in values]
     assert log1m_exp(_floats(values)).tolist() == pytest.approx(exact, rel=1e-14)
     assert torch.autograd.gradcheck(log1m_exp, _floats(values[2:6]).requires_grad_())
+    rounded_up = _floats([0.0, 1e-9]).requires_grad_()
+    result = log1m_exp(rounded_up)
+    result.sum().backward()
+    assert result.isfinite().all()
+    assert rounded_up.grad.tolist() == [0.0, 0.0]

@@ -1,4 +1,7 @@
-"""Write docs/configuration.md from the options of mindspeed_simpo/config. Run it after a change of the options."""
+"""Write docs/configuration.md, and the table of objectives in docs/plugin.md, from what the package declares.
+
+Run it after a change of an option or of an objective.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mindspeed_simpo.cli.flags import describe_range
 from mindspeed_simpo.config.options import OPTION_GROUPS
+from mindspeed_simpo.config.ranges import describe_range
+from mindspeed_simpo.integrations.mindspeed_llm import stages
 from mindspeed_simpo.objectives import OBJECTIVES, Objective
 
-OUTPUT = Path(__file__).parents[1] / "docs" / "configuration.md"
+DOCS = Path(__file__).parents[1] / "docs"
+OUTPUT, PLUGIN = DOCS / "configuration.md", DOCS / "plugin.md"
+BEGIN, END = "<!-- written by scripts/make_configuration_docs.py -->\n", "<!-- end -->\n"
 INTRODUCTION = """\
 # Configuration
 
@@ -31,6 +37,29 @@ is given; its description says what happens then.
 def render() -> str:
     """The whole page."""
     return "\n".join([INTRODUCTION, *(line for group in OPTION_GROUPS for line in _section(group))])
+
+
+def render_plugin(page: str) -> str:
+    """docs/plugin.md with the table of objectives as they are declared."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + "\n".join(_stages()) + END + after
+
+
+def _stages() -> Iterator[str]:
+    yield "| stage | flag | value | default | meaning |"
+    yield "|---|---|---|---|---|"
+    for stage in (*stages.SERVED, stages.UPSTREAM_STAGE):
+        objective = OBJECTIVES[stage]
+        name = f"`{stage}`" if stage in stages.SERVED else f"`{stage}` with `--dpo-exact`"
+        for key, field in objective.keys.model_fields.items():
+            flag = stages.flag(key)
+            flag = f"`{flag}`, `--no-{flag[2:]}`" if field.annotation is bool else f"`{flag}`"
+            value = "" if field.annotation is bool else _value(field)
+            yield f"| {name} | {flag} | {value} | {_default(field)} | {_escape(field.description or '')} |"
+        if not objective.keys.model_fields:
+            yield f"| {name} | | | | no flags of its own |"
+    yield ""
 
 
 def _section(group: Any) -> Iterator[str]:
@@ -102,3 +131,4 @@ def _escape(text: str) -> str:
 
 if __name__ == "__main__":
     OUTPUT.write_text(render(), encoding="utf-8")
+    PLUGIN.write_text(render_plugin(PLUGIN.read_text(encoding="utf-8")), encoding="utf-8")

@@ -8,12 +8,11 @@ import json
 from typing import Annotated, Any, get_args, get_origin
 
 import tyro
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from mindspeed_simpo.config.options import OPTION_GROUPS
+from mindspeed_simpo.config.ranges import describe_range
 
-_SIGNS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR"}
 
 
@@ -48,16 +47,6 @@ def _plain(value: Any) -> Any:
         with contextlib.suppress(ValueError):
             return json.loads(value)
     return value
-
-
-def describe_range(field: FieldInfo) -> str:
-    """The values that a numeric key may take, such as ``>= 0, < 0.5``; empty where there is no bound."""
-    return ", ".join(
-        f"{sign} {getattr(item, attribute)}"
-        for item in field.metadata
-        for kind, (sign, attribute) in _SIGNS.items()
-        if isinstance(item, kind)
-    )
 
 
 def _flag(name: str, field: FieldInfo) -> tuple[str, Any, Any]:

@@ -76,9 +76,7 @@ class ResponseHead:
         if not self.sequence_parallel:
             states = copy_to(states, self.tensor_group)
         logprobs = self.token_logprobs(states, weight, scored.target)
-        by_position = logprobs.new_zeros(scored.num_sequences, scored.seq_length)
-        by_position = by_position.index_put((scored.sequence, scored.place), logprobs)
-        return sum_over(by_position.sum(dim=1, dtype=self.sum_dtype), self.context_group)
+        return sequence_sums(logprobs, scored, self.context_group, self.sum_dtype)
 
     def token_logprobs(
         self,
@@ -156,6 +154,22 @@ def logits_logprobs(
     """
     logprobs: Tensor = _ShardLogprob.apply(logits, targets, tensor_group, sum_dtype)  # type: ignore[no-untyped-call]
     return logprobs
+
+
+def sequence_sums(
+    logprobs: Float[Tensor, " token"], scored: ScoredTokens, context_group: dist.ProcessGroup, sum_dtype: torch.dtype
+) -> Float[Tensor, " sequence"]:
+    """Sum of the tokens of each sequence, over all ranks of ``context_group``, on each of them.
+
+    Args:
+        logprobs: Of the tokens that ``scored`` names, in its order.
+        scored: The tokens at this context-parallel rank's positions.
+        context_group: Ranks that hold the other positions.
+        sum_dtype: Of the sums.
+    """
+    by_position = logprobs.new_zeros(scored.num_sequences, scored.seq_length)
+    by_position = by_position.index_put((scored.sequence, scored.place), logprobs)
+    return sum_over(by_position.sum(dim=1, dtype=sum_dtype), context_group)
 
 
 class _ShardLogprob(torch.autograd.Function):

@@ -199,11 +199,16 @@ def train(folder, pairs, flags="", ranks=1, global_batch=4, iterations=1, stage=
     return run
 
 
+def dense(params, reference, pairs, **options):
+    """The oracle's mean metrics and {Hugging Face name: gradient}, for these pairs and weights."""
+    return oracle._backward(params, reference, CONFIG, pairs, oracle.Options(**options), oracle.Running())[:2]
+
+
 def expected(pairs, **options):
-    """The oracle's mean metrics and {Hugging Face name: gradient}, for these pairs and the known weights."""
+    """:func:`dense` with the known weights."""
     params = {name: value.double().requires_grad_() for name, value in hf_params().items()}
     reference = {name: value.double() for name, value in hf_params(salt=1).items()}
-    return oracle._backward(params, reference, CONFIG, pairs, oracle.Options(**options))
+    return dense(params, reference, pairs, **options)
 
 
 def upstream_file(name):

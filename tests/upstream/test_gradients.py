@@ -1,8 +1,11 @@
-"""``--stage simpo`` in a real MindSpeed-LLM: loss, metrics and every gradient, against the dense fp64 oracle."""
+"""This package's stages in a real MindSpeed-LLM: loss, metrics and every gradient, against the dense fp64 oracle."""
 
 import pytest
 
+from mindspeed_simpo.objectives import OBJECTIVES
 from tests import oracle
+from tests.objectives import OBJECTIVES as FORMS
+from tests.objectives import stage_of
 from tests.upstream.harness import expected, gradient_errors, make_pairs, needs_upstream, no_pad_flag, train
 
 pytestmark = needs_upstream
@@ -50,7 +53,27 @@ CASES = {
     "fused cp2 ulysses": (2, f"--fused-logprob {ULYSSES}"),
     "fused cp2 ring two_pass": (2, f"--fused-logprob --pair-schedule two_pass {RING}"),
 }
+OTHER_FORMS = [form for form in FORMS if stage_of(form) != "simpo" and not OBJECTIVES[stage_of(form)].needs_reference]
+FORM_CASES = {
+    "one rank": (1, ""),
+    "tp2 sp": (2, f"{TP2} --sequence-parallel"),
+    "cp2 ring": (2, RING),
+    "two_pass pp2": (2, f"--pair-schedule two_pass {PP2} --micro-batch-size 1"),
+    "fused": (1, "--fused-logprob"),
+}
 PAIRS = make_pairs(8)
+
+
+def given(options):
+    """Flags of configuration keys."""
+    words = []
+    for key, value in options.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif key != "stage":
+            words.append(f"--{flag} {value}")
+    return " ".join(words)
 
 
 def check(run, pairs, **options):
@@ -58,7 +81,8 @@ def check(run, pairs, **options):
     wanted, gradients = expected(pairs, **options)
     found = run.metrics(options.get("stage", "simpo"))[-1]
     # DPO's is made of differences between sums of many nats
-    assert found.pop("lm loss") == pytest.approx(wanted.pop("loss"), rel=5e-6 if "stage" in options else 1e-6)
+    of_sums = options.get("stage") == "dpo"
+    assert found.pop("lm loss") == pytest.approx(wanted.pop("loss"), rel=5e-6 if of_sums else 1e-6)
     assert found == pytest.approx(wanted, rel=2e-6, abs=5e-6)
     errors = gradient_errors(run, gradients)
     assert max(errors.values()) < 1e-5, errors
@@ -73,25 +97,37 @@ def test_topology(tmp_path, name):
     check(train(tmp_path, PAIRS, flags, ranks), PAIRS[:4])
 
 
+@pytest.mark.parametrize("name", FORM_CASES)
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_objective(tmp_path, form, name):
+    ranks, flags = FORM_CASES[name]
+    run = train(tmp_path, PAIRS, f"{given(FORMS[form])} {flags}", ranks, stage=stage_of(form))
+    check(run, PAIRS[:4], **FORMS[form])
+
+
 @pytest.mark.parametrize("parallel", ["", PP2, TP2 + " --sequence-parallel"])
 def test_rows_padded_to_the_longest_only(tmp_path, parallel):
     check(train(tmp_path, PAIRS, f"{no_pad_flag()} {parallel}", 2 if parallel else 1), PAIRS[:4])
 
 
 @pytest.mark.parametrize(
-    ("flags", "options"),
+    "options",
     [
-        (
-            "--pref-ftx 0.4 --simpo-beta 2.0 --gamma-beta-ratio 1.4",
-            {"pref_ftx": 0.4, "simpo_beta": 2.0, "gamma_beta_ratio": 1.4},
-        ),
-        ("--simpo-loss-type ipo --simpo-beta 0.7", {"simpo_loss_type": "ipo", "simpo_beta": 0.7}),
-        ("--simpo-loss-type hinge --simpo-beta 0.9", {"simpo_loss_type": "hinge", "simpo_beta": 0.9}),
-        ("--simpo-label-smoothing 0.2", {"simpo_label_smoothing": 0.2}),
+        {"pref_ftx": 0.4, "simpo_beta": 2.0, "gamma_beta_ratio": 1.4},
+        {"simpo_loss_type": "ipo", "simpo_beta": 0.7},
+        {"simpo_loss_type": "hinge", "simpo_beta": 0.9},
+        {"simpo_label_smoothing": 0.2},
+        {"simpo_length_norm": False, "simpo_beta": 0.1},
+        {"stage": "orpo", "orpo_lambda": 0.7, "pref_ftx": 0.3},
+        {"stage": "cpo", "cpo_beta": 0.3, "cpo_alpha": 0.5, "pref_ftx": 0.3},
+        {"stage": "simper", "pref_ftx": 0.3},
+        {"stage": "alphapo", "alphapo_alpha": -0.5, "alphapo_beta": 1.5, "alphapo_gamma_beta_ratio": 0.3},
     ],
 )
-def test_objective_flags_under_tensor_parallelism(tmp_path, flags, options):
-    check(train(tmp_path, PAIRS, f"{flags} {TP2} --sequence-parallel", 2), PAIRS[:4], **options)
+def test_keys_under_tensor_parallelism(tmp_path, options):
+    stage = options.get("stage", "simpo")
+    run = train(tmp_path, PAIRS, f"{given(options)} {TP2} --sequence-parallel", 2, stage=stage)
+    check(run, PAIRS[:4], **options)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +143,13 @@ def test_objective_flags_under_tensor_parallelism(tmp_path, flags, options):
         (2, TP2, {"dpo_loss_type": "hinge", "dpo_beta": 0.3}),
         (2, TP2, {"dpo_loss_type": "ipo"}),
         (1, RECOMPUTE, {"dpo_label_smoothing": 0.2}),
+        (2, RING, {"dpo_length_norm": True, "dpo_beta": 5.0}),
     ],
 )
 def test_dpo_exact(tmp_path, ranks, flags, options):
     options = {"pref_ftx": 0.1, **options}
-    given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-    check(train(tmp_path, PAIRS, f"--dpo-exact {given} {flags}", ranks, stage="dpo"), PAIRS[:4], stage="dpo", **options)
+    run = train(tmp_path, PAIRS, f"--dpo-exact {given(options)} {flags}", ranks, stage="dpo")
+    check(run, PAIRS[:4], stage="dpo", **options)
 
 
 def test_bf16_is_near(tmp_path):

@@ -5,8 +5,7 @@ import re
 import pytest
 import torch
 
-from tests import oracle
-from tests.upstream.harness import make_pairs, needs_upstream, train
+from tests.upstream.harness import dense, make_pairs, needs_upstream, train
 from tests.upstream.weights import CONFIG, hf_params, megatron_part
 
 pytestmark = needs_upstream
@@ -98,7 +97,7 @@ def test_gradients_of_adapters(tmp_path, case):
     run = train(tmp_path, PAIRS, f"{LORA} {flags}", ranks)
     parts = adapters(run)
     params = merged(parts)
-    check(run, parts, *oracle._backward(params, params, CONFIG, PAIRS[:4], oracle.Options()))
+    check(run, parts, *dense(params, params, PAIRS[:4]))
 
 
 @pytest.mark.parametrize(("ranks", "flags"), [(2, TP2), (1, f"{RECOMPUTE} uniform")])
@@ -107,6 +106,6 @@ def test_dpo_exact(tmp_path, ranks, flags):
     parts = adapters(run)
     # the reference model of these runs has other weights, and adapters as the policy's
     reference = merged(parts, salt=1)
-    wanted = oracle._backward(merged(parts), reference, CONFIG, PAIRS[:4], oracle.Options(stage="dpo"))
+    wanted = dense(merged(parts), reference, PAIRS[:4], stage="dpo")
     # DPO's loss is made of differences between sums of many nats
     check(run, parts, *wanted, loss_tolerance=5e-6)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from mindspeed_simpo.objectives import OBJECTIVES
 from tests.upstream.harness import (
     BASE_FLAGS,
     MODEL_FLAGS,
@@ -77,11 +78,25 @@ CASES = {
     "--simpo-beta 0": "--simpo-beta 0.0: Input should be greater than 0",
     "--simpo-label-smoothing 0.6": "--simpo-label-smoothing 0.6:",
     "--simpo-loss-type cubic": "invalid choice: 'cubic'",
-    "--stage sft --dpo-exact": "--dpo-exact: only for --stage simpo or --stage dpo --dpo-exact",
+    "--simpo-label-smoothing 0.1 --simpo-loss-type hinge": "simpo_label_smoothing needs simpo_loss_type: sigmoid",
+    "--stage orpo --orpo-lambda -1": "--orpo-lambda -1.0: Input should be greater than or equal to 0",
+    "--stage cpo --cpo-beta 0": "--cpo-beta 0.0: Input should be greater than 0",
+    "--stage alphapo --simpo-beta 2": "--simpo-beta 2.0: a flag of another stage; remove it",
+    "--stage simper --dpo-exact": "--dpo-exact: for --stage dpo only",
+    "--stage sft --orpo-lambda 0.2": "--orpo-lambda 0.2: only for --stage simpo",
+    "--stage sft --dpo-exact": "--dpo-exact: only for --stage simpo",
     "--stage sft --pair-schedule two_pass": "--pair-schedule two_pass: only for --stage simpo",
     "--stage dpo --fused-logprob": "--fused-logprob: only for --stage simpo",
-    "--stage dpo --dpo-exact --pair-schedule two_pass": "--pair-schedule two_pass: for --stage simpo only",
-    "--stage dpo --dpo-exact --fused-logprob": "--fused-logprob: for --stage simpo only",
+    "--stage dpo --dpo-length-norm": "--dpo-length-norm True: only for --stage simpo",
+    "--stage dpo --dpo-exact --pair-schedule two_pass": "--pair-schedule two_pass: only for stages without a reference",
+    "--stage dpo --dpo-exact --fused-logprob": "--fused-logprob: only for stages without a reference",
+}
+CASES |= {
+    f"--stage {stage}": "accepted"
+    if not each.needs_reference
+    else f"--stage {stage}: {each.title} needs a reference model, which MindSpeed-LLM builds for --stage dpo alone"
+    for stage, each in OBJECTIVES.items()
+    if stage != "dpo"
 }
 TWO_PASS_VPP = (
     "--pair-schedule two_pass --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "

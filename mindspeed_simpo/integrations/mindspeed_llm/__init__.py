@@ -1,1 +1,1 @@
-"""SimPO, and DPO made exact, inside an installed MindSpeed-LLM: two features, one patch, one wrapped function."""
+"""The objectives of this package inside an installed MindSpeed-LLM: two features, one patch, one wrapped function."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_simpo.errors import ConfigError
+from mindspeed_simpo.integrations.mindspeed_llm import stages
 
 _POSTTRAIN = "tasks/posttrain"
 _TRAINER_METHODS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
@@ -33,7 +34,7 @@ _TRAINER_METHODS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
 }
 """File of mindspeed_llm -> class ("" for the module) -> function -> its leading parameters."""
 
-_PAIRWISE_FLAGS = ("--is-pairwise-dataset", "--pref-ftx", "--dpo-beta", "--dpo-loss-type", "--dpo-label-smoothing")
+_PAIRWISE_FLAGS = ("--is-pairwise-dataset", *(stages.flag(key) for key in stages.UPSTREAM_KEYS))
 
 
 def check() -> None:

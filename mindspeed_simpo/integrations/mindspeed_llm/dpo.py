@@ -14,15 +14,13 @@ from torch import Tensor
 from mindspeed_simpo.integrations.mindspeed_llm import adapters
 from mindspeed_simpo.integrations.mindspeed_llm.pairs import (
     NextTokenLabels,
-    mean_loss,
     pair_inputs,
+    pair_loss,
     row_logprobs,
     row_tokens,
     upstream_groups,
 )
-from mindspeed_simpo.integrations.mindspeed_llm.refusals import task_options
-from mindspeed_simpo.integrations.mindspeed_llm.report import Metrics, pair_metrics
-from mindspeed_simpo.loss.pair_loss import PairLoss
+from mindspeed_simpo.integrations.mindspeed_llm.report import Metrics, joint_loss
 
 
 class ExactDPOTrainer(DPOTrainer):  # type: ignore[misc]
@@ -32,7 +30,7 @@ class ExactDPOTrainer(DPOTrainer):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self._objective = PairLoss.of(task_options(get_args()))
+        self._objective = pair_loss(get_args())
         self._groups = upstream_groups()
         super().__init__()
 
@@ -62,5 +60,4 @@ class ExactDPOTrainer(DPOTrainer):  # type: ignore[misc]
             reference = row_logprobs(reference_logits, targets, self._groups)
         policy = row_logprobs(policy_logits, targets, self._groups)
         inputs = pair_inputs(policy, row_tokens(targets, self._groups), reference)
-        output = self._objective(inputs)
-        return mean_loss(output), pair_metrics(inputs, output, self._groups.data)
+        return joint_loss(self._objective, inputs, self._groups.data)

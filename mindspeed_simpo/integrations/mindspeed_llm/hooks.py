@@ -56,7 +56,7 @@ def install() -> None:
     backend = os.environ.get("TRAINING_BACKEND", "mcore")
     if backend.lower() != "mcore":
         raise ConfigError(
-            f"TRAINING_BACKEND={backend}: --stage simpo runs on MindSpeed-LLM's Megatron backend only; unset it"
+            f"TRAINING_BACKEND={backend}: mindspeed_simpo runs on MindSpeed-LLM's Megatron backend only; unset it"
         )
     sys.meta_path.insert(0, _AfterImport({FEATURES_MODULE: _add_features, LAUNCHER_MODULE: _add_trainers}))
 
@@ -81,6 +81,6 @@ def _add_trainers(launcher: ModuleType) -> None:
     def get_trainer(stage: str) -> object:
         from mindspeed_simpo.integrations.mindspeed_llm import select
 
-        return select.trainer_for(stage) or upstream(stage)
+        return select.trainer() or upstream(stage)
 
     launcher.get_trainer = get_trainer  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
-"""From upstream's batches to this package's records: targets, log-probability sums, losses."""
+"""From upstream's batches to this package's records: targets, log-probability sums, pairs."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,10 +12,11 @@ from jaxtyping import Float, Int
 from megatron.core import mpu
 from torch import Tensor
 
-from mindspeed_simpo.batch import IGNORE_INDEX, LossInputs, LossOutput
+from mindspeed_simpo.batch import IGNORE_INDEX, LossInputs, ScoredTokens
 from mindspeed_simpo.device import reduction_dtype
-from mindspeed_simpo.errors import TrainingError
-from mindspeed_simpo.loss.head import logits_logprobs
+from mindspeed_simpo.integrations.mindspeed_llm import stages
+from mindspeed_simpo.loss.head import logits_logprobs, sequence_sums
+from mindspeed_simpo.loss.pair_loss import PairLoss
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import sum_over
 
@@ -33,6 +35,13 @@ class NextTokenLabels(Iterator[Mapping[str, Any]]):
         batch = dict(next(self._batches))
         batch["labels"] = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
         return batch
+
+
+def pair_loss(args: Namespace) -> PairLoss:
+    """The loss that the command line asks this package for."""
+    objective = stages.objective_of(args)
+    assert objective is not None, "--stage is upstream's own"
+    return PairLoss.of(stages.task_options(args, objective))
 
 
 def upstream_groups() -> Groups:
@@ -56,12 +65,10 @@ def row_logprobs(
     The softmax runs over all rows of the output weight, padding of the vocabulary included, as in upstream's own
     stages.
     """
-    scored = targets != IGNORE_INDEX
-    token_logprobs = logits_logprobs(
-        logits[scored].float(), targets[scored], groups.tensor, reduction_dtype(logits.device)
-    )
-    spread = token_logprobs.new_zeros(targets.shape).masked_scatter(scored, token_logprobs)
-    return sum_over(spread.sum(dim=1), groups.context)
+    scored, sum_dtype = ScoredTokens.of(targets), reduction_dtype(logits.device)
+    selected = logits[scored.sequence, scored.place].float()
+    logprobs = logits_logprobs(selected, scored.target, groups.tensor, sum_dtype)
+    return sequence_sums(logprobs, scored, groups.context, sum_dtype)
 
 
 def row_tokens(targets: Int[Tensor, "row seq"], groups: Groups) -> Int[Tensor, " row"]:
@@ -76,18 +83,3 @@ def pair_inputs(
     (chosen, rejected), (chosen_tokens, rejected_tokens) = logprobs.chunk(2), tokens.chunk(2)
     references = reference.chunk(2) if reference is not None else (None, None)
     return LossInputs(chosen, rejected, chosen_tokens, rejected_tokens, *references)
-
-
-def mean_loss(output: LossOutput) -> Tensor:
-    """Mean over the pairs of the micro-batch; the schedule goes on to the mean over micro-batches and ranks.
-
-    Raises:
-        TrainingError: a loss that is not a number.
-    """
-    loss = output.loss.mean()
-    if loss.isnan():
-        raise TrainingError(
-            f"rank {dist.get_rank()}: the loss is not a number; look at the learning rate, the loaded checkpoint and "
-            "the data"
-        )
-    return loss

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
-from pydantic import ValidationError
-
-from mindspeed_simpo.config.options import TaskOptions
 from mindspeed_simpo.errors import ConfigError
-
-_TASK_FLAGS = {
-    "simpo": ("simpo_beta", "gamma_beta_ratio", "simpo_loss_type", "simpo_label_smoothing", "pref_ftx"),
-    "dpo": ("dpo_beta", "dpo_loss_type", "dpo_label_smoothing", "pref_ftx"),
-}
+from mindspeed_simpo.integrations.mindspeed_llm import stages
+from mindspeed_simpo.objectives import OBJECTIVES, Objective
 
 _REFUSED: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     ("use_legacy_models", bool, "legacy models return other logits; add --use-mcore-models"),
@@ -41,49 +35,50 @@ _REFUSED: tuple[tuple[str, Callable[[object], bool], str], ...] = (
 _EXACT_CP_ALGORITHMS = ("megatron_cp_algo", "ulysses_cp_algo")
 
 
-def is_ours(args: Namespace) -> bool:
-    """Whether this package's trainer runs: ``--stage simpo``, or ``--stage dpo --dpo-exact``."""
-    return args.stage == "simpo" or (args.stage == "dpo" and bool(getattr(args, "dpo_exact", False)))
-
-
-def task_options(args: Namespace) -> TaskOptions:
-    """The objective's options, from upstream's and this package's flags.
-
-    Raises:
-        ConfigError: a value out of its range.
-    """
-    values = {name: getattr(args, name) for name in ("stage", *_TASK_FLAGS[args.stage])}
-    try:
-        return TaskOptions(**values)
-    except ValidationError as error:
-        lines = [
-            f"--{str(item['loc'][0]).replace('_', '-')} {item['input']}: {item['msg']}"
-            for item in error.errors(include_url=False)
-        ]
-        raise ConfigError("\n".join(lines)) from None
-
-
 def check(args: Namespace) -> None:
     """Refuse what cannot work with this package's trainers; other stages are left alone.
 
     Raises:
         ConfigError: one message with every reason and what to change.
     """
-    if not is_ours(args):
-        used = [flag for flag, on in _our_flags(args) if on]
+    objective = stages.objective_of(args)
+    if objective is None:
+        used = [*_options_in_use(args), *_unread_keys(args, ())]
         if used:
-            raise ConfigError(f"{', '.join(used)}: only for --stage simpo or --stage dpo --dpo-exact")
+            ours = f"--stage {', '.join(stages.SERVED)} or --stage {stages.UPSTREAM_STAGE} --dpo-exact"
+            raise ConfigError(f"{', '.join(used)}: only for {ours}")
         return
-    task_options(args)
-    reasons = [*_refused_flags(args), *_refused_parallelism(args), *_refused_schedule(args)]
+    reasons = [f"--stage {args.stage}: {reason}" for reason in [stages.unserved(objective)] if reason]
+    if not reasons:
+        stages.task_options(args, objective)
+        reasons = [*_refused_keys(args, objective), *_refused_flags(args), *_refused_parallelism(args)]
+        reasons += _refused_schedule(args, objective)
     if reasons:
         raise ConfigError(f"--stage {args.stage} cannot run like this:\n  - " + "\n  - ".join(reasons))
 
 
-def _our_flags(args: Namespace) -> Iterator[tuple[str, bool]]:
-    yield "--dpo-exact", bool(getattr(args, "dpo_exact", False))
-    yield "--pair-schedule two_pass", getattr(args, "pair_schedule", "concat") == "two_pass"
-    yield "--fused-logprob", bool(getattr(args, "fused_logprob", False))
+def _options_in_use(args: Namespace) -> Iterator[str]:
+    if args.dpo_exact:
+        yield "--dpo-exact"
+    if args.pair_schedule == "two_pass":
+        yield "--pair-schedule two_pass"
+    if args.fused_logprob:
+        yield "--fused-logprob"
+
+
+def _unread_keys(args: Namespace, read: Container[str]) -> Iterator[str]:
+    """Flags of this package that are set and that nothing reads."""
+    for objective in OBJECTIVES.values():
+        for key, field in objective.keys.model_fields.items():
+            if key not in read and key not in stages.UPSTREAM_KEYS and getattr(args, key) != field.default:
+                yield f"{stages.flag(key)} {getattr(args, key)}"
+
+
+def _refused_keys(args: Namespace, objective: Objective) -> Iterator[str]:
+    for flag in _unread_keys(args, objective.keys.model_fields):
+        yield f"{flag}: a flag of another stage; remove it"
+    if args.dpo_exact and args.stage != stages.UPSTREAM_STAGE:
+        yield f"--dpo-exact: for --stage {stages.UPSTREAM_STAGE} only; remove it"
 
 
 def _refused_flags(args: Namespace) -> Iterator[str]:
@@ -130,12 +125,15 @@ def _next_multiple(value: int, of: int) -> int:
     return -(-value // of) * of
 
 
-def _refused_schedule(args: Namespace) -> Iterator[str]:
+def _refused_schedule(args: Namespace, objective: Objective) -> Iterator[str]:
     two_pass = args.pair_schedule == "two_pass"
-    if args.stage == "dpo" and two_pass:
-        yield "--pair-schedule two_pass: for --stage simpo only; remove it"
-    if args.stage == "dpo" and args.fused_logprob:
-        yield "--fused-logprob: for --stage simpo only; remove it"
+    if objective.needs_reference:
+        # upstream's trainer runs policy and reference in one forward step, and returns the logits of both
+        without = f"only for stages without a reference model ({', '.join(stages.SERVED)}); remove it"
+        if two_pass:
+            yield f"--pair-schedule two_pass: {without}"
+        if args.fused_logprob:
+            yield f"--fused-logprob: {without}"
     virtual_stages = getattr(args, "num_layers_per_virtual_pipeline_stage", None)
     if two_pass and virtual_stages and not hasattr(args, "no_pad_to_seq_lengths"):
         # 2.2.0's own wrapper of this schedule knows micro-batches of whole pairs only

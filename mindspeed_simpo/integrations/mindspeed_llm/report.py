@@ -1,4 +1,4 @@
-"""Metrics of pairs: exact sums and counts for upstream's log and tensorboard, and a line with those that it hides."""
+"""Loss and metrics of pairs, as upstream's loop, log and tensorboard take them, and a line with all metrics."""
 
 from __future__ import annotations
 
@@ -6,42 +6,53 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor
 
-from mindspeed_simpo.batch import LossInputs, LossOutput
+from mindspeed_simpo.batch import LossInputs
+from mindspeed_simpo.errors import TrainingError
+from mindspeed_simpo.loss.metrics import pair_metrics
+from mindspeed_simpo.loss.scoring import LossOfPairs, ScoredPairs, score
 
-LOSS = "lm loss"
+_UPSTREAM_NAMES = {"loss": "lm loss"}
 """Upstream's key of the training loss, which its tools parse."""
 
 Metrics = dict[str, list[Tensor]]
 """Metric -> [sum over pairs, number of pairs]: upstream divides after adding up micro-batches."""
 
 
-def pair_metrics(inputs: LossInputs, output: LossOutput, data_group: dist.ProcessGroup) -> Metrics:
+def joint_loss(
+    objective: LossOfPairs, inputs: LossInputs, data_group: dist.ProcessGroup
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """Mean loss of a micro-batch's pairs with its graph, and their metrics.
+
+    The schedule goes on to the mean over micro-batches and ranks.
+    """
+    total, scored = score(objective, inputs)
+    return total / inputs.chosen_tokens.numel(), reduced_metrics(scored, data_group)
+
+
+def reduced_metrics(scored: ScoredPairs, data_group: dist.ProcessGroup) -> Metrics:
     """Sums over the pairs of one micro-batch on all data-parallel ranks, with their number.
 
     Args:
-        inputs: Detached sums and counts.
-        output: The objective's result.
+        scored: This rank's pairs.
         data_group: Ranks that hold other pairs, without the context-parallel ones.
+
+    Raises:
+        TrainingError: a loss that is not a number.
     """
-    chosen_tokens, rejected_tokens = inputs.chosen_tokens, inputs.rejected_tokens
-    values = {
-        LOSS: output.loss.detach(),
-        "rewards/chosen": output.chosen_reward,
-        "rewards/rejected": output.rejected_reward,
-        "rewards/accuracies": (output.chosen_reward > output.rejected_reward).float(),
-        "rewards/margins": output.chosen_reward - output.rejected_reward,
-        "logps/chosen": inputs.chosen_logprob.detach() / chosen_tokens.clamp(min=1),
-        "logps/rejected": inputs.rejected_logprob.detach() / rejected_tokens.clamp(min=1),
-        "sft_loss": output.sft_loss,
-        "response_tokens/chosen": chosen_tokens.float(),
-        "response_tokens/rejected": rejected_tokens.float(),
-    }
-    sums = torch.stack([value.float().sum() for value in values.values()] + [inputs.valid.new_tensor(0.0).float()])
-    sums[-1] = inputs.valid.numel()
+    if scored.output.loss.isnan().any():
+        raise TrainingError(
+            f"rank {dist.get_rank()}: the loss is not a number; look at the learning rate, the loaded checkpoint and "
+            "the data"
+        )
+    values = pair_metrics(scored.inputs, scored.output, torch.float32)
+    ones = torch.ones_like(scored.output.loss, dtype=torch.float32)
+    sums = torch.stack([*values.values(), ones]).sum(dim=1)
     dist.all_reduce(sums, group=data_group)
-    return {name: [total, sums[-1]] for name, total in zip(values, sums, strict=False)}
+    *totals, number = sums
+    return {_UPSTREAM_NAMES.get(name, name): [total, number] for name, total in zip(values, totals, strict=True)}
 
 
 class IterationReport:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from mindspeed_simpo.integrations.mindspeed_llm import stages
 from mindspeed_simpo.integrations.mindspeed_llm.report import IterationReport
 
 Schedule = Callable[..., Any]
@@ -27,13 +28,16 @@ def pair_rows_wrapper(get_forward_backward_func: Callable[..., Schedule]) -> Cal
         def run(*args: Any, **kwargs: Any) -> Any:
             from megatron.training import get_args
 
-            rows_per_pair = 2 if get_args().stage == "simpo" else 4
-            kwargs["micro_batch_size"] *= rows_per_pair
+            objective = stages.objective_of(get_args())
+            if objective is None:
+                return schedule(*args, **kwargs)
+            kwargs["micro_batch_size"] *= 4 if objective.needs_reference else 2
+            if kwargs.get("forward_only"):
+                return schedule(*args, **kwargs)
             trainer = getattr(kwargs["forward_step_func"], "__self__", None)
-            sweeps = None if kwargs.get("forward_only") else getattr(trainer, "sweeps", None)
-            losses = sweeps.run(schedule, kwargs) if sweeps else schedule(*args, **kwargs)
-            if not kwargs.get("forward_only"):
-                report.add(losses)
+            two_pass = getattr(trainer, "two_pass", None)
+            losses = two_pass.run(schedule, kwargs) if two_pass else schedule(*args, **kwargs)
+            report.add(losses)
             return losses
 
         return run

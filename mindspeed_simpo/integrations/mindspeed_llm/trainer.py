@@ -1,4 +1,4 @@
-"""SimPO on MindSpeed-LLM's SFT trainer: its model, data, loop and checkpoints, this package's loss."""
+"""The objectives without a reference model, on MindSpeed-LLM's SFT trainer: its model, data, loop and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,35 +13,32 @@ from mindspeed_llm.tasks.posttrain.sft import SFTTrainer
 from torch import Tensor
 
 from mindspeed_simpo.device import reduction_dtype
-from mindspeed_simpo.integrations.mindspeed_llm import adapters, two_pass
+from mindspeed_simpo.integrations.mindspeed_llm import adapters
 from mindspeed_simpo.integrations.mindspeed_llm.head import OutputLayerHead
 from mindspeed_simpo.integrations.mindspeed_llm.pairs import (
     NextTokenLabels,
-    mean_loss,
     pair_inputs,
+    pair_loss,
     row_logprobs,
     row_tokens,
     upstream_groups,
 )
-from mindspeed_simpo.integrations.mindspeed_llm.refusals import task_options
-from mindspeed_simpo.integrations.mindspeed_llm.report import Metrics, pair_metrics
-from mindspeed_simpo.integrations.mindspeed_llm.sweeps import Sweeps
+from mindspeed_simpo.integrations.mindspeed_llm.report import Metrics, joint_loss
+from mindspeed_simpo.integrations.mindspeed_llm.two_pass import TwoPass
 from mindspeed_simpo.loss.head import ResponseHead
-from mindspeed_simpo.loss.pair_loss import PairLoss
 
 Loss = tuple[Tensor, Metrics]
 
 
-class SimPOTrainer(SFTTrainer):  # type: ignore[misc]
-    """``--stage simpo``."""
+class PairTrainer(SFTTrainer):  # type: ignore[misc]
+    """``--stage`` of every objective that needs no reference model."""
 
     def __init__(self) -> None:
         args = get_args()
-        self._objective = PairLoss.of(task_options(args))
+        self._objective = pair_loss(args)
         self._groups = upstream_groups()
         self._head: OutputLayerHead | None = None
         if args.fused_logprob:
-            # a hook of megatron's DDP waits for the weight's gradient where it overlaps its reduction
             head = ResponseHead(
                 self._groups.tensor,
                 self._groups.context,
@@ -49,15 +46,14 @@ class SimPOTrainer(SFTTrainer):  # type: ignore[misc]
                 sum_dtype=reduction_dtype(torch.device("cpu")),
                 chunk_tokens=args.logprob_chunk_tokens,
                 sequence_parallel=args.sequence_parallel,
+                # a hook of megatron's DDP waits for the weight's gradient where it overlaps its reduction
                 weight_grad_awaited=args.overlap_grad_reduce,
             )
             self._head = OutputLayerHead(head)
-        two_pass, pipelined = args.pair_schedule == "two_pass", args.pipeline_model_parallel_size > 1
-        self._two_pass = two_pass and not pipelined
-        self.sweeps = (
-            Sweeps(self._next, self._logprobs, self._objective, self._groups) if two_pass and pipelined else None
-        )
-        """What the schedule's wrapper runs in its place, or None."""
+        self.two_pass: TwoPass | None = None
+        """What the schedule's wrapper runs in its place."""
+        if args.pair_schedule == "two_pass":
+            self.two_pass = TwoPass(self._next, self._logprobs, self._objective, self._groups)
         super().__init__()
 
     def model_provider(self, pre_process: bool = True, post_process: bool = True) -> Any:
@@ -76,11 +72,9 @@ class SimPOTrainer(SFTTrainer):  # type: ignore[misc]
     def forward_step(
         self, data_iterator: Iterator[Mapping[str, Any]], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], Loss]]:
-        """One micro-batch of pairs: the stage's output and what turns it into the loss and metrics."""
-        rows = self._read(data_iterator)
-        if self._two_pass and torch.is_grad_enabled():
-            return two_pass.forward_step(model, rows, self._score, self._objective, self._groups)
-        return self._forward(model, rows), partial(self.loss_func, rows.targets)
+        """One micro-batch of pairs: the pipeline rank's output and what turns it into the loss and metrics."""
+        output, targets = self._next(data_iterator, model)
+        return output, partial(self.loss_func, targets)
 
     def loss_func(self, input_tensor: Int[Tensor, "row seq"], output_tensor: Tensor) -> Loss:
         """Mean loss of the micro-batch's pairs, and their metrics.
@@ -90,28 +84,20 @@ class SimPOTrainer(SFTTrainer):  # type: ignore[misc]
             output_tensor: Logits ``[row, seq, vocabulary shard]``, or ``[row, 1]`` sums from the fused head.
         """
         inputs = pair_inputs(self._logprobs(output_tensor, input_tensor), row_tokens(input_tensor, self._groups))
-        output = self._objective(inputs)
-        return mean_loss(output), pair_metrics(inputs, output, self._groups.data)
+        return joint_loss(self._objective, inputs, self._groups.data)
 
-    def _read(self, data_iterator: Iterator[Mapping[str, Any]]) -> two_pass.Rows:
+    def _next(
+        self, data_iterator: Iterator[Mapping[str, Any]], model: torch.nn.Module
+    ) -> tuple[Tensor, Int[Tensor, "row seq"]]:
+        """This pipeline rank's output for the next batch, and the targets of its rows."""
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         tokens, targets, _, attention_mask, position_ids = self.get_batch(data_iterator)
         timers("batch-generator").stop()
-        return two_pass.Rows(tokens, targets, attention_mask, position_ids)
-
-    def _next(self, data_iterator: Iterator[Mapping[str, Any]], model: torch.nn.Module) -> tuple[Tensor, Tensor]:
-        rows = self._read(data_iterator)
-        return self._forward(model, rows), rows.targets
-
-    def _forward(self, model: torch.nn.Module, rows: two_pass.Rows) -> Tensor:
         if self._head is not None:
-            self._head.targets = rows.targets
-        output: Tensor = model(rows.tokens, rows.position_ids, rows.attention_mask)
-        return output
+            self._head.targets = targets
+        output: Tensor = model(tokens, position_ids, attention_mask)
+        return output, targets
 
     def _logprobs(self, output: Tensor, targets: Int[Tensor, "row seq"]) -> Float[Tensor, " row"]:
         return output[:, 0] if self._head is not None else row_logprobs(output, targets, self._groups)
-
-    def _score(self, model: torch.nn.Module, rows: two_pass.Rows) -> Float[Tensor, " row"]:
-        return self._logprobs(self._forward(model, rows), rows.targets)

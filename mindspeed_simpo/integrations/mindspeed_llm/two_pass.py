@@ -1,107 +1,110 @@
-"""Chosen and rejected one after the other: half the activations, the gradients of one joint backward."""
+"""``--pair-schedule two_pass``: chosen and rejected rows as micro-batches of their own, half the activations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from mindspeed_simpo.integrations.mindspeed_llm.pairs import mean_loss, pair_inputs, row_tokens
-from mindspeed_simpo.integrations.mindspeed_llm.report import Metrics, pair_metrics
-from mindspeed_simpo.loss.scoring import LossOfPairs
+from mindspeed_simpo.integrations.mindspeed_llm.pairs import pair_inputs, row_tokens
+from mindspeed_simpo.integrations.mindspeed_llm.report import Metrics, reduced_metrics
+from mindspeed_simpo.loss.scoring import LossInTwo, LossOfPairs, ScoredPairs, gradients
 from mindspeed_simpo.parallel import Groups
 
-
-@dataclass(frozen=True)
-class Rows:
-    """What upstream's ``get_batch`` returns, less the loss mask; rows ``[chosen, rejected]``."""
-
-    tokens: Int[Tensor, "row seq"]
-    targets: Int[Tensor, "row seq"]
-    attention_mask: Any
-    """``Bool[Tensor, "row 1 seq seq"]``, a list of masks by context-parallel rank, or None."""
-    position_ids: Tensor | None
-
-    def halves(self) -> tuple[Rows, Rows]:
-        """Chosen rows and rejected rows."""
-        parts = [_halves(getattr(self, field.name), self.tokens.shape[0]) for field in fields(self)]
-        chosen, rejected = zip(*parts, strict=True)
-        return Rows(*chosen), Rows(*rejected)
+Batch = Mapping[str, Tensor]
+Forward = Callable[[Iterator[Batch], torch.nn.Module], tuple[Tensor, Tensor]]
+"""``forward(data_iterator, model)``: this pipeline rank's output for the next batch, and the targets of its rows."""
+Logprobs = Callable[[Tensor, Tensor], Float[Tensor, " row"]]
+"""``logprobs(output, targets)``: the rows' log-probability sums from the last pipeline rank's output; nats."""
+_Swept = tuple[Float[Tensor, " pair"], Int[Tensor, " pair"]]
+"""Log-probability sums and response tokens of the rejected rows of one micro-batch."""
 
 
-Score = Callable[[torch.nn.Module, Rows], Float[Tensor, " row"]]
+class TwoPass:
+    """Runs a schedule of megatron's twice for one iteration, with or without a pipeline.
 
-
-def forward_step(
-    model: torch.nn.Module, rows: Rows, score: Score, objective: LossOfPairs, groups: Groups
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Metrics]]]:
-    """Rejected without a graph; chosen with its backward; rejected with the graph that the schedule's backward uses.
-
-    With ``s_w, s_l`` the sums and L the loss, the first backward carries ``dL/ds_w`` and the second ``dL/ds_l``; only
-    one graph is alive at a time. The first runs with gradient synchronisation off: a parameter is ready when it has
-    both.
-
-    Returns:
-        The rejected rows' sums, and the function that makes of them the micro-batch's loss (value L, gradient dL/ds_l)
-        and metrics.
+    The first run takes the rejected rows forward only. In the second, chosen and rejected rows follow each other as
+    micro-batches of their own, each with its part of the loss's gradient: megatron's accumulation, pipelining and
+    gradient synchronisation then hold as they are. A pipeline rank stores the activations of half the rows, for one
+    more forward of half the rows.
     """
-    chosen_rows, rejected_rows = rows.halves()
-    with torch.no_grad():
-        rejected = score(model, rejected_rows)
-    chosen = score(model, chosen_rows)
-    sums = torch.cat([chosen.detach(), rejected]).requires_grad_()
-    inputs = pair_inputs(sums, row_tokens(rows.targets, groups))
-    output = objective(inputs)
-    loss = mean_loss(output)
-    chosen_grad, rejected_grad = torch.autograd.grad(loss, sums)[0].chunk(2)
-    with _without_gradient_sync(model):
-        torch.autograd.backward(chosen, chosen_grad * _schedule_scale(model, groups))
-    metrics = pair_metrics(inputs, output, groups.data)
-    return score(model, rejected_rows), partial(_second_loss, loss.detach(), rejected_grad, metrics)
+
+    def __init__(self, forward: Forward, logprobs: Logprobs, objective: LossOfPairs, groups: Groups) -> None:
+        self._forward = forward
+        self._logprobs = logprobs
+        self._objective = objective
+        self._groups = groups
+        self._swept: list[_Swept] = []
+        self._begun: LossInTwo[ScoredPairs] | None = None
+
+    def run(self, schedule: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """One iteration's gradients.
+
+        Args:
+            schedule: One of megatron's.
+            arguments: What to call it with; ``micro_batch_size`` in rows of whole micro-batches.
+
+        Returns:
+            The micro-batches' metrics, on the last pipeline rank.
+        """
+        number, rows = arguments["num_microbatches"], arguments["micro_batch_size"]
+        iterators = arguments["data_iterator"]
+        # one iterator for each virtual pipeline chunk
+        each = iterators if isinstance(iterators, list) else [iterators]
+        batches = [None if iterator is None else [next(iterator) for _ in range(number)] for iterator in each]
+
+        def replay(*halves: int) -> Any:
+            replayed = [None if kept is None else _halves(kept, halves) for kept in batches]
+            return replayed if isinstance(iterators, list) else replayed[0]
+
+        halved = arguments | {"micro_batch_size": rows // 2}
+        sweep = {"forward_step_func": self._sweep_step, "data_iterator": replay(1), "forward_only": True}
+        with torch.no_grad():
+            self._swept = list(schedule(**halved | sweep))
+        training = {"forward_step_func": self._training_step, "data_iterator": replay(0, 1)}
+        return schedule(**halved | training | {"num_microbatches": 2 * number})[::2]
+
+    def _sweep_step(self, data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        output, targets = self._forward(data_iterator, model)
+        return output, partial(self._sweep_sums, targets)
+
+    def _sweep_sums(self, targets: Int[Tensor, "row seq"], output: Tensor) -> tuple[Tensor, _Swept]:
+        sums = self._logprobs(output, targets)
+        return sums.sum(), (sums, row_tokens(targets, self._groups))
+
+    def _training_step(self, data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        output, targets = self._forward(data_iterator, model)
+        return output, partial(self._half_loss, targets)
+
+    def _half_loss(self, targets: Int[Tensor, "row seq"], output: Tensor) -> tuple[Tensor, Metrics]:
+        sums = self._logprobs(output, targets)
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            return begun.of_second(sums)[0], {}
+        rejected, rejected_tokens = self._swept.pop(0)
+        tokens = torch.cat([row_tokens(targets, self._groups), rejected_tokens])
+        self._begun = LossInTwo(
+            partial(self._gradients, tokens),
+            # a mean over pairs, where the schedule takes the mean over twice as many micro-batches
+            weight=2 / len(sums),
+            order=torch.arange(len(tokens), device=tokens.device),
+            second=rejected,
+        )
+        loss, scored = self._begun.of_first(sums)
+        return loss, reduced_metrics(scored, self._groups.data)
+
+    def _gradients(
+        self, tokens: Int[Tensor, " row"], chosen: Float[Tensor, " pair"], rejected: Float[Tensor, " pair"]
+    ) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"], ScoredPairs]:
+        return gradients(self._objective, pair_inputs(torch.cat([chosen, rejected]), tokens))
 
 
-def _second_loss(
-    loss: Tensor, rejected_grad: Float[Tensor, " row"], metrics: Metrics, rejected: Float[Tensor, " row"]
-) -> tuple[Tensor, Metrics]:
-    surrogate = (rejected * rejected_grad).sum()
-    return loss + surrogate - surrogate.detach(), metrics
-
-
-def _schedule_scale(model: torch.nn.Module, groups: Groups) -> Any:
-    # what megatron's schedule and backward step multiply the loss of this micro-batch with
-    scale = groups.context.size() / get_num_microbatches()
-    grad_scale = get_model_config(model).grad_scale_func
-    return scale if grad_scale is None else grad_scale(torch.tensor(scale, device=next(model.parameters()).device))
-
-
-@contextmanager
-def _without_gradient_sync(model: torch.nn.Module) -> Iterator[None]:
-    # megatron's no_sync ends with synchronisation on, whatever was before: the schedule may be inside one of its own
-    buckets = [*getattr(model, "bucket_groups", ()), *getattr(model, "expert_parallel_bucket_groups", ())]
-    before = [bucket.is_last_microbatch for bucket in buckets]
-    for bucket in buckets:
-        bucket.is_last_microbatch = False
-    try:
-        yield
-    finally:
-        for bucket, value in zip(buckets, before, strict=True):
-            bucket.is_last_microbatch = value
-
-
-def _halves(value: Any, num_rows: int) -> tuple[Any, Any]:
-    if isinstance(value, Tensor) and value.shape[0] == num_rows:
-        first, second = value.chunk(2)
-        return first, second
-    if isinstance(value, list):
-        halves = [_halves(item, num_rows) for item in value]
-        return [half[0] for half in halves], [half[1] for half in halves]
-    # None, or one mask for all rows
-    return value, value
+def _halves(batches: list[Batch], halves: tuple[int, ...]) -> Iterator[Batch]:
+    """Rows of the chosen (0) or rejected (1) responses of each micro-batch, in this order."""
+    for batch in batches:
+        for half in halves:
+            yield {name: rows.chunk(2)[half] for name, rows in batch.items()}

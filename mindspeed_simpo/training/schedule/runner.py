@@ -9,14 +9,14 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from mindspeed_simpo.batch import PairBatch, moved
 from mindspeed_simpo.loss.head import ResponseHead
-from mindspeed_simpo.loss.scoring import PairScorer, ScoredBatch
+from mindspeed_simpo.loss.scoring import LossInTwo, PairScorer, ScoredBatch
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.training.schedule.rows import HeldRows, Rows
 
@@ -90,21 +90,26 @@ class PairSchedule:
     def _two_pass(self, micro_batches: Sequence[PairBatch], weight: float) -> list[ScoredBatch]:
         halves = [Rows.of(batch).halves_in_turn(batch.lengths, self._sequence_multiple) for batch in micro_batches]
         with torch.no_grad():
-            # only the last stage hears the sums
+            # the schedule returns the sums on the last pipeline rank, and nothing on the others
             swept = self._run([Pass(second.rows, _record) for _, second in halves], forward_only=True)
         passes = []
         for index, (batch, (first, second)) in enumerate(zip(micro_batches, halves, strict=True)):
             order = moved(torch.cat([first.sequences, second.sequences]), self.device)
-            loss = _LossInTwo(self.scorer, batch, weight, order, swept[index] if swept else None)
+            loss = LossInTwo(partial(self._gradients, batch), weight, order, swept[index] if swept else None)
             passes += [Pass(first.rows, loss.of_first), Pass(second.rows, loss.of_second)]
         return self._run(passes, forward_only=False)[::2]
+
+    def _gradients(
+        self, batch: PairBatch, chosen: Float[Tensor, " pair"], rejected: Float[Tensor, " pair"]
+    ) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"], ScoredBatch]:
+        return self.scorer.gradients(batch.to(self.device), chosen, rejected)
 
     def _run(self, passes: Sequence[Pass], *, forward_only: bool) -> list[Any]:
         if len(self.models) > 1:
             # the interleaved schedule exchanges tensors of one shape
             longest = max(each.rows.tokens.shape[1] for each in passes)
             passes = [dataclasses.replace(each, rows=each.rows.padded_to(longest)) for each in passes]
-        # searched for response tokens here, on the host: a device that is asked where they are is waited for
+        # response tokens are searched on the host: nonzero() on the device forces a host synchronisation
         steps = [(self._held(each.rows, forward_only), each.loss) for each in passes]
         return get_forward_backward_func()(  # type: ignore[no-any-return]
             forward_step_func=partial(self._forward_step, len(passes)),
@@ -160,32 +165,6 @@ class PairSchedule:
         tensor = self.groups.tensor.size() if self.head.sequence_parallel else 1
         context = self.groups.context.size()
         return tensor * (2 * context if context > 1 else 1)
-
-
-@dataclass
-class _LossInTwo:
-    """Loss of one micro-batch of whose pairs one sequence passes after the other."""
-
-    scorer: PairScorer
-    batch: PairBatch
-    weight: float
-    order: Int[Tensor, " sequence"]
-    """Number of each sequence, in the order in which they pass."""
-    second: Float[Tensor, " pair"] | None
-    """Sums of the second half from the sweep; last stage only."""
-    second_grad: Float[Tensor, " pair"] | None = None
-
-    def of_first(self, first: Float[Tensor, " pair"]) -> tuple[Tensor, ScoredBatch]:
-        assert self.second is not None
-        passed = torch.cat([first.detach(), self.second])
-        sums = torch.empty_like(passed).index_copy(0, self.order, passed)
-        *grads, scored = self.scorer.gradients(self.batch.to(passed.device), *sums.chunk(2))
-        first_grad, self.second_grad = torch.cat(grads)[self.order].chunk(2)
-        return first @ (first_grad * self.weight), scored
-
-    def of_second(self, second: Float[Tensor, " pair"]) -> tuple[Tensor, None]:
-        assert self.second_grad is not None
-        return second @ (self.second_grad * self.weight), None
 
 
 def _record(logprobs: Float[Tensor, " sequence"]) -> tuple[Tensor, Float[Tensor, " sequence"]]:

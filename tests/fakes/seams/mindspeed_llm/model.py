@@ -26,9 +26,11 @@ class GPTModel(torch.nn.Module):
         self.embedding = torch.nn.Parameter(torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64))
         self.output_layer = ColumnParallelLinear()
         self.config = types.SimpleNamespace(grad_scale_func=lambda loss: loss * 8)
-        self.bucket_groups = [types.SimpleNamespace(is_last_microbatch=True)]
-        self.seen = []
-        self.embedding.register_hook(lambda gradient: self.seen.append(self.bucket_groups[0].is_last_microbatch))
+        self.backwards = 0
+        self.embedding.register_hook(self._count)
+
+    def _count(self, _gradient):
+        self.backwards += 1
 
     def forward(self, tokens, position_ids, attention_mask):
         hidden = self.embedding[tokens].cumsum(dim=1).tanh()

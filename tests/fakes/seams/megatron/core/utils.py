@@ -1,2 +1,0 @@
-def get_model_config(model):
-    return model.config

@@ -30,6 +30,6 @@ def build_engine(
 
     spec = read_description(config.model_name_or_path)
     models = build_model(spec, config, groups, device)
-    fill_weights(models, spec, config, groups)
+    fill_weights(models, spec, config, groups, config.seed)
     wrapped = wrap_for_training(models, config, bf16=config.bf16)
-    return wrapped, build_schedule(config, wrapped, spec, groups, device, table, running)
+    return wrapped, build_schedule(config, spec, groups, device, running, wrapped, table)

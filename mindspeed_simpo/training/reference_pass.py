@@ -1,19 +1,111 @@
-"""The reference pass: every pair scored once, forward only, before training."""
+"""The reference pass: every pair scored once, forward only, before training, and kept on disk."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from mindspeed_simpo.batch import LossInputs, LossOutput, PairBatch
+from mindspeed_simpo.config.options import ModelOptions
+from mindspeed_simpo.data.dataset import PairDataset
 from mindspeed_simpo.device import Device
+from mindspeed_simpo.errors import ModelError
+from mindspeed_simpo.loss import reference
 from mindspeed_simpo.loss.reference import ReferenceTable
 from mindspeed_simpo.loss.scoring import PairScorer
+from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.hf_config import read_description, resolve_model
+from mindspeed_simpo.model.megatron.weights import fill_weights, load_hf_weights
 from mindspeed_simpo.parallel import Groups
+from mindspeed_simpo.parallel.collectives import fail_together
+from mindspeed_simpo.training.optimizer import wrap_precision
+from mindspeed_simpo.training.progress import counting
 from mindspeed_simpo.training.schedule.runner import PairSchedule
+from mindspeed_simpo.training.session import Session
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceModel:
+    """What the reference is, and where its sums are kept."""
+
+    path: str | None
+    """``ref_model``; None means the weights that training starts from."""
+    start: ModelOptions
+    """Where training starts from."""
+    seed: int
+    bf16: bool
+    cache: Path
+
+    def fingerprint(self, policy: ModelDescription) -> str:
+        """Digest of the reference's weights.
+
+        Raises:
+            ModelError: where ``ref_model`` cannot be read or has another shape than ``policy``.
+        """
+        if self.path is not None and (difference := policy.difference(read_description(self.path))):
+            raise ModelError(
+                f"ref_model: {self.path} has another {difference}; the reference must be a model of the same shape and "
+                "vocabulary"
+            )
+        random = self.path is None and self.start.init_from == "config"
+        folder = resolve_model(self.path or self.start.model_name_or_path, weights=not random)
+        return reference.model_fingerprint(folder, self.seed if random else None)
+
+
+def reference_tables(
+    session: Session, model: ReferenceModel, datasets: Sequence[PairDataset | None]
+) -> list[ReferenceTable | None]:
+    """Sums under the reference model of each data set, from the cache or from a forward-only pass.
+
+    Leaves the session's model with its starting weights: while training, no second model is in memory.
+
+    Raises:
+        ModelError: on every rank, where ``ref_model`` cannot be read or has another tokenizer or shape.
+    """
+    groups = session.groups
+    with fail_together(groups.world):
+        digest = model.fingerprint(session.description)
+    present = [data for data in datasets if data is not None]
+    paths = {
+        data.fingerprint: reference.cache_path(model.cache, data.fingerprint, digest, bf16=model.bf16)
+        for data in present
+    }
+    tables: dict[str, ReferenceTable] = {}
+    for data in present:
+        cached = _cached(paths[data.fingerprint], data, session)
+        if cached is not None:
+            tables[data.fingerprint] = cached
+    if missing := [data for data in present if data.fingerprint not in tables]:
+        if model.path is not None:
+            load_hf_weights(session.models, session.description, model.path, groups)
+        schedule = session.schedule(wrap_precision(session.models, bf16=model.bf16), None)
+        for data in missing:
+            tables[data.fingerprint] = _scored(session, schedule, data)
+            with fail_together(groups.world):
+                if session.is_main:
+                    reference.write_cache(paths[data.fingerprint], tables[data.fingerprint])
+        if model.path is not None:
+            fill_weights(session.models, session.description, model.start, groups, model.seed)
+    return [None if data is None else tables[data.fingerprint] for data in datasets]
+
+
+def _cached(path: Path, data: PairDataset, session: Session) -> ReferenceTable | None:
+    table = reference.read_cached(path, len(data), session.device)
+    # a cache that only some ranks see must not split them
+    seen = torch.tensor([table is not None], dtype=torch.int32, device=session.device.torch_device)
+    dist.all_reduce(seen, op=dist.ReduceOp.MIN, group=session.groups.world)
+    return table if bool(seen.item()) else None
+
+
+def _scored(session: Session, schedule: PairSchedule, data: PairDataset) -> ReferenceTable:
+    loader = session.loader(data)
+    total = -(-len(data) // loader.global_batch_size)
+    with counting("reference log-probabilities", total, shown=session.is_main) as on_step:
+        return compute(schedule, loader.eval_steps(None), len(data), session.groups, session.device, on_step)
 
 
 def compute(

@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,16 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from mindspeed_simpo.batch import RunningStatistics
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import validate
-from mindspeed_simpo.config.layout import Layout
+from mindspeed_simpo.config.options import DataOptions
 from mindspeed_simpo.config.validation import make_layout, settle_batching
 from mindspeed_simpo.data.batching import Batching
-from mindspeed_simpo.data.cache import cache_folder
 from mindspeed_simpo.data.dataset import PairDataset, prepare_pairs
 from mindspeed_simpo.data.loader import PairLoader
+from mindspeed_simpo.data.paths import Part
 from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import Device, open_device
-from mindspeed_simpo.errors import ModelError
-from mindspeed_simpo.loss import reference
 from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.loss.pair_loss import PairLoss
 from mindspeed_simpo.loss.reference import ReferenceTable
@@ -36,14 +35,13 @@ from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.hf_config import read_description, resolve_model
 from mindspeed_simpo.model.megatron.export import export_hf
 from mindspeed_simpo.model.megatron.gpt import build_model
-from mindspeed_simpo.model.megatron.weights import fill_weights, load_hf_weights
+from mindspeed_simpo.model.megatron.weights import fill_weights
 from mindspeed_simpo.parallel import Groups, initialize, seed_model_ranks, shutdown
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.parallel.roll_call import naming_lost_ranks
-from mindspeed_simpo.training import checkpoint, reference_pass
+from mindspeed_simpo.training import checkpoint
 from mindspeed_simpo.training.metrics import MetricSums
-from mindspeed_simpo.training.optimizer import wrap_precision
-from mindspeed_simpo.training.progress import counting, set_up_logging
+from mindspeed_simpo.training.progress import set_up_logging
 from mindspeed_simpo.training.schedule.runner import PairSchedule
 
 logger = logging.getLogger(__name__)
@@ -51,101 +49,64 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Session:
-    """One rank's view of a run, before anything is trained."""
+    """One rank's view of a run, before anything is trained: the parts that the configuration asks for."""
 
-    config: Config
-    layout: Layout
     device: Device
     groups: Groups
+    description: ModelDescription
     tokenizer: PreTrainedTokenizerBase
-    spec: ModelDescription
     models: Sequence[torch.nn.Module]
     """Pipeline chunks, with the weights that ``init_from`` asks for."""
     metric_sums: MetricSums
     running: RunningTracker
     """Statistics that the objective tracks over the global batches."""
+    prepare: Callable[[Part], PairDataset]
+    """Reads and tokenises a part of the data, a collective; fails on every rank or on none."""
+    loader: Callable[[PairDataset], PairLoader]
+    """This rank's share of a data set."""
+    schedule: Callable[[list[torch.nn.Module], ReferenceTable | None], PairSchedule]
+    """The configured objective, head and pair schedule over pipeline chunks, wrapped or not."""
+    export: Callable[[Path], None]
+    """Writes the model as it stands as a Hugging Face folder, a collective; fails on every rank or on none."""
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes files and talks to the user."""
         return self.groups.world.rank() == 0
 
-    def prepare(self, part: Literal["train", "eval"]) -> PairDataset:
-        """Tokenise a part of the data on the first rank of each host; the others read its cache.
-
-        Raises:
-            DataError: on every rank.
-        """
-        dataset = None
-        with fail_together(self.groups.world):
-            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-                dataset = prepare_pairs(self.config, self.tokenizer, part, progress=self.is_main)
-        with fail_together(self.groups.world):
-            return dataset or prepare_pairs(self.config, self.tokenizer, part, progress=False)
-
-    def loader(self, dataset: PairDataset) -> PairLoader:
-        """This rank's share of a dataset."""
-        return PairLoader(
-            dataset,
-            seed=self.config.seed,
-            global_batch_size=self.config.global_batch_size,
-            batching=Batching.of(self.config),
-            data_parallel_rank=self.groups.data.rank(),
-            data_parallel_size=self.groups.data.size(),
-        )
-
-    def schedule(self, models: list[torch.nn.Module], table: ReferenceTable | None) -> PairSchedule:
-        """The configured objective over the given chunks."""
-        return build_schedule(self.config, models, self.spec, self.groups, self.device, table, self.running.current)
-
-    def export(self, output: Path) -> None:
-        """Write the model as it stands as a Hugging Face folder.
-
-        Raises:
-            ModelError: on every rank.
-        """
-        source = resolve_model(self.config.model_name_or_path, weights=False)
-        with fail_together(self.groups.world):
-            export_hf(self.models, self.spec, self.groups, source=source, output=output, tokenizer=self.tokenizer)
-
 
 def build_schedule(
     config: Config,
-    models: list[torch.nn.Module],
-    spec: ModelDescription,
+    description: ModelDescription,
     groups: Groups,
     device: Device,
-    table: ReferenceTable | None = None,
-    running: Callable[[], RunningStatistics | None] | None = None,
+    running: Callable[[], RunningStatistics | None] | None,
+    models: list[torch.nn.Module],
+    table: ReferenceTable | None,
 ) -> PairSchedule:
     """The configured objective, head and pair schedule over pipeline chunks.
 
     Args:
         config: The objective's keys, ``pair_schedule`` and the head's options.
-        models: Wrapped or not.
-        spec: Of the model.
+        description: Of the model.
         groups: Of the layout that the models were built with.
         device: Of the models.
-        table: Sums under the reference model, where the objective needs them.
         running: Statistics of the objective's tracked value.
+        models: Wrapped or not.
+        table: Sums under the reference model, where the objective needs them.
     """
-    return PairSchedule(
-        models=models,
-        scorer=PairScorer(PairLoss.of(config), table, running),
-        head=ResponseHead(
-            groups.tensor,
-            groups.context,
-            vocab_size=spec.vocab_size,
-            sum_dtype=device.reduction_dtype,
-            softcap=spec.logit_softcap,
-            chunk_tokens=config.logprob_chunk_tokens if config.fused_logprob else None,
-            sequence_parallel=config.sequence_parallel and groups.tensor.size() > 1,
-            weight_grad_awaited=config.overlap_grad_reduce,
-        ),
-        groups=groups,
-        device=device.torch_device,
-        pair_schedule=config.pair_schedule,
+    head = ResponseHead(
+        groups.tensor,
+        groups.context,
+        vocab_size=description.vocab_size,
+        sum_dtype=device.reduction_dtype,
+        softcap=description.logit_softcap,
+        chunk_tokens=config.logprob_chunk_tokens if config.fused_logprob else None,
+        sequence_parallel=config.sequence_parallel and groups.tensor.size() > 1,
+        weight_grad_awaited=config.overlap_grad_reduce,
     )
+    scorer = PairScorer(PairLoss.of(config), table, running)
+    return PairSchedule(models, scorer, head, groups, device.torch_device, config.pair_schedule)
 
 
 def export_checkpoint(load: str, output: Path) -> None:
@@ -189,85 +150,70 @@ def open_session(config: Config, device: Device) -> Iterator[Session]:
         with naming_lost_ranks():
             groups = initialize(layout, device, config.distributed_timeout_minutes)
             set_up_logging(is_main=groups.world.rank() == 0)
-            yield _build_session(config, layout, device, groups)
+            yield build_session(config, device, groups)
     finally:
         shutdown()
 
 
-def _build_session(config: Config, layout: Layout, device: Device, groups: Groups) -> Session:
+def build_session(config: Config, device: Device, groups: Groups) -> Session:
+    """Read the model and the tokenizer, and bind what the commands call to the options that it needs.
+
+    Raises:
+        SimpoError: on every rank.
+    """
     device.seed(config.seed)
     seed_model_ranks(config.seed)
     with fail_together(groups.world):
-        spec = read_description(config.model_name_or_path)
-        config = settle_batching(config, spec)
-        layout = make_layout(config, groups.world.size(), spec, device.name)
+        description = read_description(config.model_name_or_path)
+        config = settle_batching(config, description)
+        make_layout(config, groups.world.size(), description, device.name)
         tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     with fail_together(groups.world):
-        models = build_model(spec, config, groups, device)
-        fill_weights(models, spec, config, groups)
-    sums = MetricSums(config.objective, groups, device)
+        models = build_model(description, config, groups, device)
+        fill_weights(models, description, config, groups, config.seed)
     running = RunningTracker(config.objective, groups, device)
-    return Session(config, layout, device, groups, tokenizer, spec, models, sums, running)
+    return Session(
+        device,
+        groups,
+        description,
+        tokenizer,
+        models,
+        MetricSums(config.objective, groups, device),
+        running,
+        prepare=partial(_prepare, config, tokenizer, groups.world),
+        loader=partial(
+            PairLoader,
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            batching=Batching.of(config),
+            data_parallel_rank=groups.data.rank(),
+            data_parallel_size=groups.data.size(),
+        ),
+        schedule=partial(build_schedule, config, description, groups, device, running.current),
+        export=partial(_export, models, description, groups, tokenizer, config.model_name_or_path),
+    )
 
 
-def reference_tables(session: Session, datasets: Sequence[PairDataset | None]) -> list[ReferenceTable | None]:
-    """Sums under the reference model of each dataset, from the cache or from a forward-only pass; else Nones.
+def _prepare(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, world: dist.ProcessGroup, part: Part
+) -> PairDataset:
+    """The first rank of each host tokenises; the others read its cache."""
+    dataset = None
+    with fail_together(world):
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            dataset = prepare_pairs(options, tokenizer, part, progress=world.rank() == 0)
+    with fail_together(world):
+        return dataset or prepare_pairs(options, tokenizer, part, progress=False)
 
-    Leaves the model with its starting weights: while training, no second model is in memory.
 
-    Raises:
-        ModelError: on every rank, where ``ref_model`` cannot be read or has another tokenizer or shape.
-    """
-    config, device, groups = session.config, session.device, session.groups
-    if not config.objective.needs_reference:
-        return [None for _ in datasets]
+def _export(
+    models: Sequence[torch.nn.Module],
+    description: ModelDescription,
+    groups: Groups,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    output: Path,
+) -> None:
+    folder = resolve_model(source, weights=False)
     with fail_together(groups.world):
-        if config.ref_model is not None:
-            _check_reference(config.ref_model, session.spec)
-        random = config.ref_model is None and config.init_from == "config"
-        folder = resolve_model(config.ref_model or config.model_name_or_path, weights=not random)
-        digest = reference.model_fingerprint(folder, config.seed if random else None)
-    tables = [_cached_table(session, data, digest) for data in datasets]
-    missing = [data is not None and table is None for data, table in zip(datasets, tables, strict=True)]
-    if not any(missing):
-        return tables
-    if config.ref_model is not None:
-        load_hf_weights(session.models, session.spec, config.ref_model, groups)
-    schedule = session.schedule(wrap_precision(session.models, bf16=config.bf16), None)
-    for index, data in enumerate(datasets):
-        if data is None or not missing[index]:
-            continue
-        steps = session.loader(data).eval_steps(None)
-        total = -(-len(data) // config.global_batch_size)
-        with counting("reference log-probabilities", total, shown=session.is_main) as on_step:
-            table = reference_pass.compute(schedule, steps, len(data), groups, device, on_step)
-        with fail_together(groups.world):
-            if session.is_main:
-                reference.write_cache(_cache_path(session, data, digest), table)
-        tables[index] = table
-    if config.ref_model is not None:
-        fill_weights(session.models, session.spec, config, groups)
-    return tables
-
-
-def _check_reference(ref_model: str, policy: ModelDescription) -> None:
-    if difference := policy.difference(read_description(ref_model)):
-        raise ModelError(
-            f"ref_model: {ref_model} has another {difference}; the reference must be a model of the same shape and "
-            "vocabulary"
-        )
-
-
-def _cached_table(session: Session, data: PairDataset | None, digest: str) -> ReferenceTable | None:
-    if data is None:
-        return None
-    table = reference.read_cached(_cache_path(session, data, digest), len(data), session.device)
-    # a cache that only some ranks see must not split them
-    seen = torch.tensor([table is not None], dtype=torch.int32, device=session.device.torch_device)
-    dist.all_reduce(seen, op=dist.ReduceOp.MIN, group=session.groups.world)
-    return table if bool(seen.item()) else None
-
-
-def _cache_path(session: Session, data: PairDataset, digest: str) -> Path:
-    folder = cache_folder(session.config.data_cache_dir)
-    return reference.cache_path(folder, data.fingerprint, digest, bf16=session.config.bf16)
+        export_hf(models, description, groups, source=folder, output=output, tokenizer=tokenizer)

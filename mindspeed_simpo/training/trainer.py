@@ -17,6 +17,7 @@ from torch import Tensor
 from mindspeed_simpo.batch import PairBatch
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.options import OutputOptions
+from mindspeed_simpo.data.cache import cache_folder
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data
 from mindspeed_simpo.data.loader import PairLoader, PreparedAhead
 from mindspeed_simpo.device import Device
@@ -28,8 +29,9 @@ from mindspeed_simpo.training import checkpoint, not_finite
 from mindspeed_simpo.training.metrics import MetricsWriter
 from mindspeed_simpo.training.optimizer import Stepper, build_stepper, wrap_for_training, wrap_precision
 from mindspeed_simpo.training.progress import Progress, log_to_file
+from mindspeed_simpo.training.reference_pass import ReferenceModel, reference_tables
 from mindspeed_simpo.training.schedule.runner import PairSchedule
-from mindspeed_simpo.training.session import Session, open_session, reference_tables
+from mindspeed_simpo.training.session import Session, open_session
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def train(config: Config, device: Device) -> None:
                 resumed = checkpoint.find(config.load)
         train_data = session.prepare("train")
         eval_data = session.prepare("eval") if has_eval_data(config) and config.eval_iters != 0 else None
-        tables = reference_tables(session, [train_data, eval_data])
+        tables = _tables(session, config, [train_data, eval_data])
         models = wrap_for_training(session.models, config, bf16=config.bf16)
         train_iters = config.train_iters
         if train_iters is None:
@@ -60,7 +62,7 @@ def train(config: Config, device: Device) -> None:
             run.resume(*resumed)
         with fail_together(session.groups.world):
             if session.is_main:
-                run.open_outputs(stack, config.model_dump(), resumed_step=run.step if resumed else None)
+                run.open_outputs(stack, resumed_step=run.step if resumed else None)
         run.fit()
 
 
@@ -72,7 +74,7 @@ def evaluate(config: Config, device: Device) -> dict[str, float]:
     """
     with open_session(config, device) as session:
         data = session.prepare("eval")
-        [table] = reference_tables(session, [data])
+        [table] = _tables(session, config, [data])
         if config.load is not None:
             with fail_together(session.groups.world):
                 folder, state = checkpoint.find(config.load)
@@ -92,7 +94,7 @@ class Run:
     def __init__(
         self,
         session: Session,
-        options: OutputOptions,
+        config: Config,
         models: list[torch.nn.Module],
         stepper: Stepper,
         train_data: PairDataset,
@@ -100,16 +102,17 @@ class Run:
         tables: Sequence[ReferenceTable | None],
         train_iters: int,
     ) -> None:
-        """Put the parts together; nothing runs yet."""
-        self.session, self.options = session, options
+        """Put the parts together; nothing runs yet. ``config`` is what its checkpoints record."""
+        self.session, self.recorded = session, config
+        self.options: OutputOptions = config
         self.models, self.stepper, self.train_data = models, stepper, train_data
         self.train_iters = train_iters
         self.schedule = session.schedule(models, tables[0])
         self.eval_schedule = session.schedule(models, tables[1])
         self.train_loader = PreparedAhead(session.loader(train_data))
         self.eval_loader = session.loader(eval_data) if eval_data is not None else None
-        self.global_batch_size = session.config.global_batch_size
-        self.root = Path(options.output_dir)
+        self.global_batch_size = config.global_batch_size
+        self.root = Path(config.output_dir)
         self.writer: MetricsWriter | None = None
         self.progress: Progress | None = None
         self.step = 0
@@ -121,7 +124,7 @@ class Run:
 
     def resume(self, folder: Path, state: checkpoint.TrainingState) -> None:
         """Go on from a verified checkpoint."""
-        ours = self.session.config
+        ours = self.recorded
         if state.data_fingerprint != self.train_data.fingerprint or state.config.seed != ours.seed:
             raise _everywhere(
                 CheckpointError(
@@ -138,8 +141,9 @@ class Run:
         self.step = state.step
         logger.info("resumed from %s at step %d", folder, self.step)
 
-    def open_outputs(self, stack: ExitStack, resolved: dict[str, Any], resumed_step: int | None) -> None:
-        """Open the files and the display of the main rank; ``resolved`` is every key with its value."""
+    def open_outputs(self, stack: ExitStack, resumed_step: int | None) -> None:
+        """Open the files and the display of the main rank."""
+        resolved = self.recorded.model_dump()
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
         try:
             (self.root / "config.yaml").write_text(text, encoding="utf-8")
@@ -235,7 +239,7 @@ class Run:
             consumed_pairs=self.consumed_pairs,
             data_fingerprint=self.train_data.fingerprint,
             running=self.session.running.state(),
-            config=self.session.config,
+            config=self.recorded,
         )
         session = self.session
         folder = checkpoint.save(
@@ -289,6 +293,16 @@ def _evaluate(
     for micro_batches in loader.eval_steps(max_batches):
         total += session.metric_sums.local(schedule.forward(micro_batches))
     return session.metric_sums.totals(session.metric_sums.reduce(total)).means
+
+
+def _tables(
+    session: Session, config: Config, datasets: Sequence[PairDataset | None]
+) -> Sequence[ReferenceTable | None]:
+    if not config.objective.needs_reference:
+        return [None for _ in datasets]
+    cache = cache_folder(config.data_cache_dir)
+    model = ReferenceModel(config.ref_model, config, config.seed, config.bf16, cache)
+    return reference_tables(session, model, datasets)
 
 
 def _claim_output(config: Config, *, is_main: bool) -> None:

@@ -137,7 +137,7 @@ def engine_model(folder, layout, **options):
     model_parallel_cuda_manual_seed(1)
     description = read_description(str(folder))
     models = build_model(description, config, groups, device)
-    fill_weights(models, description, config, groups)
+    fill_weights(models, description, config, groups, config.seed)
     return description, groups, models
 
 

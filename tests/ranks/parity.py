@@ -114,13 +114,13 @@ def _train(batches, run, config, groups, device):
 
     spec = read_description(config.model_name_or_path)
     models = build_model(spec, config, groups, device)
-    fill_weights(models, spec, config, groups)
+    fill_weights(models, spec, config, groups, config.seed)
     wrapped = wrap_for_training(models, config, bf16=config.bf16)
     stepper = build_stepper(wrapped, config, config, device, len(batches))
     references = None if run.references is None else torch.tensor(run.references, dtype=torch.float64)
     table = None if references is None else ReferenceTable(references)
     running = RunningTracker(config.objective, groups, device)
-    schedule = build_schedule(config, wrapped, spec, groups, device, table, running.current)
+    schedule = build_schedule(config, spec, groups, device, running.current, wrapped, table)
     metric_sums = MetricSums(config.objective, groups, device)
     if run.running is not None:
         running.load(RunningState(mean=run.running[0], deviation=run.running[1]))

@@ -24,9 +24,9 @@ def make_run(folder, data, output, options):
     from mindspeed_simpo.config.validation import make_layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
-    from mindspeed_simpo.training import session as sessions
     from mindspeed_simpo.training.optimizer import build_stepper, wrap_for_training
-    from mindspeed_simpo.training.trainer import Run
+    from mindspeed_simpo.training.session import build_session
+    from mindspeed_simpo.training.trainer import Run, _tables
 
     Path(output).mkdir(exist_ok=True)
     config = Config(
@@ -42,9 +42,9 @@ def make_run(folder, data, output, options):
     )
     device = open_device("cpu")
     layout = make_layout(config, torch.distributed.get_world_size())
-    session = sessions._build_session(config, layout, device, initialize(layout, device))
+    session = build_session(config, device, initialize(layout, device))
     pairs = session.prepare("train")
-    tables = sessions.reference_tables(session, [pairs, None])
+    tables = _tables(session, config, [pairs, None])
     models = wrap_for_training(session.models, config, bf16=config.bf16)
     stepper = build_stepper(models, config, config, device, 4)
     return Run(session, config, models, stepper, pairs, None, tables, 4)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.options import ModelOptions
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.hf_config import resolve_model
 from mindspeed_simpo.model.megatron.gpt import PolicyModel
@@ -19,17 +19,17 @@ from mindspeed_simpo.parallel import Groups
 
 
 def fill_weights(
-    models: Sequence[torch.nn.Module], description: ModelDescription, config: Config, groups: Groups
+    models: Sequence[torch.nn.Module], description: ModelDescription, options: ModelOptions, groups: Groups, seed: int
 ) -> None:
     """Give every parameter its first value: ``init_from: weights`` reads them, ``config`` draws them from ``seed``.
 
     Raises:
         ModelError: see :func:`load_hf_weights`.
     """
-    if config.init_from == "weights":
-        load_hf_weights(models, description, config.model_name_or_path, groups)
+    if options.init_from == "weights":
+        load_hf_weights(models, description, options.model_name_or_path, groups)
     else:
-        fill_from(models, RandomWeights(description, config.seed), groups)
+        fill_from(models, RandomWeights(description, seed), groups)
 
 
 def load_hf_weights(

@@ -8,6 +8,7 @@ import pytest
 
 from mindspeed_simpo.objectives import OBJECTIVES as DECLARED
 from tests import oracle
+from tests.e2e.cli import lines_of
 from tests.e2e.encode import encode_file, encode_rows
 from tests.hf import make_checkpoint
 from tests.objectives import OBJECTIVES
@@ -90,6 +91,18 @@ def test_the_second_part_of_split_is_evaluated(program, model, train_pairs):
     del program.config["eval_data_path"]
     expected = oracle.evaluate(model, encode_file(model, train_pairs)[18:], oracle.Options())
     assert_equal(program.run("evaluate", split="75,25").metrics, expected)
+
+
+def test_a_checkpoint_is_evaluated_with_its_running_statistics(program, tmp_path):
+    program.config |= {"stage": "alphadpo", "train_iters": 2, "alphadpo_alpha": 0.5}
+    done = program.run("train")
+    assert done.code == 0, done.stderr
+    before, after = lines_of(tmp_path / "out", "eval")
+    metrics = program.run("evaluate", load=tmp_path / "out").metrics
+    assert metrics == {key: after[key] for key in metrics}
+    # the gaps of held-out pairs are not the mean of the training pairs' gaps
+    assert before["target_margin"] == pytest.approx(0.3, abs=1e-12)
+    assert abs(metrics["target_margin"] - 0.3) > 1e-3
 
 
 def test_nothing_to_evaluate(program):

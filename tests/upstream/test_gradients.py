@@ -62,7 +62,7 @@ FORM_CASES = {
     "fused": (1, "--fused-logprob"),
 }
 LOSS = {"dpo": 5e-6, "alphapo": 5e-6}
-"""Relative error of losses that are made of differences between numbers of 40 and more, which MindSpeed adds in fp32."""
+"""Relative error of losses that are made of differences between large numbers, which MindSpeed has in fp32."""
 PAIRS = make_pairs(8)
 
 

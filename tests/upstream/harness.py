@@ -73,9 +73,9 @@ class Run:
     folder: Path
     ranks: list = field(default_factory=list)
 
-    def metrics(self, stage="simpo"):
+    def metrics(self):
         """{metric: value} of each logged training iteration, from this package's line."""
-        lines = re.findall(rf"^ {stage} iteration +\d+/ +\d+ \| (.*) \|$", self.text, re.MULTILINE)
+        lines = re.findall(r"^ \w+ iteration +\d+/ +\d+ \| (.*) \|$", self.text, re.MULTILINE)
         return [
             {name: float(value) for name, value in (item.split(": ") for item in line.split(" | "))} for line in lines
         ]
@@ -187,9 +187,13 @@ def _nursery():
     return process
 
 
-def train(folder, pairs, flags="", ranks=1, global_batch=4, iterations=1, stage="simpo", **options):
-    """One training run of the small model; fails with upstream's own output."""
+def train(folder, pairs, flags="", ranks=1, global_batch=4, iterations=1, stage="simpo", forms=(), **options):
+    """One training run of the small model; fails with upstream's own output.
+
+    Each iteration after the first takes the configuration keys of the next of ``forms``.
+    """
     data = write_data(folder / "data", pairs)
+    (folder / "forms.json").write_text(json.dumps(forms))
     sizes = f"--global-batch-size {global_batch} --train-iters {iterations}"
     if "--micro-batch-size" not in flags.split():
         sizes += " --micro-batch-size 2"
@@ -225,11 +229,15 @@ def no_pad_flag():
     return "--no-pad-to-seq-lengths" if "no_pad_to_seq_lengths" in source else "--variable-seq-lengths"
 
 
-def gradient_errors(run, gradients):
-    """Relative L2 error of each parameter's gradient, the worst over ranks; every gradient must have been compared."""
+def gradient_errors(run, gradients, step=None):
+    """Relative L2 error of each parameter's gradient, the worst over ranks; every gradient must have been compared.
+
+    ``step`` counts from 0 in a run of several forms; None is the last one.
+    """
     errors = {}
     for rank in run.ranks:
         for name, (layer, gradient, _) in rank["parameters"].items():
+            gradient = gradient if step is None else rank["steps"][step][name]
             part = megatron_part(gradients, name, layer, *rank["tensor"])
             error = ((gradient.double() - part).norm() / part.norm()).item()
             errors[name] = max(errors.get(name, 0.0), error)

@@ -2,10 +2,12 @@
 
     worker.py FOLDER FLAGS...
 
-FOLDER gets ``weights_RANK.pt`` (before training) where FOLDER/load is absent, and ``RANK.pt``: ``{parameter name:
-(layer in the whole model or None, gradient of the last step, value after it)}`` with the rank's place.
+FOLDER gets ``RANK.pt``: ``{parameter name: (layer in the whole model or None, gradient of the last step, value after
+it)}`` with the rank's place. Where FOLDER/forms.json lists configuration keys, each step after the first takes the next
+ones, and ``RANK.pt`` has the gradients of every step.
 """
 
+import json
 import os
 import re
 import resource
@@ -70,6 +72,7 @@ def main():
         fill(models, hf_params(), tensor)
         optimizer.reload_model_params()
         fill(getattr(getattr(trainer, "hyper_model", None), "refer_model", []), hf_params(salt=1), tensor)
+    steps = forms_in_turn(folder / "forms.json", trainer, optimizer, models)
     before = psutil.Process().memory_info().rss
     trainer.train()
     if get_args().use_distributed_optimizer:
@@ -77,6 +80,7 @@ def main():
             whole_gradients(model)
     result = {
         "tensor": tensor,
+        "steps": steps,
         "growth": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before,
         "parameters": {
             re.sub(r"layers\.\d+", f"layers.{layer}", name): (layer, gradient(parameter), parameter.detach().clone())
@@ -86,6 +90,35 @@ def main():
         },
     }
     torch.save(result, folder / f"{os.environ['RANK']}.pt")
+
+
+def forms_in_turn(path, trainer, optimizer, models):
+    """Let each step train the next form, and keep the gradients of each: ``[{parameter name: gradient}]``."""
+    from megatron.training import get_args
+
+    from mindspeed_simpo.integrations.mindspeed_llm.pairs import pair_loss
+
+    kept, forms, update = [], json.loads(path.read_text()) if path.exists() else [], optimizer.step
+
+    def step():
+        kept.append(
+            {
+                re.sub(r"layers\.\d+", f"layers.{layer}", name): gradient(parameter)
+                for model in models
+                for name, layer, parameter in named(model)
+            }
+        )
+        result = update()
+        if forms:
+            vars(get_args()).update(forms.pop(0))
+            for holder in (trainer, trainer.two_pass):
+                if holder is not None:
+                    holder._objective = pair_loss(get_args())
+        return result
+
+    if forms:
+        optimizer.step = step
+    return kept
 
 
 def gradient(parameter):

@@ -21,12 +21,21 @@ FAMILIES = {
     "qwen2": {"family": "qwen2", "tied": True},
     "qwen3": {"family": "qwen3", "head_dim": 16},
     "llama": {"family": "llama", "rope_scaling": "llama3"},
-    "mistral": {"family": "mistral"},
+    "mistral": {"family": "mistral", "window": 8},
+    "gemma2": {"family": "gemma2", "tied": True},
+    "gemma3_text": {"family": "gemma3_text", "rope_scaling": "linear", "tied": True},
+    "phi3": {"family": "phi3", "head_dim": 16, "partial": 0.5, "window": 8},
+    "glm4": {"family": "glm4", "head_dim": 8},
+    "shared key-value heads": {"family": "qwen2", "head_dim": 8, "heads": 7, "kv_heads": 1},
 }
-"""Queries share keys in all; Qwen2 has biases and a head tied to the embedding, Qwen3 wider heads with norms."""
+"""Queries share keys in all; Qwen2 has biases and a head tied to the embedding, Qwen3 wider heads with norms. Windows are
+shorter than the sequences. With the last, tensor-parallel ranks share one key-value head and divide its queries unevenly.
+"""
 
 ON_EVERY_ROW = ("sigmoid", "sigmoid + ftx", "hinge", "hinge + ftx", "ipo", "ipo + ftx", "dpo")
-"""The objectives that continuous integration has on every one of its rows."""
+"""The objectives that continuous integration has on each of its rows of the first family."""
+OF_FAMILIES = ("sigmoid + ftx", "dpo")
+"""And on the rows of the other families."""
 
 LR = 1e-3
 # Adam's first step is lr * g / (|g| + eps): an epsilon far above fp32's noise keeps it from scaling that noise up.
@@ -74,6 +83,8 @@ def all_rows() -> list[Row]:
     options = [Row(layout, (option,)) for option in OPTIONS for layout in option.rows]
     together = [Row(layout, options) for options in OPTIONS_TOGETHER for layout in _rows_of_all(options)]
     families = [Row(layout, family=family) for family in FAMILIES for layout in most_axes]
+    packed = [option for option in OPTIONS if option.key == "batching"]
+    families += [Row(option.rows[-1], (option,), family) for family in FAMILIES for option in packed]
     rows = [*map(Row, MATRIX), *options, *together, *families]
     return sorted(dict.fromkeys(rows), key=lambda row: row.layout.ranks)
 
@@ -91,6 +102,8 @@ def quick_objectives(row: Row) -> tuple[str, ...]:
 
     Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
     """
+    if row.family != "qwen2":
+        return OF_FAMILIES
     return tuple(OBJECTIVES) if row in _rows_of_all_objectives() else ON_EVERY_ROW
 
 
@@ -172,7 +185,7 @@ class Matrix:
         )
 
     def _make_checkpoint(self, shape: _Shape, seed=0) -> Path:
-        options = FAMILIES[shape.family] | {"heads": shape.heads, "kv_heads": shape.kv_heads}
+        options = {"heads": shape.heads, "kv_heads": shape.kv_heads} | FAMILIES[shape.family]
         folder = self._folder / f"{shape.family}-{shape.layers}-{shape.heads}-{seed}"
         if not folder.exists():
             make_checkpoint(

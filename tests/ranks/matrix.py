@@ -28,9 +28,9 @@ FAMILIES = {
     "glm4": {"family": "glm4", "head_dim": 8},
     "shared key-value heads": {"family": "qwen2", "head_dim": 8, "heads": 7, "kv_heads": 1},
 }
-"""Queries share keys in all; Qwen2 has biases and a head tied to the embedding, Qwen3 wider heads with norms. Windows are
-shorter than the sequences. With the last, tensor-parallel ranks share one key-value head and divide its queries unevenly.
-"""
+"""Queries share keys in all; Qwen2 has biases and a head tied to the embedding, Qwen3 wider heads with norms. Windows
+are shorter than the sequences. With the last, tensor-parallel ranks share one key-value head and divide its queries
+unevenly."""
 
 ON_EVERY_ROW = ("sigmoid", "sigmoid + ftx", "hinge", "hinge + ftx", "ipo", "ipo + ftx", "dpo")
 """The objectives that continuous integration has on each of its rows of the first family."""

@@ -15,6 +15,8 @@ from mindspeed_simpo.model.description import Attention, HeadShare, Layer, Model
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 
 _FP32 = 4
+_SCORES = 3
+"""Tensors of the size of a block's scores that are there at once where these have a soft cap."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def estimate_memory(
     - head, on the last stage: of r response tokens the states ``2 b r hidden`` and the logits, ``8 r vocabulary / t``
       whole, or with ``fused_logprob`` ``(4, in bf16 8) vocabulary / t`` of at most ``logprob_chunk_tokens`` of them;
     - backward ``4 b n ffn / t``: what SwiGLU's makes while its layer is still there; or where scores have a soft cap
-      those of one block of queries, six times, if that is more.
+      those of one block of queries, three times, if that is more.
 
     Args:
         model: Whose layers count each for itself.
@@ -194,10 +196,12 @@ class _Run:
         joined = gathered or self.config.batching_in_use != "padded"
         shared = share.queries > share.kv_heads
         normed = attention.qk_norm is not None
+        # queries of several groups do not lie end to end in the projection: the norm keeps a copy
+        queries_again = queries if normed and shared and share.kv_heads > 1 else 0
         blockwise = self.blockwise(attention)
         mixed = queries + (2 * keys if share.kv_parts == 1 else 2 * keys // share.kv_parts + 2 * keys)
         if recomputed:
-            per_token = queries + keys + mixed + queries + (queries if normed and shared else 0)
+            per_token = queries + keys + mixed + queries + queries_again
             return self.width * self.tokens * per_token
         branch_keys = batch.prefixes + batch.branch_tokens if batch.longest_branch else 0
         values = self.tokens * (2 * queries + (queries if joined else 0))
@@ -206,13 +210,13 @@ class _Run:
             seen = self.tokens - batch.branch_tokens + branch_keys
             if gathered:  # two chunks, each with copies of the keys up to its end
                 seen = self.tokens * (2 * context + 1) // 2
-            values += 2 * queries * seen + (self.tokens * (mixed + queries) if normed else 0)
+            values += 2 * queries * seen + (self.tokens * (mixed + queries_again) if normed else 0)
         elif gathered:
             values += 2 * keys * self.tokens * context + (self.tokens * mixed if normed else 0)
         else:
             values += self.tokens * (keys + mixed) + 2 * keys * branch_keys
-        if normed and shared and not copied:
-            values += self.tokens * queries
+        if not copied:
+            values += self.tokens * queries_again
         # npu_fusion_attention keeps a maximum and a sum, eight times each
         softmax = self.tokens * share.queries * _FP32 * (16 if self.device == "npu" else 1)
         norms = self.tokens * (share.queries + share.kv_heads) * _FP32 if normed else 0
@@ -227,8 +231,9 @@ class _Run:
             return mlp
         length = min(self.batch.tokens // self.batch.rows, self.config.seq_length)
         rows = self.batch.rows if self.config.batching_in_use == "padded" else 1
-        queries = block_size(attention.window, attention.softcap)
-        return max(mlp, 6 * _FP32 * rows * share.queries * min(queries, length) * length)
+        queries = min(block_size(attention.window, attention.softcap), length)
+        keys = min(length, queries + (attention.window or length))
+        return max(mlp, _SCORES * _FP32 * rows * share.queries * queries * keys)
 
     def mask_bytes(self) -> int:
         """The floating-point masks: of each window in use, and of the branches on CPUs."""

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.hf import Pairs, make_checkpoint, make_token_pairs
+from tests.ranks import model_helpers
 from tests.ranks.launcher import run_ranks
 
 PAIRS = 8
@@ -92,6 +93,32 @@ def test_one_rank(tmp_path, family):
     pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
     [found] = run_ranks(_counted_on_rank, 1, str(folder), pairs, {}, MODES)
     check(found, MODES)
+
+
+VARIED = {
+    "gemma2": {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma3_text": {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "glm4": {},
+    "phi3": {"num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("family", VARIED)
+def test_layers_that_differ(tmp_path, family):
+    """Windows, soft caps, norms after a block: each layer counts for itself."""
+    shape = {"num_hidden_layers": 4, "vocab_size": 512, "intermediate_size": 160}
+    folder = model_helpers.make_checkpoint(tmp_path, family, **shape, **VARIED[family])
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    [found] = run_ranks(_counted_on_rank, 1, folder, pairs, {}, [MODES[0], MODES[3]])
+    check(found, [MODES[0], MODES[3]], PROMISED)
+
+
+def test_more_ranks_than_key_value_heads(tmp_path):
+    shape = {"num_hidden_layers": 4, "vocab_size": 512, "intermediate_size": 160}
+    folder = model_helpers.make_checkpoint(tmp_path, "glm4", **shape)
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    for found in run_ranks(_counted_on_rank, 4, folder, pairs, {"tensor_model_parallel_size": 4}, [MODES[3]]):
+        check(found, [MODES[3]], PROMISED)
 
 
 def test_whole_logits_are_the_heads_share(tmp_path):

@@ -53,6 +53,8 @@ CASES = {
     "fused cp2 ulysses": (2, f"--fused-logprob {ULYSSES}"),
     "fused cp2 ring two_pass": (2, f"--fused-logprob --pair-schedule two_pass {RING}"),
 }
+# rewards of AlphaPO's default beta are 40 here: fp32, in which MindSpeed adds, holds their differences to 4e-6 only
+FORMS = FORMS | {"alphapo": {"stage": "alphapo", "alphapo_beta": 0.5}}
 OTHER_FORMS = [form for form in FORMS if stage_of(form) != "simpo" and not OBJECTIVES[stage_of(form)].needs_reference]
 FORM_CASES = {
     "one rank": (1, ""),
@@ -61,8 +63,6 @@ FORM_CASES = {
     "two_pass pp2": (2, f"--pair-schedule two_pass {PP2} --micro-batch-size 1"),
     "fused": (1, "--fused-logprob"),
 }
-LOSS = {"dpo": 5e-6, "alphapo": 5e-6}
-"""Relative error of losses that are made of differences between large numbers, which MindSpeed has in fp32."""
 PAIRS = make_pairs(8)
 
 
@@ -83,7 +83,9 @@ def check(run, pairs, step=None, **options):
     wanted, gradients = expected(pairs, **options)
     at = -1 if step is None else step
     found = run.metrics()[at]
-    assert found.pop("lm loss") == pytest.approx(wanted.pop("loss"), rel=LOSS.get(options.get("stage"), 1e-6))
+    # DPO's is made of differences between sums of many nats
+    of_sums = options.get("stage") == "dpo"
+    assert found.pop("lm loss") == pytest.approx(wanted.pop("loss"), rel=5e-6 if of_sums else 1e-6)
     assert found == pytest.approx(wanted, rel=2e-6, abs=5e-6)
     errors = gradient_errors(run, gradients, step)
     assert max(errors.values()) < 1e-5, errors

@@ -53,8 +53,8 @@ CASES = {
     "fused cp2 ulysses": (2, f"--fused-logprob {ULYSSES}"),
     "fused cp2 ring two_pass": (2, f"--fused-logprob --pair-schedule two_pass {RING}"),
 }
-# rewards of AlphaPO's default beta are 40 here: fp32, in which MindSpeed adds, holds their differences to 4e-6 only
-FORMS = FORMS | {"alphapo": {"stage": "alphapo", "alphapo_beta": 0.5}}
+# RePO's loss alone is a small difference here: fp32, in which MindSpeed adds, holds it to 2e-6 only
+FORMS = FORMS | {"repo": {"stage": "repo", "pref_ftx": 0.3}}
 OTHER_FORMS = [form for form in FORMS if stage_of(form) != "simpo" and not OBJECTIVES[stage_of(form)].needs_reference]
 FORM_CASES = {
     "one rank": (1, ""),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _SHOWN = 3
 
 
+@runtime_checkable
 class WeightSource(Protocol):
     """Gives parts of the tensors that :func:`~mindspeed_simpo.model.naming.hf_tensors` lists."""
 

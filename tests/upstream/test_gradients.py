@@ -104,7 +104,7 @@ def test_topology(tmp_path, name):
 def test_every_objective(tmp_path, name):
     """One start of the ranks for all of them: each step trains the next one, with the weights that all start from."""
     ranks, flags = FORM_CASES[name]
-    first, *others = (FORMS[form] for form in OTHER_FORMS)
+    first, *others = ({"pref_ftx": 0.0, **FORMS[form]} for form in OTHER_FORMS)
     still = f"--lr 0.0 --min-lr 0.0 {given(first)} {flags}"
     run = train(tmp_path, PAIRS, still, ranks, iterations=len(OTHER_FORMS), stage=first["stage"], forms=others)
     for step, form in enumerate(OTHER_FORMS):

@@ -101,9 +101,7 @@ def test_layouts(checkpoints, layout):
 
 @pytest.mark.parametrize("model", ["llama", "mistral"])
 def test_families(checkpoints, model):
-    # one key head cannot be shared by two tensor-parallel ranks
-    layout = {DP: 2, PP: 2} if MODELS[model].get("kv_heads") == 1 else {TP: 2, PP: 2}
-    check(checkpoints(model), model, **layout)
+    check(checkpoints(model), model, **{TP: 2, PP: 2})
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -40,6 +40,7 @@ from tests.ranks.matrix import (
     Matrix,
     Row,
     all_rows,
+    objectives_of,
     quick_objectives,
     quick_rows,
 )
@@ -150,7 +151,7 @@ def measure(rows: Sequence[Row], console: Console, *, quick: bool) -> tuple[list
         matrix = Matrix(folder)
         for row in track(rows, "parity matrix", console=console):
             try:
-                found = matrix.cells(row, quick_objectives(row) if quick else tuple(OBJECTIVES))
+                found = matrix.cells(row, quick_objectives(row) if quick else objectives_of(row))
             except KeyboardInterrupt:
                 console.print("interrupted: the tables have the rows up to here", highlight=False)
                 break

@@ -97,6 +97,15 @@ def quick_rows() -> list[Row]:
     return list(dict.fromkeys([*map(Row, COVERING), *together, *families]))
 
 
+def objectives_of(row: Row) -> tuple[str, ...]:
+    """The objectives of a row in the whole matrix: all on covering rows and with every option, else a choice.
+
+    Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
+    """
+    covering = row.layout in COVERING or bool(row.options)
+    return tuple(OBJECTIVES) if row.family == "qwen2" and covering else ON_EVERY_ROW
+
+
 def quick_objectives(row: Row) -> tuple[str, ...]:
     """The objectives of a row in continuous integration: all where most axes and options meet, else a choice.
 

@@ -1,1 +1,1 @@
-"""The commands: flags, exit codes, the ranks of this host, the check before a run."""
+"""The command line: flags, exit codes, the launch of ranks on this host, the pre-flight check."""

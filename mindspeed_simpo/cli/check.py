@@ -1,4 +1,4 @@
-"""``mindspeed-simpo check``: what can be known of a run before it takes any accelerator time."""
+"""``mindspeed-simpo check``: the pre-flight report on data, hyper-parameters, parallel layout and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
-from mindspeed_simpo.config.validation import make_layout, settle_batching
+from mindspeed_simpo.config.validation import make_layout, resolve_batching
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data, prepare_pairs
 from mindspeed_simpo.data.largest import LargestPass, largest_pass
@@ -33,20 +33,20 @@ from mindspeed_simpo.objectives import OBJECTIVES
 from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, estimate_memory
 
 INSPECTED_PAIRS = 2000
-"""Pairs of each part, evenly spread, whose tokens are looked at one by one."""
+"""Largest number of pairs of each part, evenly spaced, whose token ids are inspected."""
 _COUNTS = ("rows", "kept", "malformed", "empty", "identical", "not_prefix", "too_long")
 _T = TypeVar("_T")
 
 
 @dataclass
 class Findings:
-    """What the checks found, in the order in which they found it."""
+    """Errors and warnings of the checks, in the order of the checks."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def attempt(self, work: Callable[[], _T]) -> _T | None:
-        """The result of ``work``, or None and one more error."""
+        """The result of ``work``, or None after a ``SimpoError``, whose message joins ``errors``."""
         try:
             return work()
         except SimpoError as error:
@@ -55,40 +55,40 @@ class Findings:
 
 
 def check(config: Config, world_size: int, console: Console | None = None) -> bool:
-    """Look at model, data, tokens, settings, layout and memory, and report on stdout.
+    """Check model, data, tokens, hyper-parameters, layout and memory, and print a report.
 
     Args:
-        config: Validated; ``make_layout(config, world_size)`` holds.
-        world_size: Ranks that the run will have.
-        console: Where the report goes.
+        config: Validated; ``make_layout(config, world_size)`` accepts it.
+        world_size: Number of ranks of the run.
+        console: Console for the report; stdout by default.
 
     Returns:
-        Whether training may start: False where it would stop with an error.
+        Whether training may start; False where training would stop with an error.
     """
     console = console or Console(highlight=False)
     findings = Findings()
     device = find_device() if config.device == "auto" else config.device
     spec = findings.attempt(lambda: _model(config, world_size, device))
     if spec is not None:
-        config = settle_batching(config, spec)
+        config = resolve_batching(config, spec)
     tokenizer = findings.attempt(lambda: load_tokenizer(config.model_name_or_path, config.chat_template))
     parts: dict[str, PairDataset] = {}
     if tokenizer is not None:
         parts = _prepare(config, tokenizer, findings)
         if parts:
             console.print(_data_table(parts))
-            findings.warnings += inspect_pairs(parts, tokenizer)
+            findings.warnings += token_warnings(parts, tokenizer)
         if "train" in parts:
             _print_sample(console, parts["train"][0], tokenizer)
     if "train" in parts:
-        findings.warnings += judge_length(config, len(parts["train"]))
-    findings.warnings += judge_budget(config, parts)
-    findings.warnings += judge_settings(config)
+        findings.warnings += run_length_warnings(config, len(parts["train"]))
+    findings.warnings += token_budget_warnings(config, parts)
+    findings.warnings += setting_warnings(config)
     if spec is not None:
         layout = make_layout(config, world_size)
         estimates = estimate_memory(spec, config, layout, _largest(config, layout, parts), device)
         _print_layout(console, config, layout, spec, estimates)
-        findings.warnings += judge_memory(config, layout, estimates)
+        findings.warnings += memory_warnings(config, layout, estimates)
     for title, style, messages in (("warning", "yellow", findings.warnings), ("error", "red", findings.errors)):
         for message in messages:
             console.print(f"[{style}]{title}[/]: {escape(message)}", soft_wrap=True)
@@ -97,13 +97,13 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     return not findings.errors
 
 
-def judge_settings(config: Config) -> Iterator[str]:
-    """Settings outside the ranges of the objective's published runs, and keys that have no effect."""
+def setting_warnings(config: Config) -> Iterator[str]:
+    """Warnings about hyper-parameters outside the range of the objective's published runs, and about unused keys."""
     yield from config.objective.warnings(config.keys_of(config.objective))
     for objective in OBJECTIVES.values():
         changed = [name for name, key in objective.keys.model_fields.items() if getattr(config, name) != key.default]
         if changed and objective.stage != config.stage:
-            yield f"{', '.join(changed)}: of no effect, for the stage is {config.stage}"
+            yield f"{', '.join(changed)}: no effect, because the stage is {config.stage}"
     if config.init_from == "config":
         yield "init_from: config starts from random weights; preference training normally starts from a tuned model"
         return
@@ -113,8 +113,8 @@ def judge_settings(config: Config) -> Iterator[str]:
         yield (f"lr {config.lr:g}: published runs of {config.objective.title} use {lowest:g} to {highest:g}{degrades}")
 
 
-def judge_length(config: Config, num_pairs: int) -> Iterator[str]:
-    """Batches and run lengths that do not fit the number of training pairs."""
+def run_length_warnings(config: Config, num_pairs: int) -> Iterator[str]:
+    """Warnings about a global batch larger than the training data, and about more than three passes over the data."""
     if num_pairs < config.global_batch_size:
         yield f"the {num_pairs} training pairs do not fill one global batch of {config.global_batch_size}"
     elif config.train_iters is not None and config.train_iters * config.global_batch_size > 3 * num_pairs:
@@ -122,8 +122,8 @@ def judge_length(config: Config, num_pairs: int) -> Iterator[str]:
         yield f"train_iters {config.train_iters} makes {passes:.1f} passes over the pairs; the paper's runs make one"
 
 
-def judge_budget(config: Config, parts: dict[str, PairDataset]) -> Iterator[str]:
-    """Pairs that need a micro-batch of more tokens than was asked for."""
+def token_budget_warnings(config: Config, parts: dict[str, PairDataset]) -> Iterator[str]:
+    """Warnings about pairs with more tokens than ``max_tokens_per_micro_batch``."""
     if config.batching_in_use == "padded":
         return
     batching = Batching.of(config)
@@ -136,16 +136,16 @@ def judge_budget(config: Config, parts: dict[str, PairDataset]) -> Iterator[str]
             )
 
 
-def judge_memory(config: Config, layout: Layout, estimates: Sequence[MemoryEstimate]) -> Iterator[str]:
-    """A run on the CPU that needs more than the memory of this host."""
+def memory_warnings(config: Config, layout: Layout, estimates: Sequence[MemoryEstimate]) -> Iterator[str]:
+    """Warning about a CPU run that needs more memory than this host has."""
     needed = layout.tensor * layout.context * layout.data * sum(estimate.total for estimate in estimates)
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if config.device == "cpu" and needed > present:
         yield f"the ranks need about {_gib(needed)} GiB together; this host has {_gib(present)} GiB"
 
 
-def inspect_pairs(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Double or missing BOS, missing ends of turn, and held-out prompts that training shows."""
+def token_warnings(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Warnings about double or missing BOS, missing end-of-turn tokens, and evaluation prompts in the training data."""
     bos, end = tokenizer.bos_token_id, ChatFormat(tokenizer).end_of_turn_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
     prompts: dict[str, set[tuple[int, ...]]] = {}
@@ -157,7 +157,7 @@ def inspect_pairs(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizerB
             "begin without the BOS token that the tokenizer gives plain text": lambda pair: (
                 adds_bos and pair.prompt_ids[:1] != [bos]
             ),
-            "lost the end of turn of a response to truncation": lambda pair: (
+            "lost the end-of-turn token of a response to truncation": lambda pair: (
                 pair.chosen_ids[-1] != end or pair.rejected_ids[-1] != end
             ),
         }
@@ -174,7 +174,7 @@ def _inspected(dataset: PairDataset) -> list[TokenizedPair]:
 
 def _model(config: Config, world_size: int, device: str) -> ModelDescription:
     spec = read_description(config.model_name_or_path)
-    make_layout(settle_batching(config, spec), world_size, spec, device)
+    make_layout(resolve_batching(config, spec), world_size, spec, device)
     if config.init_from == "weights":
         SafetensorsFolder(resolve_model(config.model_name_or_path, weights=True), spec)
     return spec
@@ -191,7 +191,7 @@ def _prepare(config: Config, tokenizer: PreTrainedTokenizerBase, findings: Findi
             parts[part] = prepare_pairs(config, tokenizer, part, progress=True)
         except DataError as error:
             findings.errors.append(f"{part}: {error}")
-            try:  # what can be used still has statistics
+            try:  # statistics of the usable pairs
                 parts[part] = prepare_pairs(lenient, tokenizer, part, progress=True)
             except SimpoError:
                 continue
@@ -220,7 +220,9 @@ def _print_sample(console: Console, pair: TokenizedPair, tokenizer: PreTrainedTo
     def decoded(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    console.print(f"\nFirst pair, {escape(pair.source)}; the loss sees only the coloured tokens", soft_wrap=True)
+    console.print(
+        f"\nFirst pair, {escape(pair.source)}; the loss is computed on the coloured tokens only", soft_wrap=True
+    )
     for name, ids, style in (("chosen", pair.chosen_ids, "green"), ("rejected", pair.rejected_ids, "red")):
         console.print(Text(f"{name}, {len(pair.prompt_ids)} + {len(ids)} tokens", style="bold"))
         console.print(Text.assemble((decoded(pair.prompt_ids), "dim"), (decoded(ids), style)), soft_wrap=True)
@@ -229,7 +231,7 @@ def _print_sample(console: Console, pair: TokenizedPair, tokenizer: PreTrainedTo
 
 def _largest(config: Config, layout: Layout, parts: dict[str, PairDataset]) -> LargestPass:
     half = config.seq_length // 2
-    # nothing is known without data: prompts and responses of half the length
+    # without data: prompts and responses of half of seq_length, the longest pairs
     lengths = parts["train"].lengths if "train" in parts else np.full((config.global_batch_size, 3), half)
     return largest_pass(lengths, config, Batching.of(config), layout)
 
@@ -242,17 +244,18 @@ def _print_layout(
     degrees = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in axes)
     pairs = config.global_batch_size // layout.data
     console.print(
-        f"{spec.family}, {total:,} parameters; {degrees}; {pairs} pairs a step on each data rank", soft_wrap=True
+        f"{spec.family}, {total:,} parameters; {degrees}; {pairs} pairs per step on each data-parallel rank",
+        soft_wrap=True,
     )
-    console.print(_levers(config), soft_wrap=True)
-    table = Table("GiB on one rank of", *(f"stage {estimate.stage}" for estimate in estimates))
+    console.print(_memory_options(config), soft_wrap=True)
+    table = Table("GiB per rank", *(f"pipeline rank {estimate.stage}" for estimate in estimates))
     for name in ("parameters", "gradients", "optimizer", "activations", "head", "backward", "total"):
         table.add_row(name, *(_gib(getattr(estimate, name)) for estimate in estimates))
     console.print(table)
 
 
-def _levers(config: Config) -> str:
-    """What is on of all that changes the memory and the time of a step, and not its result."""
+def _memory_options(config: Config) -> str:
+    """One line of the options that change the memory and the time of a step but not its result."""
     form = config.batching_in_use
     size = f"{config.micro_batch_size} pairs" if form == "padded" else f"up to {config.token_budget} tokens"
     fused = "on" if config.fused_logprob else "off"

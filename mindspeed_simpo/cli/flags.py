@@ -1,4 +1,4 @@
-"""Configuration keys -> command-line flags: names and help from the fields of ``config``, values left to its checks."""
+"""Command-line flags from the option fields of ``config``: names, help texts and defaults; ``Config`` checks values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _METAVARS = {int: "INT", float: "FLOAT", str: "STR"}
 
 
 def option_fields() -> list[tuple[str, Any, Any]]:
-    """One ``dataclasses.make_dataclass`` field per option group, each a dataclass of optional flags."""
+    """One ``(name, type, default)`` field for ``dataclasses.make_dataclass`` per option group.
+
+    The type of each field is a dataclass of optional flags, in which None means that the flag was not given.
+    """
     fields = []
     for group in OPTION_GROUPS:
         title = (group.__doc__ or group.__name__).rstrip(".")
@@ -30,7 +33,7 @@ def option_fields() -> list[tuple[str, Any, Any]]:
 
 
 def given(command: Any) -> dict[str, Any]:
-    """The keys that the command line sets, as plain values that ``config`` converts and checks."""
+    """The keys that the command line sets, with values that ``Config`` converts and checks."""
     values = {}
     for group in OPTION_GROUPS:
         for name in group.model_fields:

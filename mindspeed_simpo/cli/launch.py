@@ -1,4 +1,4 @@
-"""Start ranks on this host, and make sure that none outlives its launcher."""
+"""Launch of the ranks of one host: exit codes, and no rank that outlives its launcher."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ def in_launched_rank() -> bool:
 
 
 def prepare_process() -> None:
-    """Settle how this process ends: with its launcher, on SIGTERM, and its forked helpers with it.
+    """Set the signal handlers and parent-death signals of this process and of the processes that it forks.
 
-    A rank that :func:`launch` started is killed by the kernel when the launcher dies, even by SIGKILL: no orphan goes
-    on writing checkpoints. A rank keeps SIGTERM's default action, which works inside a blocked collective too; a
-    process of its own unwinds and exits 143.
+    The kernel kills a rank that :func:`launch` started when the launcher dies, even by SIGKILL, so that no orphan
+    process writes checkpoints. A rank keeps the default action of SIGTERM, which also ends a process that is blocked in
+    a collective. A process without a launcher unwinds on SIGTERM and exits with code 143. Forked helper processes are
+    killed when their parent dies. The parent-death signal exists on Linux only.
     """
     launcher = os.environ.get(_LAUNCHER_PID)
     if launcher is not None:
         _die_with_parent()
-        if os.getppid() != int(launcher):  # it died before the request above took hold
+        if os.getppid() != int(launcher):  # the launcher died before prctl took effect
             os._exit(128 + signal.SIGKILL)
     elif not in_launched_rank():
         signal.signal(signal.SIGTERM, _exit_on_signal)
@@ -43,18 +44,23 @@ def prepare_process() -> None:
 def launch(nproc: int, argv: Sequence[str]) -> int:
     """Run ``python -m mindspeed_simpo ARGV`` on ``nproc`` ranks of this host and wait for all of them.
 
-    stdout and stderr of the ranks pass through. A rank that fails brings the others down. ``OMP_NUM_THREADS`` is this
-    host's cores divided by the ranks where it is not set.
+    The ranks inherit stdout and stderr. When one rank fails, the launcher ends the others. Where ``OMP_NUM_THREADS`` is
+    not set, it becomes the number of this host's cores divided by ``nproc``.
+
+    Args:
+        nproc: Number of ranks, at least 1.
+        argv: Command line of each rank, without ``--nproc-per-node``.
 
     Returns:
-        0, or the exit code of the rank that failed first (128 + N where signal N killed it or this process).
+        0, or the exit code of the rank whose failure caused the others; 128 + N where signal N killed that rank or this
+        process.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    logging.disable(logging.CRITICAL)  # elastic's own loggers set their level anew; the ranks speak for themselves
+    logging.disable(logging.CRITICAL)  # torch elastic resets the levels of its loggers; the ranks print the errors
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // nproc)))
     os.environ[_LAUNCHER_PID] = str(os.getpid())
     config = LaunchConfig(
@@ -81,7 +87,7 @@ def launch(nproc: int, argv: Sequence[str]) -> int:
 
 
 def _report(exit_codes: dict[int, int]) -> int:
-    rank = min(exit_codes, key=lambda rank: (_remoteness(exit_codes[rank], exit_codes.values()), rank))
+    rank = min(exit_codes, key=lambda rank: (_distance_from_cause(exit_codes[rank], exit_codes.values()), rank))
     code = exit_codes[rank]
     if code in _LOST_A_PEER:
         return 1
@@ -93,11 +99,11 @@ def _report(exit_codes: dict[int, int]) -> int:
     return 128 - code
 
 
-def _remoteness(exit_code: int, others: Collection[int]) -> int:
-    """How far an exit code is from the cause: an error, a signal, a lost peer, a launcher that ends the others."""
+def _distance_from_cause(exit_code: int, others: Collection[int]) -> int:
+    """Order of exit codes by distance from the cause: 0 error, 1 signal, 2 lost peer, 3 ended by the launcher."""
     if exit_code in _LOST_A_PEER:
         return 2
-    # torch's launcher ends the others by SIGTERM, and by SIGKILL where that is of no effect
+    # torch's launcher sends SIGTERM to the remaining ranks, then SIGKILL to those that do not end
     by_launcher = {-signal.SIGTERM} | ({-signal.SIGKILL} if PeerLostError.exit_code_of_silence in others else set())
     if exit_code in by_launcher:
         return 3

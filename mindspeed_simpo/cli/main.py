@@ -1,6 +1,7 @@
-"""``mindspeed-simpo train | evaluate | check | export | encode``: flags, exit codes, messages; no work of its own.
+"""``mindspeed-simpo train | evaluate | check | export | encode``: command line, exit codes and error messages.
 
-Nothing heavy is imported before the configuration and the parallel layout are known to be good.
+torch and megatron-core are imported only after the configuration and the parallel layout have been validated, so that
+a wrong command line fails within a second.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="YAML file of 
 _Nproc = Annotated[
     str | None,
     tyro.conf.arg(
-        help="Ranks to start on this host. Several hosts: start this program with torchrun instead.",
+        help="Ranks (processes, one per device) to start on this host. For several hosts start the program with "
+        "torchrun and leave this flag out.",
         metavar="N",
         help_behavior_hint=f"(>= 1, <= {_MAX_RANKS}; default: 1)",
     ),
@@ -49,7 +51,7 @@ class _Export:
 
 
 def main() -> NoReturn:
-    """The program: settles how the process ends, runs :func:`execute`, exits with its code."""
+    """Entry point: prepare signal handling, run :func:`execute` and exit with its code."""
     launch.prepare_process()
     if not launch.in_launched_rank():
         raise SystemExit(execute(sys.argv[1:]))
@@ -69,22 +71,23 @@ def execute(argv: Sequence[str]) -> int:
     """Run one command line.
 
     Returns:
-        0; 1 where the work failed; 2 where the command line or the configuration is wrong; 130 after Ctrl-C. Failures
-        that a user can act on are one message on stderr; anything else escapes as the bug that it is.
+        The exit code: 0 for success, 1 for a failed command, 2 for a wrong command line or configuration, 130 after
+        Ctrl-C, 141 where the reader of stdout closed the pipe. An error that the user can act on becomes one message on
+        stderr; any other exception is a bug and propagates.
     """
     rank = int(os.environ["RANK"]) if launch.in_launched_rank() else 0
     try:
         return _run(argv, rank)
     except SimpoError as error:
-        _complain(str(error), rank, everywhere=error.everywhere)
+        _print_error(str(error), rank, everywhere=error.everywhere)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of stdout, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:  # a full disk, a folder that cannot be written: the message names it
-        _complain(str(error), rank, everywhere=False)
+    except OSError as error:  # such as a full disk or a folder without write permission; the message names the path
+        _print_error(str(error), rank, everywhere=False)
         return 1
 
 
@@ -100,19 +103,21 @@ def _run(argv: Sequence[str], rank: int) -> int:
         )
         return _RUNNERS[type(command).__name__](command, argv)
     finally:
-        sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends
+        sys.stdout.flush()  # raises BrokenPipeError here, where it is handled, and not at interpreter exit
 
 
 def _commands() -> Any:
     options = flags.option_fields()
     nproc = ("nproc_per_node", _Nproc, dataclasses.field(default=None))
     described = {
-        "train": "Train as CONFIG and the flags say; flags win.",
+        "train": "Train with the configuration CONFIG; flags override its keys.",
         "evaluate": "Score the held-out pairs with the configured objective; the last line of stdout is a JSON object.",
-        "check": "Look at data, settings, layout and memory before training; exit code 1 on an error.",
+        "check": "Check data, hyper-parameters, parallel layout and memory without training; exit code 1 on an error.",
     }
-    part = Annotated[str, tyro.conf.arg(help="Which pairs.", metavar="{train,eval}")]
-    prefix = Annotated[str, tyro.conf.arg(help="What MindSpeed-LLM's --data-path will be.", metavar="PREFIX")]
+    part = Annotated[str, tyro.conf.arg(help="Part of the data to write.", metavar="{train,eval}")]
+    prefix = Annotated[
+        str, tyro.conf.arg(help="Path prefix of the files, the later --data-path of MindSpeed-LLM.", metavar="PREFIX")
+    ]
     own: list[Any] = [("output_prefix", prefix), ("part", part, dataclasses.field(default="train"))]
     encode = dataclasses.make_dataclass("encode", [("config", _Config), *own, *options], frozen=True)
     union: Any = (
@@ -122,7 +127,7 @@ def _commands() -> Any:
         ]
         | Annotated[
             encode,
-            tyro.conf.subcommand("encode", description="Write the tokenised pairs in MindSpeed-LLM's own format."),
+            tyro.conf.subcommand("encode", description="Write the tokenised pairs in MindSpeed-LLM's indexed format."),
         ]
     )
     for name, description in reversed(described.items()):
@@ -198,7 +203,11 @@ _RUNNERS: dict[str, Callable[[Any, Sequence[str]], int]] = {
 
 
 def _resolve(command: Any) -> tuple[Config, int]:
-    """The validated configuration and the ranks to start here (1 under a launcher); the layout fits the ranks."""
+    """The validated configuration and the number of ranks to start on this host (1 under a launcher).
+
+    Raises:
+        ConfigError: where a key or flag is wrong, or the layout does not fit the number of ranks.
+    """
     try:
         nproc = _parse_nproc(command.nproc_per_node)
         config = load_config(command.config, flags.given(command))
@@ -210,7 +219,7 @@ def _resolve(command: Any) -> tuple[Config, int]:
 
 
 def _open_device(config: Config) -> Device:
-    """Before anything imports megatron, which the CPU and NPU adaptors patch."""
+    """Open the device. No module may import megatron earlier, because the CPU and NPU adaptors patch megatron."""
     from mindspeed_simpo.device import open_device
 
     return open_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -249,8 +258,12 @@ def _without_nproc(argv: Sequence[str]) -> list[str]:
     return kept
 
 
-def _complain(message: str, rank: int, *, everywhere: bool) -> None:
-    """Say it once: rank 0 speaks first, and where it does the launcher ends the others before they speak."""
+def _print_error(message: str, rank: int, *, everywhere: bool) -> None:
+    """Print an error to stderr once per run.
+
+    Where all ranks have the same error (``everywhere``), rank 0 alone prints. Otherwise the other ranks wait
+    ``_PEER_GRACE_S`` first: if rank 0 fails too, the launcher ends them before they print.
+    """
     if rank and everywhere:
         return
     if rank:

@@ -1,1 +1,1 @@
-"""Every option, what options agree on, and which combinations are supported. Imports no torch."""
+"""The options, their validation, the parallel layout and the supported combinations. Imports no torch."""

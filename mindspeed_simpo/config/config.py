@@ -1,7 +1,7 @@
-"""The configuration: all options side by side, and what they have to agree on.
+"""The configuration: one frozen record of all options, and the checks across option groups.
 
-A YAML key ``simpo_beta`` is the flag ``--simpo-beta``. Names are Megatron's and MindSpeed-LLM's wherever they have one.
-Nothing heavy is imported, so that a mistake is told at once.
+A YAML key ``simpo_beta`` is the flag ``--simpo-beta``. Option names are those of Megatron and MindSpeed-LLM where these
+have the option. The module imports no torch, so that a wrong configuration fails within a second.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from mindspeed_simpo.config.options import (
 
 
 class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOptions, OutputOptions):
-    """All options, side by side; what no single key can tell is checked here."""
+    """All options in one flat key space; the checks here need options of more than one group."""
 
     @model_validator(mode="after")
-    def _budget_has_rows(self) -> Config:
+    def _token_budget_needs_packing(self) -> Config:
         if self.max_tokens_per_micro_batch is not None and self.batching_in_use == "padded":
             raise ValueError(
                 "max_tokens_per_micro_batch needs batching: packed or prefix_shared; padded micro-batches, which "
-                "context parallelism and virtual stages need, hold micro_batch_size pairs"
+                "context parallelism and virtual pipeline parallelism need, hold micro_batch_size pairs"
             )
         return self
 
     @property
     def batching_in_use(self) -> BatchingForm:
-        """``batching``, with ``auto`` resolved: the form with the fewest tokens that the layout is claimed for."""
+        """``batching``, with ``auto`` resolved to the form with the fewest tokens that the layout supports."""
         if self.batching != "auto":
             return self.batching
         layout = self.layout_with(data=1)
@@ -46,13 +46,17 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
 
     @property
     def token_budget(self) -> int:
-        """``max_tokens_per_micro_batch`` with its default: one pair of the longest sequences."""
+        """``max_tokens_per_micro_batch`` with its default, a pair of sequences of ``seq_length``; tokens."""
         if self.max_tokens_per_micro_batch is not None:
             return self.max_tokens_per_micro_batch
         return 2 * self.seq_length
 
-    def virtual_stages(self, num_layers: int) -> int | None:
-        """Virtual stages of each pipeline stage of a model with ``num_layers`` layers; None where stages are whole."""
+    def virtual_pipeline_size(self, num_layers: int) -> int | None:
+        """Model chunks of each pipeline rank for a model of ``num_layers`` layers.
+
+        The number is ``num_layers / (pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage)``; None
+        without the interleaved schedule.
+        """
         if self.num_layers_per_virtual_pipeline_stage is None:
             return None
         return num_layers // (self.pipeline_model_parallel_size * self.num_layers_per_virtual_pipeline_stage)
@@ -63,7 +67,7 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
         return self.layout_with(data=1).sequence_multiple
 
     def layout_with(self, data: int) -> Layout:
-        """The configured axes with ``data`` data-parallel ranks; unchecked, see ``config.validation``."""
+        """The configured layout with ``data`` data-parallel ranks; ``config.validation`` checks layouts."""
         return Layout(
             tensor=self.tensor_model_parallel_size,
             context=self.context_parallel_size,
@@ -75,7 +79,7 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
         )
 
     def arithmetic(self, **values: object) -> dict[str, object]:
-        """Every option that changes how numbers are computed, with its value; ``values`` take the place of some."""
+        """Values of the options with ``effect="arithmetic"``, ``batching`` resolved; ``values`` override options."""
         names = [name for name, field in type(self).model_fields.items() if effect_of(field) == "arithmetic"]
         found = {name: getattr(self, name) for name in names if name != "batching"}
         return {"batching": values.get("batching") or self.batching_in_use} | found | values

@@ -1,4 +1,4 @@
-"""Configuration files: strict YAML and flags -> :class:`Config`, or one message that says what is wrong where."""
+"""Configuration files: strict YAML and flags -> :class:`Config`, or one error message with every wrong key."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mindspeed_simpo.objectives import DEFAULT_STAGE
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a YAML file, lay ``overrides`` (from flags) over it and validate the whole.
+    """Read a YAML file, override its keys by ``overrides`` (from flags) and validate the result.
 
     Raises:
-        ConfigError: one message that names the file, every bad key, what was found and what was expected.
+        ConfigError: one message that names the file, every wrong key, what was found and what was expected.
     """
     path = Path(path)
     try:
@@ -27,7 +27,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error}") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        # a value that YAML allows and Python does not: a 13th month, too many digits, lists in lists without end
+        # values that YAML allows and Python does not: a 13th month, too many digits, lists nested too deeply
         raise ConfigError(f"{path}: not a readable value: {str(error).splitlines()[0]}") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -43,7 +43,12 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
 
 
 def validate(values: dict[str, Any], where: str, flags: Iterable[str] = ()) -> Config:
-    """Build a :class:`Config` from plain values; ``where`` starts the message of a key that no flag has set.
+    """Build a :class:`Config` from plain values.
+
+    Args:
+        values: Keys and their values, unvalidated.
+        where: Source of the values, such as the file; prefix of messages about keys that are not in ``flags``.
+        flags: Keys that command-line flags have set.
 
     Raises:
         ConfigError: as :func:`load_config`.
@@ -66,11 +71,15 @@ _OTHER_NAMES = {
     "train_file": "data_path",
     "per_device_train_batch_size": "micro_batch_size",
 }
-"""What other trainers call a key; their `beta` or `loss_type` is that of the stage, such as `simpo_beta`."""
+"""Names of keys in other trainers -> names here. Another unknown key is tried with the stage as prefix: `beta` ->
+`simpo_beta`."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without aliases, which can blow a few lines up to gigabytes, or twice the same key, of which one is lost."""
+    """YAML without aliases and without duplicate keys.
+
+    Nested aliases can expand a few lines to gigabytes. PyYAML would silently drop all but the last duplicate.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

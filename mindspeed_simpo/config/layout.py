@@ -1,4 +1,4 @@
-"""How ranks are divided: the one type of degrees and of the switches that change what is exchanged along them."""
+"""The parallel layout: the degree of each parallel axis and the switches that change its communication."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ AXES = {
     "DP": "data parallelism (more ranks than TP x CP x PP)",
     "DO": "use_distributed_optimizer",
 }
-"""The configuration key that turns each axis on."""
+"""Abbreviation of each axis -> the configuration key that turns the axis on."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of the parallel axes, whose product is the number of ranks, and their switches."""
+    """Degrees of tensor, context, pipeline and data parallelism, whose product is the number of ranks, and switches."""
 
     tensor: int = 1
     context: int = 1
@@ -30,12 +30,12 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """Processes that it takes."""
+        """Number of processes: the product of the degrees."""
         return self.tensor * self.context * self.pipeline * self.data
 
     @property
     def axes(self) -> frozenset[str]:
-        """The axes in use, of ``AXES``; sequence parallelism does nothing on one tensor-parallel rank."""
+        """The axes in use, of ``AXES``; sequence parallelism counts only with several tensor-parallel ranks."""
         used = {
             "TP": self.tensor > 1,
             "SP": self.sequence_parallel and self.tensor > 1,
@@ -49,7 +49,7 @@ class Layout:
 
     @property
     def sequence_multiple(self) -> int:
-        """What the length of a row must be a multiple of, so that every rank gets equal parts."""
+        """The length of a row, in tokens, must be a multiple of this number, so that all ranks hold equal parts."""
         return (self.tensor if self.sequence_parallel else 1) * (2 * self.context if self.context > 1 else 1)
 
     def __str__(self) -> str:
@@ -59,5 +59,5 @@ class Layout:
 
 
 def names_of(axes: frozenset[str]) -> str:
-    """The keys that turn the axes on, for a message."""
+    """The configuration keys that turn the axes on, for error messages."""
     return " and ".join(AXES[axis] for axis in AXES if axis in axes)

@@ -1,4 +1,4 @@
-"""The options, group by group: names, types, ranges and units of every key, and what the keys of one group agree on."""
+"""The options, group by group: name, type, default, range, unit and help of every key, and the checks of each group."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ BatchingName = Literal["auto", BatchingForm]
 
 
 Effect = Literal["result", "arithmetic", "layout", "none"]
-"""What another value of an option changes: the result, compared with the oracle at the same value; how the same result
-is computed (then ``config.supported`` must claim the value); how ranks are divided; nothing that is computed."""
+"""What a change of the option's value affects.
+
+``result``: the result of training, by definition. ``arithmetic``: the operations that compute the same result;
+``config.supported`` must claim each value. ``layout``: the division of the work over ranks. ``none``: nothing that
+training computes."""
 
 
 def _option(default: Any = ..., *, effect: Effect, **facts: Any) -> Any:
@@ -34,20 +37,20 @@ def _option(default: Any = ..., *, effect: Effect, **facts: Any) -> Any:
 
 
 def effect_of(field: FieldInfo) -> Effect:
-    """What the option declares.
+    """The declared effect of an option.
 
     Raises:
-        TypeError: where it declares nothing.
+        TypeError: where the option declares no effect or an unknown one.
     """
     extra = field.json_schema_extra
     effect = extra.get("effect") if isinstance(extra, dict) else None
     if effect not in get_args(Effect):
-        raise TypeError(f"an option declares its effect, one of {', '.join(get_args(Effect))}; found {effect!r}")
+        raise TypeError(f"an option must declare its effect, one of {', '.join(get_args(Effect))}; found {effect!r}")
     return effect  # type: ignore[return-value]
 
 
 class _Options(BaseModel):
-    """Refuses a field that does not declare its effect when the class is made."""
+    """Base of the option groups; creating a subclass raises TypeError where a field declares no effect."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -75,7 +78,7 @@ class _Options(BaseModel):
 
 
 class _TaskOptions(_Options):
-    """What the keys of the objectives have to agree on; their fields come from the registry, below."""
+    """Checks of the objectives' keys; :func:`_task_fields` adds the keys from the registry of objectives."""
 
     if TYPE_CHECKING:
         stage: str
@@ -96,14 +99,14 @@ class _TaskOptions(_Options):
 
     @property
     def objective(self) -> Objective:
-        """What ``stage`` names."""
+        """The objective that ``stage`` selects."""
         return OBJECTIVES[self.stage]
 
     def keys_of(self, objective: Objective) -> Keys:
         """The values of one objective's keys.
 
         Raises:
-            ValueError: where they do not agree.
+            ValueError: where the values contradict each other.
         """
         try:
             return objective.keys(**{name: getattr(self, name) for name in objective.keys.model_fields})
@@ -115,7 +118,7 @@ def _task_fields() -> dict[str, Any]:
     fields: dict[str, Any] = {
         "stage": (
             Literal[tuple(OBJECTIVES)],
-            _option(DEFAULT_STAGE, effect="result", description="Preference objective."),
+            _option(DEFAULT_STAGE, effect="result", description="Preference objective to train with."),
         )
     }
     for objective in OBJECTIVES.values():
@@ -124,8 +127,15 @@ def _task_fields() -> dict[str, Any]:
             field = copy.copy(key)
             field.json_schema_extra = {"effect": "result"}
             fields[name] = (key.annotation, field)
-    weight = "Weight of the supervised term, minus the mean chosen log-probability per token."
-    reference = "Reference model: HF folder or hub id. Default: the weights that training starts from."
+    weight = (
+        "Weight of the supervised (SFT) term that is added to the loss: the negative log-likelihood of the chosen "
+        "response, nats per token. 0 adds none."
+    )
+    reference = (
+        "Frozen reference model of objectives that need one: a Hugging Face folder or hub id. Default: the weights "
+        "that "
+        "training starts from."
+    )
     return fields | {
         "pref_ftx": (float, _option(0.0, effect="result", ge=0, description=weight)),
         "ref_model": (str | None, _option(None, effect="result", description=reference)),
@@ -144,16 +154,18 @@ else:
 class ModelOptions(_Options):
     """Model."""
 
-    model_name_or_path: str = _option(effect="result", description="Hugging Face model: a local folder or a hub id.")
+    model_name_or_path: str = _option(
+        effect="result", description="Hugging Face model to train, with its tokenizer: a local folder or a hub id."
+    )
     init_from: Literal["weights", "config"] = _option(
         "weights",
         effect="result",
-        description="Start from the model's weights, or from random ones of its config.json's shape.",
+        description="Initial weights: those of the model, or random ones in the shape that its config.json gives.",
     )
     chat_template: str | None = _option(
         None,
         effect="result",
-        description="Jinja file that renders conversations, in place of the tokenizer's own template.",
+        description="Jinja file of a chat template that replaces the tokenizer's own.",
     )
 
 
@@ -161,45 +173,54 @@ class DataOptions(_Options):
     """Data."""
 
     data_path: str | list[str] = _option(
-        effect="result", description="Training pairs: a file, a folder, a hub id, or a list of them."
+        effect="result", description="Training pairs: a file, a folder, a hub id, or a list of these."
     )
     eval_data_path: str | list[str] | None = _option(
-        None, effect="result", description="Held-out pairs, in the same forms."
+        None,
+        effect="result",
+        description="Evaluation pairs, in the same forms as data_path. Default: the eval part of split, if any.",
     )
     split: str = _option(
         "100,0",
         effect="result",
-        description="Weights of the train and eval parts of data_path, in row order, such as 95,5 or 969,30,1.",
+        description="Relative sizes of the train and eval parts of data_path, in the order of the data, such as "
+        "95,5; a "
+        "third part, as in 969,30,1, is not used.",
     )
     map_keys: dict[str, str | dict[str, str]] | None = _option(
         None,
         effect="result",
-        description="Column names of the data: {canonical name: your column}, as MindSpeed-LLM's --map-keys.",
+        description="Column names of the data: {canonical name: column}, as in MindSpeed-LLM's --map-keys.",
     )
     seq_length: int = _option(
-        2048, ge=8, effect="result", description="Longest sequence (prompt and response), tokens."
+        2048, ge=8, effect="result", description="Largest length of a sequence (prompt and one response), tokens."
     )
     max_prompt_length: int | None = _option(
         None,
         ge=1,
         effect="result",
-        description="Where truncation stops cutting the prompt, tokens. Default: half of seq_length.",
+        description="Length below which truncation does not cut a prompt, tokens. Default: half of seq_length.",
     )
     truncation: Literal["error", "drop", "keep_end", "keep_start"] = _option(
         "error",
         effect="result",
-        description="A pair longer than seq_length: refuse, leave out, or keep that end of its prompt.",
+        description="Pairs longer than seq_length: error ends the run, drop leaves them out, keep_end and "
+        "keep_start cut the "
+        "prompt and keep its end or its start.",
     )
     data_errors: Literal["fail", "drop"] = _option(
-        "fail", effect="result", description="Malformed, empty or identical pairs: refuse, or leave out and count."
+        "fail",
+        effect="result",
+        description="Malformed examples, empty responses and identical responses: fail ends the run, drop leaves these "
+        "examples out and reports their number.",
     )
     data_cache_dir: str | None = _option(
         None,
         effect="none",
-        description="Folder of tokenised data and reference log-probabilities. Default: ~/.cache/mindspeed_simpo.",
+        description="Folder for cached token ids and reference log-probabilities. Default: ~/.cache/mindspeed_simpo.",
     )
     num_workers: int = _option(
-        0, ge=0, le=256, effect="none", description="Processes that tokenise; 0 means one per core."
+        0, ge=0, le=256, effect="none", description="Worker processes for tokenisation; 0 means one per CPU core."
     )
 
     @field_validator("split")
@@ -242,77 +263,106 @@ class TrainingOptions(_Options):
         1,
         ge=1,
         effect="arithmetic",
-        description="Padded: pairs of one forward and backward on one rank; packed rows have a budget.",
+        description="Pairs per micro-batch on one data-parallel rank with batching: padded; packed and "
+        "prefix_shared fill "
+        "micro-batches up to max_tokens_per_micro_batch instead.",
     )
     global_batch_size: int = _option(
-        128, ge=1, effect="result", description="Pairs of one optimizer step, over all ranks."
+        128, ge=1, effect="result", description="Pairs per optimizer step, over all ranks."
     )
     batching: BatchingName = _option(
         "auto",
         effect="arithmetic",
-        description="Sequences in rows of one length; end to end without padding; or that with each prompt once for "
-        "chosen and rejected. The gradients are the same. auto: the last of these that the layout allows.",
+        description="How sequences form a micro-batch. padded: one row each, padded to one length; packed: "
+        "concatenated in "
+        "one row without padding; prefix_shared: packed, with each prompt once for chosen and rejected. The "
+        "gradients are "
+        "the same. auto: prefix_shared, packed or padded, the first that model and layout support.",
     )
     max_tokens_per_micro_batch: int | None = _option(
         None,
         ge=1,
         effect="arithmetic",
-        description="With packed and prefix_shared: tokens up to which pairs fill a micro-batch; a pair with more has "
-        "its own. Default: 2 x seq_length, which the longest pair needs.",
+        description="With batching: packed or prefix_shared, the number of tokens up to which a micro-batch is "
+        "filled with "
+        "pairs; a larger pair forms its own micro-batch. Default: 2 x seq_length, the size of the longest pair.",
     )
     train_iters: int | None = _option(
-        None, ge=0, effect="result", description="Optimizer steps. Default: one pass over the data."
+        None, ge=0, effect="result", description="Number of optimizer steps. Default: one pass over the training data."
     )
     lr: float = _option(1e-6, gt=0, effect="result", description="Peak learning rate.")
-    min_lr: float = _option(0.0, ge=0, effect="result", description="Learning rate at the end of the decay.")
+    min_lr: float = _option(
+        0.0, ge=0, effect="result", description="Learning rate at the end of the decay; at most lr."
+    )
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = _option(
-        "cosine", effect="result", description="Shape of the decay after warm-up."
+        "cosine", effect="result", description="Shape of the learning-rate decay after warm-up."
     )
     lr_warmup_fraction: float = _option(
-        0.1, ge=0, lt=1, effect="result", description="Fraction of train_iters that warms up linearly."
+        0.1, ge=0, lt=1, effect="result", description="Fraction of train_iters with linear learning-rate warm-up."
     )
     weight_decay: float = _option(
-        0.0, ge=0, effect="result", description="Decoupled weight decay; norms and biases are exempt."
+        0.0, ge=0, effect="result", description="Decoupled weight decay (AdamW); norm weights and biases are exempt."
     )
     clip_grad: float = _option(
-        1.0, ge=0, effect="result", description="Largest global gradient L2 norm; 0 means no clipping."
+        1.0,
+        ge=0,
+        effect="result",
+        description="Largest L2 norm of the global gradient, above which it is scaled down; 0 means no clipping.",
     )
-    adam_beta1: float = _option(0.9, ge=0, lt=1, effect="result", description="Adam's decay of the first moment.")
-    adam_beta2: float = _option(0.95, ge=0, lt=1, effect="result", description="Adam's decay of the second moment.")
-    adam_eps: float = _option(1e-8, gt=0, effect="result", description="Adam's epsilon.")
+    adam_beta1: float = _option(0.9, ge=0, lt=1, effect="result", description="Adam's decay rate of the first moment.")
+    adam_beta2: float = _option(
+        0.95, ge=0, lt=1, effect="result", description="Adam's decay rate of the second moment."
+    )
+    adam_eps: float = _option(
+        1e-8, gt=0, effect="result", description="Adam's epsilon, added to the square root of the second moment."
+    )
     seed: int = _option(
-        42, ge=1, lt=2**31, effect="result", description="Seed of the data order, the initialisation and dropout."
+        42, ge=1, lt=2**31, effect="result", description="Seed of the data order and of random initial weights."
     )
     bf16: bool = _option(
-        False, effect="result", description="Compute in bfloat16 with fp32 main parameters and gradients."
+        False,
+        effect="result",
+        description="Compute in bfloat16, with main parameters, gradients and optimizer state in fp32.",
     )
     pair_schedule: Literal["concat", "split", "two_pass"] = _option(
         "concat",
         effect="arithmetic",
-        description="Chosen and rejected in one forward; in two forwards and one backward; or one after the other, "
-        "with half the stored activations for one more forward of the rejected. The gradients are the same.",
+        description="How chosen and rejected pass through the model. concat: one forward and one backward; split: two "
+        "forwards and one backward; two_pass: one after the other, with half of the stored activations and one more "
+        "forward of the rejected. The gradients are the same.",
     )
     fused_logprob: bool = _option(
         True,
         effect="arithmetic",
-        description="Head and log-probability by chunks of tokens: logits are never stored, but computed twice.",
+        description="Compute output layer and log-probabilities in chunks of tokens: the logits are not stored, and "
+        "the "
+        "backward computes them again.",
     )
     logprob_chunk_tokens: int = _option(
         512,
         ge=1,
         effect="arithmetic",
-        description="With fused_logprob: response tokens whose logits exist at one time.",
+        description="With fused_logprob, response tokens per chunk, whose logits are in memory at the same time.",
     )
     recompute_granularity: Literal["full", "selective"] | None = _option(
-        None, effect="arithmetic", description="Recompute whole layers, or the attention core alone, in the backward."
+        None,
+        effect="arithmetic",
+        description="Activation recomputation in the backward: full for whole layers, selective for the attention "
+        "core. "
+        "Default: none.",
     )
     recompute_method: Literal["uniform", "block"] | None = _option(
         None,
         effect="arithmetic",
-        description="With full: chunks of recompute_num_layers, or only the first recompute_num_layers of a stage.",
+        description="With recompute_granularity: full. uniform recomputes all layers, in blocks of "
+        "recompute_num_layers; block "
+        "recomputes only the first recompute_num_layers layers of each pipeline rank.",
     )
     recompute_num_layers: int | None = _option(
-        None, ge=1, effect="arithmetic", description="With full: see recompute_method."
+        None,
+        ge=1,
+        effect="arithmetic",
+        description="With recompute_granularity: full, a number of layers; see recompute_method.",
     )
 
     @model_validator(mode="after")
@@ -336,46 +386,53 @@ class ParallelOptions(_Options):
     """Parallelism."""
 
     tensor_model_parallel_size: int = _option(
-        1, ge=1, effect="layout", description="Ranks that share each weight matrix (TP)."
+        1, ge=1, effect="layout", description="Ranks over which each weight matrix is sharded (TP)."
     )
     pipeline_model_parallel_size: int = _option(
-        1, ge=1, effect="layout", description="Ranks that share the layers (PP)."
+        1, ge=1, effect="layout", description="Ranks over which the layers are divided (PP)."
     )
     num_layers_per_virtual_pipeline_stage: int | None = _option(
         None,
         ge=1,
         effect="layout",
-        description="Layers of one virtual stage of the interleaved pipeline schedule (VPP). Default: none.",
+        description="Layers per model chunk of the interleaved pipeline schedule (VPP). Default: the schedule without "
+        "interleaving.",
     )
-    context_parallel_size: int = _option(1, ge=1, effect="layout", description="Ranks that share each sequence (CP).")
+    context_parallel_size: int = _option(
+        1, ge=1, effect="layout", description="Ranks over which each sequence is sharded (CP)."
+    )
     context_parallel_algo: ContextParallelAlgo = _option(
         "gathered",
         effect="arithmetic",
-        description="How their attention meets: all keys and values gathered (any device), MindSpeed's ring or "
-        "MindSpeed's Ulysses (npu only).",
+        description="Attention over context-parallel ranks. gathered: all-gather of keys and values, on any device; "
+        "megatron_cp_algo: MindSpeed's ring attention, npu only; ulysses_cp_algo: MindSpeed's Ulysses, npu only.",
     )
     sequence_parallel: bool = _option(
         False,
         effect="layout",
-        description="Divide the sequence over the tensor-parallel ranks outside of attention and MLP (SP).",
+        description="Shard the activations outside of attention and MLP along the sequence over the tensor-parallel "
+        "ranks (SP).",
     )
     use_distributed_optimizer: bool = _option(
-        False, effect="layout", description="Shard the optimizer state over the data-parallel ranks."
+        False, effect="layout", description="Shard the optimizer state over the data-parallel ranks (ZeRO-1)."
     )
     overlap_grad_reduce: bool = _option(
         False,
         effect="arithmetic",
-        description="Reduce gradients over the data-parallel ranks while the last backward still runs.",
+        description="Overlap the gradient reduction over the data-parallel ranks with the last backward of a step.",
     )
     device: Literal["auto", "npu", "cuda", "cpu"] = _option(
-        "auto", effect="arithmetic", description="Where to run; auto takes the first found."
+        "auto", effect="arithmetic", description="Device to run on; auto takes the first found of npu, cuda and cpu."
     )
     distributed_timeout_minutes: float = _option(
-        10.0, gt=0, effect="none", description="Minutes after which a lost rank ends the run."
+        10.0,
+        gt=0,
+        effect="none",
+        description="Timeout of a collective, minutes, after which a run with a lost rank ends.",
     )
 
     @model_validator(mode="after")
-    def _stages_agree(self) -> ParallelOptions:
+    def _virtual_pipeline_needs_pipeline(self) -> ParallelOptions:
         if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size == 1:
             raise ValueError("num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size of at least 2")
         return self
@@ -384,36 +441,44 @@ class ParallelOptions(_Options):
 class OutputOptions(_Options):
     """Evaluation and output."""
 
-    output_dir: str = _option("outputs/simpo", effect="none", description="Folder that the run writes.")
+    output_dir: str = _option("outputs/simpo", effect="none", description="Folder for everything that the run writes.")
     load: str | None = _option(
         None,
         effect="none",
-        description="Checkpoint to resume: a checkpoints folder (its newest is taken) or one iter_* folder.",
+        description="Checkpoint to resume from: a checkpoints folder (the newest checkpoint) or one iter_* folder. "
+        "Default: a "
+        "run from the start.",
     )
     save_interval: int = _option(
-        0, ge=0, effect="none", description="Steps between checkpoints; 0 saves none before the end."
+        0, ge=0, effect="none", description="Optimizer steps between checkpoints; 0 saves only at the end."
     )
     save_total_limit: int | None = _option(
-        None, ge=1, effect="none", description="Newest checkpoints that are kept. Default: all."
+        None, ge=1, effect="none", description="Number of checkpoints that are kept, the newest ones. Default: all."
     )
-    log_interval: int = _option(1, ge=1, effect="none", description="Steps between metrics lines.")
+    log_interval: int = _option(1, ge=1, effect="none", description="Optimizer steps between lines of metrics.")
     eval_interval: int = _option(
-        0, ge=0, effect="none", description="Steps between evaluations; 0 evaluates at start and end only."
+        0,
+        ge=0,
+        effect="none",
+        description="Optimizer steps between evaluations; 0 evaluates only before the first and after the last step.",
     )
     eval_iters: int | None = _option(
         None,
         ge=0,
         effect="none",
-        description="Global batches of one evaluation. Default: all held-out pairs; 0 means no evaluation.",
+        description="Largest number of global batches per evaluation; 0 means no evaluation. Default: all "
+        "evaluation pairs.",
     )
     export_hf: bool = _option(
-        False, effect="none", description="Write the trained model as a Hugging Face folder, output_dir/hf."
+        False,
+        effect="none",
+        description="Write the trained model to output_dir/hf as a Hugging Face folder at the end.",
     )
     wandb_project: str | None = _option(
-        None, effect="none", description="Mirror the metrics to this Weights & Biases project."
+        None, effect="none", description="Weights & Biases project that also receives the metrics. Default: none."
     )
     swanlab_project: str | None = _option(
-        None, effect="none", description="Mirror the metrics to this SwanLab project."
+        None, effect="none", description="SwanLab project that also receives the metrics. Default: none."
     )
 
 

@@ -1,4 +1,4 @@
-"""The ranges of numeric keys in words, for help texts and documentation."""
+"""The ranges of numeric options as text, for help texts and documentation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SIGNS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
 
 
 def describe_range(field: FieldInfo) -> str:
-    """The values that a numeric key may take, such as ``>= 0, < 0.5``; empty where there is no bound."""
+    """The range of a numeric option, such as ``>= 0, < 0.5``; an empty text where the option has no bound."""
     return ", ".join(
         f"{sign} {getattr(item, attribute)}"
         for item in field.metadata

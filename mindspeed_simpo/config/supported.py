@@ -1,8 +1,9 @@
-"""What the project claims to compute exactly, in one list that fails closed.
+"""The supported combinations of options and parallel axes: a list of claims, outside of which a run is refused.
 
-Every combination of axes is claimed (sequence parallelism with tensor parallelism, virtual stages with pipeline
-parallelism). An option that declares ``effect: arithmetic`` is claimed for the values and axes below and refused for
-any other. The parity matrix of the tests holds a row for each claim.
+A claim states that the gradients equal those of the oracle. Every combination of axes is claimed (sequence parallelism
+needs tensor parallelism, virtual pipeline parallelism needs pipeline parallelism). An option with
+``effect="arithmetic"`` is claimed for the values and axes below and refused for any other. The parity matrix of the
+tests checks each claim.
 """
 
 from __future__ import annotations
@@ -24,28 +25,30 @@ PLAIN: Mapping[str, object] = {
     "recompute_granularity": None,
     "context_parallel_algo": "gathered",
 }
-"""The options whose values are claimed one by one, at those that every combination of axes is held with."""
+"""The baseline value of each option whose values are claimed one by one; the tests check every combination of axes
+with these values."""
 
 _EVERY_AXIS = frozenset(AXES)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A value of an option that changes the arithmetic."""
+    """One supported value of an option with ``effect="arithmetic"``."""
 
     key: str
     value: object
     axes: frozenset[str] = _EVERY_AXIS
-    """What it may be combined with."""
+    """Axes that the value may be combined with."""
     excludes: tuple[tuple[str, object], ...] = ()
-    """Values of other options that it cannot be combined with."""
+    """``(option, value)`` pairs that the value cannot be combined with."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.value}"
 
 
-# packed rows are cut by tokens, not by context ranks, and differ in length, which virtual stages cannot exchange
-_WHOLE_ROWS = _EVERY_AXIS - {"CP", "VPP"}
+# context parallelism would shard a packed row across documents; the interleaved pipeline schedule needs micro-batches
+# of one shape, and packed rows differ in length
+_PACKING_AXES = _EVERY_AXIS - {"CP", "VPP"}
 _SPLIT, _TWO_PASS = ("pair_schedule", "split"), ("pair_schedule", "two_pass")
 
 CLAIMS: tuple[Claim, ...] = (
@@ -56,29 +59,29 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("overlap_grad_reduce", True),
     Claim("recompute_granularity", "full"),
     Claim("recompute_granularity", "selective"),
-    Claim("batching", "packed", _WHOLE_ROWS, excludes=(_SPLIT,)),
-    Claim("batching", "prefix_shared", _WHOLE_ROWS, excludes=(_SPLIT, _TWO_PASS)),
-    # compared with `gathered` where MindSpeed is installed
+    Claim("batching", "packed", _PACKING_AXES, excludes=(_SPLIT,)),
+    Claim("batching", "prefix_shared", _PACKING_AXES, excludes=(_SPLIT, _TWO_PASS)),
+    # MindSpeed's own algorithms: compared with `gathered` in the tests that need an installed MindSpeed
     Claim("context_parallel_algo", "megatron_cp_algo"),
     Claim("context_parallel_algo", "ulysses_cp_algo"),
-    # sizes of pieces: the rows have some of each
+    # sizes of micro-batches and chunks: the matrix checks several of each
     Claim("micro_batch_size", ANY),
     Claim("max_tokens_per_micro_batch", ANY),
     Claim("logprob_chunk_tokens", ANY),
     Claim("recompute_method", ANY),
     Claim("recompute_num_layers", ANY),
-    # the kernels of a device: the matrix is held on the CPU
+    # the kernels of a device: the matrix runs on the CPU
     Claim("device", ANY),
 )
-"""All that is claimed of options that change the arithmetic."""
+"""The claimed values of all options with ``effect="arithmetic"``."""
 
 
 def refusal(layout: Layout, options: Mapping[str, Any]) -> str | None:
-    """Why a run may not use this layout with these options; None where it may.
+    """The reason why a run with this layout and these options is refused; None where it is supported.
 
     Args:
-        layout: What the configuration and the number of ranks ask for.
-        options: Every option that changes the arithmetic, with its value.
+        layout: The parallel layout of the run.
+        options: Every option with ``effect="arithmetic"`` and its value.
     """
     where = "what no row of the parity matrix checks (docs/numerics.md) is refused"
     for key, value in options.items():

@@ -1,4 +1,4 @@
-"""The one call that checks what a configuration, the ranks, the model and the device have to agree on."""
+"""Validation of a configuration against the number of ranks, the model and the device, in one call."""
 
 from __future__ import annotations
 
@@ -12,62 +12,65 @@ from mindspeed_simpo.errors import ConfigError
 
 
 class AttentionSizes(Protocol):
-    """What a layout divides of a layer's attention."""
+    """Sizes and variants of a layer's attention that a layout must respect."""
 
     @property
     def heads(self) -> int:
-        """Of queries."""
+        """Number of query heads."""
 
     @property
     def kv_heads(self) -> int:
-        """Of keys and values."""
+        """Number of key-value heads."""
 
     @property
     def head_dim(self) -> int:
-        """Numbers of a head."""
+        """Elements of one head."""
 
     @property
     def window(self) -> int | None:
-        """Keys that a query sees; None for all before it."""
+        """Sliding window: keys that a query attends to, its own included; None for all earlier ones."""
 
     @property
     def softcap(self) -> float | None:
-        """Of the scores."""
+        """Soft cap of the attention scores; None for none."""
 
 
 class MLPSizes(Protocol):
-    """What a layout divides of a layer's MLP."""
+    """Sizes of a layer's MLP that tensor parallelism divides."""
 
     @property
     def width(self) -> int:
-        """Of its inner activations."""
+        """Elements of the inner activation, ``intermediate_size``."""
 
 
 class LayerSizes(Protocol):
-    """What a layout divides of a layer."""
+    """Sizes of one decoder layer."""
 
     @property
     def attention(self) -> AttentionSizes:
-        """See the class."""
+        """Sizes of the attention."""
 
     @property
     def mlp(self) -> MLPSizes:
-        """See the class."""
+        """Sizes of the MLP."""
 
 
 class Model(Protocol):
-    """A described model."""
+    """The part of a model description that validation reads."""
 
     @property
     def layers(self) -> Sequence[LayerSizes]:
-        """From first to last."""
+        """The decoder layers, from first to last."""
 
     def shares_prefixes(self, seq_length: int) -> bool:
-        """Whether both responses may go on from one prompt."""
+        """Whether chosen and rejected may share one copy of their prompt, in sequences of ``seq_length`` tokens."""
 
 
-def settle_batching(config: Config, model: Model) -> Config:
-    """``config``, with ``batching: auto`` settled where the model cannot take what the layout alone allows."""
+def resolve_batching(config: Config, model: Model) -> Config:
+    """``config``, with ``batching: auto`` set to ``packed`` where only the model forbids ``prefix_shared``.
+
+    See :meth:`Model.shares_prefixes`.
+    """
     shared = config.batching == "auto" and config.batching_in_use == "prefix_shared"
     if shared and not model.shares_prefixes(config.seq_length):
         return config.model_copy(update={"batching": "packed"})
@@ -75,16 +78,17 @@ def settle_batching(config: Config, model: Model) -> Config:
 
 
 def make_layout(config: Config, world_size: int, model: Model | None = None, device: str | None = None) -> Layout:
-    """Divide ``world_size`` ranks into the configured axes, and refuse what does not divide or is not claimed.
+    """The parallel layout of ``world_size`` ranks; data parallelism takes what the configured degrees leave.
 
     Args:
         config: Degrees, switches, batch sizes and the options that change the arithmetic.
-        world_size: Ranks of the run.
-        model: Where it is known already.
-        device: Where the run takes place, where that is known already.
+        world_size: Number of ranks of the run.
+        model: Description of the model; None leaves out the checks of the model.
+        device: ``npu``, ``cuda`` or ``cpu``; None takes ``config.device``.
 
     Raises:
-        ConfigError: naming the keys, the numbers that do not divide and what to change.
+        ConfigError: where sizes do not divide or the combination is not supported; the message names the keys, the
+            numbers and what to change.
     """
     layout = _divide(config, world_size)
     _check_batch(config, layout)
@@ -131,14 +135,15 @@ def _check_batch(config: Config, layout: Layout) -> None:
 
 
 def _check_pipeline(config: Config, layout: Layout, num_layers: int) -> None:
-    per_stage = config.num_layers_per_virtual_pipeline_stage
+    layers_per_chunk = config.num_layers_per_virtual_pipeline_stage
     if num_layers < layout.pipeline:
         raise ConfigError(
             f"pipeline_model_parallel_size {layout.pipeline} is more than the model's num_hidden_layers {num_layers}"
         )
-    if per_stage is not None and num_layers % (layout.pipeline * per_stage):
+    if layers_per_chunk is not None and num_layers % (layout.pipeline * layers_per_chunk):
         raise ConfigError(
-            f"num_layers_per_virtual_pipeline_stage {per_stage} x pipeline_model_parallel_size {layout.pipeline} does "
+            f"num_layers_per_virtual_pipeline_stage {layers_per_chunk} x pipeline_model_parallel_size "
+            f"{layout.pipeline} does "
             f"not divide the model's num_hidden_layers {num_layers}"
         )
 
@@ -202,7 +207,7 @@ def _check_context_algorithm(config: Config, layout: Layout, attention: Attentio
 def _check_prefixes(config: Config, model: Model) -> None:
     if config.batching_in_use == "prefix_shared" and not model.shares_prefixes(config.seq_length):
         raise ConfigError(
-            f"batching: prefix_shared rotates a prompt once for both responses, but the rotation of "
+            f"batching: prefix_shared computes the rotary embedding of a prompt once for both responses, but that of "
             f"{config.model_name_or_path} depends on the length of each sequence beyond the length that the model was "
             f"first trained for: set batching: packed, or a seq_length ({config.seq_length}) of at most that length"
         )

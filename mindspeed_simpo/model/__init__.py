@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints as megatron-core models, and back.
+"""Decoder models: the description of a Hugging Face checkpoint, its modules, the import and export of weights.
 
-``hf_config`` and ``naming`` import no megatron; the other modules do, and so are imported after ``open_device``.
+Only ``megatron`` imports megatron-core, so that modules of ``megatron`` must be imported after ``open_device``.
 """

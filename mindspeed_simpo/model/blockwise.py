@@ -1,7 +1,7 @@
-"""Causal attention in blocks of queries, each over the keys it can reach: windows, and scores with a soft cap.
+"""Causal attention with a sliding window or a soft cap, in blocks of queries; each block reads only visible keys.
 
-No mask and no scores of the whole row exist at any time, and nothing but queries, keys and values is kept for the
-backward, which computes each block once more.
+Mask and scores exist for one block at a time, never for the whole row. The backward recomputes each block from the
+queries, keys and values, the only tensors saved for it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ def blockwise_attention(
     window: int | None,
     softcap: float | None,
 ) -> Float[Tensor, "queries row width"]:
-    """See :func:`mindspeed_simpo.model.causal.causal_attention`; for CPUs and GPUs.
+    """``softmax(cap(scale q k^T)) v`` as :func:`~mindspeed_simpo.model.causal.causal_attention`; on CPUs and GPUs.
 
     Args:
-        query: The last positions of the keys.
-        key: See ``query``.
-        value: As ``key``.
-        scale: Of the scores.
-        window: Keys that a query sees, its own included; None for all before it.
-        softcap: None leaves the scores as they are, and torch's own kernel attends.
+        query: Queries at the last positions of the keys; ``heads`` is a multiple of ``groups``.
+        key: At least as many keys as queries.
+        value: One value per key.
+        scale: Factor of the scores.
+        window: Number of keys that a query attends to, its own included; None for all earlier ones.
+        softcap: ``cap(x) = softcap tanh(x / softcap)``, computed in at least fp32; None for no cap, computed by torch's
+            ``scaled_dot_product_attention``.
+
+    Returns:
+        The context of all heads, ``width = heads dim``, in the dtype of ``query``.
     """
     context: Tensor = _Blockwise.apply(query, key, value, scale, window, softcap)  # type: ignore[no-untyped-call]
     return context.flatten(2)
@@ -90,7 +94,7 @@ def _blocks(queries: int, keys: int, window: int | None, softcap: float | None) 
 
 
 def block_size(window: int | None, softcap: float | None) -> int:
-    """Queries of a block: few where their scores are in memory, else so many that no more than half is masked out."""
+    """Queries per block: few where scores are materialised, else one window, so that at most half is masked out."""
     if softcap is not None or window is None:
         return _SMALLEST_BLOCK
     return min(max(window, _SMALLEST_BLOCK), _LARGEST_BLOCK)
@@ -104,7 +108,7 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> Float[Tensor, "queries row heads dim"]:
-    """One block; its keys end with its last query's own, and begin no earlier than the first query's window."""
+    """Attention of one block: keys from the window of the first query to the position of the last query."""
     repeats = query.shape[2] // key.shape[2]
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -127,15 +131,15 @@ def _attend(
 def _mask(
     size: int, window: int | None, dtype: torch.dtype, device: torch.device, queries: int, keys: int
 ) -> Float[Tensor, "queries keys"]:
-    """0 where a query sees a key, else minus infinity; the last query's own key is the last."""
+    """Additive mask: 0 where a query may attend to a key, else minus infinity; the last query is at the last key."""
     if window is not None:
-        return _band(size, window, dtype, device)[-queries:, -keys:]
-    triangle = _band(size, size, dtype, device)[-queries:, -queries:]
+        return _band_mask(size, window, dtype, device)[-queries:, -keys:]
+    triangle = _band_mask(size, size, dtype, device)[-queries:, -queries:]
     return torch.nn.functional.pad(triangle, (keys - queries, 0))
 
 
 @functools.lru_cache(32)
-def _band(size: int, window: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "size keys"]:
-    """Of ``size`` queries over the keys from the first one's window to the last one's own."""
+def _band_mask(size: int, window: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "size keys"]:
+    """Additive mask of ``size`` queries over ``size + window - 1`` keys: a band of ``window`` zeros per query."""
     hidden = torch.full((size, size + window - 1), -math.inf, dtype=dtype, device=device)
     return hidden.triu(window) + hidden.tril(-1)

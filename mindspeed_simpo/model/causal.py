@@ -1,4 +1,4 @@
-"""Causal attention of one rank's heads, by the kernel of the device."""
+"""Causal attention of unpacked rows, by the fastest kernel of the device."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ def causal_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "queries row width"]:
-    """``softmax(cap(scale q k^T)) v``; the queries are the last positions of the keys, and see none after their own.
+    """``softmax(cap(scale q k^T)) v``, causal: the queries have the last positions of the keys.
 
     Args:
-        query: ``heads`` a multiple of ``groups``; consecutive heads share a key and a value.
-        key: At least as many as the queries.
-        value: As ``key``.
-        scale: Of the scores, usually ``dim ** -0.5``.
-        window: Keys that a query sees, its own included; None for all before it.
-        softcap: ``cap(x) = softcap tanh(x / softcap)``; None leaves the scores as they are.
+        query: ``heads`` is a multiple of ``groups``; consecutive query heads share a key-value head.
+        key: At least as many keys as queries.
+        value: One value per key.
+        scale: Factor of the scores, usually ``dim ** -0.5``.
+        window: Number of keys that a query attends to, its own included; None for all earlier ones.
+        softcap: ``cap(x) = softcap tanh(x / softcap)``; None for no cap. NPUs have no operator with a cap.
+
+    Returns:
+        The context of all heads, ``width = heads dim``, in the dtype of ``query``.
     """
     if window is not None and window >= key.shape[0]:
         window = None
@@ -65,12 +68,15 @@ def _repeat_heads(heads: Tensor, repeats: int) -> Tensor:
 def _lower_right(query: Tensor, key: Tensor) -> Tensor:
     queries, keys = query.shape[0], key.shape[0]
     if query.is_cuda:
-        return causal_lower_right(queries, keys)  # flash attention knows it without a mask in memory
-    # a mask is kept for the backward, of every layer: parts of one tensor are kept once
-    return _future(1 << (keys - 1).bit_length(), query.dtype)[keys - queries : keys, :keys]
+        return causal_lower_right(queries, keys)  # flash attention applies this bias without a mask in memory
+    # autograd saves the mask of every layer: slices of one cached tensor share its memory
+    return _causal_mask(1 << (keys - 1).bit_length(), query.dtype)[keys - queries : keys, :keys]
 
 
 @functools.lru_cache(16)
-def _future(size: int, dtype: torch.dtype) -> Float[Tensor, "size size"]:
-    """Minus infinity above the diagonal, else 0; not booleans, of which the kernel would make numbers in each call."""
+def _causal_mask(size: int, dtype: torch.dtype) -> Float[Tensor, "size size"]:
+    """Additive causal mask: minus infinity above the diagonal, else 0.
+
+    The mask is not boolean, because the kernel would convert a boolean mask to numbers in each call.
+    """
     return torch.full((size, size), -math.inf, dtype=dtype).triu(1)

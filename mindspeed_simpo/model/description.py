@@ -1,7 +1,7 @@
-"""What a decoder is, layer by layer: no tensors, no framework, no name of a family in any condition.
+"""The description of a decoder, layer by layer: sizes and variants, independent of model family and framework.
 
-``model/families`` turns a ``config.json`` into a :class:`ModelDescription`; ``model/naming.py`` derives the parameters
-from it, ``model/megatron`` the modules, ``training/memory.py`` the bytes.
+``model/families`` turns a ``config.json`` into a :class:`ModelDescription`. From the description, ``model/naming.py``
+derives the parameters, ``model/megatron`` the modules and ``training/memory.py`` the memory estimate.
 """
 
 from __future__ import annotations
@@ -21,23 +21,27 @@ class Norm:
 
     eps: float
     weight_offset: float = 0.0
-    """1 where the checkpoint stores ``weight - 1``; such a norm multiplies in fp32, before it rounds."""
+    """1 where the checkpoint stores ``weight - 1``; such a norm multiplies by the weight in fp32, before rounding."""
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotary position embedding of the first ``dims`` numbers of each head; ``kind`` is transformers' ``rope_type``."""
+    """Rotary position embedding of the first ``dims`` elements of each head; ``kind`` is transformers' ``rope_type``.
+
+    The fields from ``factor`` on parametrise the kinds; :func:`mindspeed_simpo.model.rotary.inverse_frequencies` has
+    their formulas.
+    """
 
     theta: float
     dims: int
     kind: RotationKind = "default"
     interleaved: bool = False
-    """Neighbours are rotated into each other, else the two halves."""
+    """Pairs are elements ``2i, 2i + 1`` where true, else elements ``i, i + dims / 2``."""
     factor: float = 1.0
     attention_factor: float = 1.0
-    """Cosines and sines are multiplied by it."""
+    """Factor of cosines and sines."""
     original_length: float = 0.0
-    """Tokens that the unscaled rotation was trained for; ``max_position_embeddings`` for ``dynamic``."""
+    """Context length of the original training, tokens; ``max_position_embeddings`` for ``dynamic``."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -48,22 +52,22 @@ class Rotation:
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether a sequence's own length changes its frequencies."""
+        """Whether the frequencies depend on the length of the sequence."""
         return self.kind in ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
 class HeadShare:
-    """The heads that one tensor-parallel rank computes."""
+    """The attention heads of one tensor-parallel rank."""
 
     first_query: int
     queries: int
     padded_queries: int
-    """Rows of the parameters, the same on every rank: where ranks differ, the last heads are padding."""
+    """Query heads in the parameters, the same number on every rank: ``queries`` heads, then padding."""
     first_kv: int
     kv_heads: int
     kv_part: int
-    """Which part of the rows of its key-value head this rank holds, where ranks share one."""
+    """Index of this rank's part of a key-value head that ``kv_parts`` ranks share."""
     kv_parts: int
 
 
@@ -77,15 +81,18 @@ class Attention:
     scale: float
     rotation: Rotation
     window: int | None = None
-    """Keys that a query sees, its own included; None for all before it."""
+    """Number of keys that a query attends to, its own included; None for all earlier ones."""
     softcap: float | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: Norm | None = None
-    """Over each head of the queries and keys, before the rotation."""
+    """Norm of each head of the queries and keys, before the rotation; None for none."""
 
     def share(self, rank: int, size: int) -> HeadShare:
-        """Heads of tensor-parallel rank ``rank`` of ``size``; consecutive ranks share a key-value head."""
+        """Heads of tensor-parallel rank ``rank`` of ``size``.
+
+        With more ranks than key-value heads, consecutive ranks share a key-value head.
+        """
         group = self.heads // self.kv_heads
         if size <= self.kv_heads:
             kv_heads = self.kv_heads // size
@@ -109,7 +116,7 @@ class MLP:
 
 @dataclass(frozen=True)
 class Layer:
-    """``x += norm_after(attention(norm(x)))``, then the same with the MLP."""
+    """``x += norm_after(attention(norm_before(x)))``, then the same with the MLP; a norm that is None is left out."""
 
     norm_before_attention: Norm
     attention: Attention
@@ -121,7 +128,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class TensorNames:
-    """Hugging Face names of a layer's modules; one name where gate and up, or queries, keys and values, are fused."""
+    """Hugging Face names of a layer's modules; ``qkv`` and ``gate_up`` have one name where fused."""
 
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     q_norm: str = "self_attn.q_norm"
@@ -137,27 +144,27 @@ class TensorNames:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A decoder, and how its checkpoint names it."""
+    """A decoder and the names in its Hugging Face checkpoint."""
 
     family: str
-    """``model_type``; for messages."""
+    """``model_type`` of config.json, for messages."""
     architecture: str
-    """The class that transformers gives it."""
+    """Class of transformers, as in ``architectures`` of config.json."""
     names: TensorNames
     hidden_size: int
     vocab_size: int
     tied: bool
-    """Whether the output layer is the embedding."""
+    """Whether output layer and embedding share one weight."""
     embedding_scale: float
-    """Of the embedded tokens; rounded to the compute dtype, as transformers does."""
+    """Factor of the embedded tokens, rounded to the compute dtype as in transformers."""
     final_norm: Norm
     logit_softcap: float | None
-    """Logits are ``softcap tanh(logits / softcap)``."""
+    """Logits become ``softcap tanh(logits / softcap)``; None for no cap."""
     max_position_embeddings: int
     initializer_range: float
     """Standard deviation of random weights (``init_from: config``)."""
     dtype: str
-    """Declared dtype of the stored weights; an export has it too."""
+    """Declared dtype of the stored weights and of an export."""
     layers: tuple[Layer, ...]
 
     @property
@@ -167,25 +174,26 @@ class ModelDescription:
 
     @property
     def rotations(self) -> tuple[Rotation, ...]:
-        """The distinct rotations of the layers, in order."""
+        """The distinct rotations, in the order of the layers."""
         return tuple(dict.fromkeys(layer.attention.rotation for layer in self.layers))
 
     def shares_prefixes(self, seq_length: int) -> bool:
-        """Whether chosen and rejected response may go on from one prompt, in sequences of at most ``seq_length``.
+        """Whether chosen and rejected may share one copy of their prompt, in sequences of ``seq_length`` tokens.
 
-        False where the frequencies depend on the length of the whole sequence: the two then rotate the prompt apart.
+        False where the rotary frequencies depend on the length of the whole sequence: prompt tokens of the chosen and
+        of the rejected sequence then have different rotations.
         """
         return not any(each.depends_on_length and seq_length > each.original_length for each in self.rotations)
 
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
-        """Rows of the embedding once every tensor-parallel rank holds equally many."""
+        """``vocab_size`` rounded up to a multiple of ``tensor_parallel_size``: rows of the embedding over all ranks."""
         return -(-self.vocab_size // tensor_parallel_size) * tensor_parallel_size
 
     def difference(self, other: ModelDescription) -> str | None:
-        """The first property of shape or arithmetic in which ``other`` differs, for messages; None where none does."""
-        kept = ("dtype", "initializer_range", "max_position_embeddings")
+        """The first field of shape or arithmetic in which ``other`` differs, for messages; None where equal."""
+        ignored = ("dtype", "initializer_range", "max_position_embeddings")
         for (name, ours), (_, theirs) in zip(_leaves("", self), _leaves("", other), strict=False):
-            if ours != theirs and name not in kept:
+            if ours != theirs and name not in ignored:
                 return f"{name} ({theirs}) than the trained model ({ours})"
         return None
 

@@ -1,4 +1,4 @@
-"""A Hugging Face folder's ``config.json`` -> :class:`ModelDescription`, and what is refused."""
+"""``config.json`` of a Hugging Face folder or hub model -> :class:`ModelDescription`, with checks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def resolve_model(model_name_or_path: str, *, weights: bool) -> Path:
-    """Local folder of a model; a hub id is downloaded to, or found in, the Hugging Face cache.
+    """Local folder of a model; a hub id is looked up in the Hugging Face cache and downloaded where absent.
 
     Args:
         model_name_or_path: A local folder, or a hub id such as ``Qwen/Qwen2.5-0.5B``.
-        weights: Fetch the safetensors too, not only the configuration and the tokenizer.
+        weights: Whether to download the safetensors too, not only the configuration and the tokenizer.
 
     Raises:
-        ModelError: where it is neither a folder nor a hub model that can be had.
+        ModelError: where the name is neither a local folder nor a hub model that can be downloaded.
     """
     folder = Path(model_name_or_path).expanduser()
     if folder.is_dir():
@@ -47,7 +47,10 @@ def resolve_model(model_name_or_path: str, *, weights: bool) -> Path:
 
 
 def read_description(model_name_or_path: str) -> ModelDescription:
-    """Read and check a model's ``config.json``; no weights are read and no code of the checkpoint is run.
+    """Read and check the ``config.json`` of a model, without its weights. Code in the checkpoint is never run.
+
+    Args:
+        model_name_or_path: See :func:`resolve_model`.
 
     Raises:
         ModelError: for a folder without a readable configuration, an architecture that is not supported, quantized

@@ -1,7 +1,7 @@
-"""The one table that says which Hugging Face tensors each parameter is made of, derived from the description.
+"""The mapping between parameters and Hugging Face tensors, derived from the description of the model.
 
-Import, export, checkpoints, random initialisation and the tests all follow it. A parameter of one tensor-parallel rank
-is a list of spans: rows (or columns) of Hugging Face tensors, end to end, and padding.
+Import, export, checkpoints, random initialisation and the tests use this mapping. The parameter of one tensor-parallel
+rank is a concatenation of spans: slices of Hugging Face tensors along one axis, and padding.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class HFTensor:
     name: str
     shape: tuple[int, ...]
     axis: int | None = None
-    """What the tensor-parallel ranks divide; None where each has a copy."""
+    """Axis that the tensor-parallel ranks shard; None where every rank has a copy."""
     initial: float | None = None
-    """Value of all elements before any training; None where they are drawn from a normal distribution."""
+    """Initial value of all elements under ``init_from: config``; None for values from a normal distribution."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Elements ``start`` to ``stop`` of ``tensor`` along its axis; padding, which is zero, where there is no tensor."""
+    """Elements ``start`` to ``stop - 1`` of ``tensor`` along its axis; zeros (padding) where ``tensor`` is None."""
 
     tensor: HFTensor | None
     start: int
@@ -43,11 +43,11 @@ class Span:
         return self.stop - self.start
 
     def part(self, start: int, length: int) -> Span:
-        """``length`` elements of this span, from its ``start``-th on."""
+        """The span of ``length`` elements that begins ``start`` elements after the start of this span."""
         return Span(self.tensor, self.start + start, self.start + start + length)
 
-    def holds(self, other: Span) -> bool:
-        """Whether all of ``other`` is in this one; padding is in none."""
+    def contains(self, other: Span) -> bool:
+        """Whether this span contains all elements of ``other``; False where either is padding."""
         return (
             self.tensor is not None
             and self.tensor == other.tensor
@@ -57,32 +57,31 @@ class Span:
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter of a ``PolicyModel`` and the tensors that it holds parts of."""
+    """One parameter of a ``PolicyModel`` and the Hugging Face tensors whose elements the parameter holds."""
 
     parameter: str
     tensors: tuple[HFTensor, ...]
     divide: Callable[[int, int], Sequence[Span]] | None = field(default=None, compare=False)
-    """``(rank, size)`` -> what the parameter of that tensor-parallel rank holds, in order; None for a copy of a tensor
-    on every rank."""
+    """``(rank, size)`` -> spans of that tensor-parallel rank's parameter; None where every rank has a full copy."""
     kind: SlotKind = "base"
     replica: bool = False
-    """A second copy of a tensor that another pipeline rank holds (the tied head of the last one)."""
+    """Whether another pipeline rank holds the same tensor: true for a tied output layer apart from the embedding."""
     pads_vocabulary: bool = False
-    """Whether it ends with padding where the tensor-parallel ranks do not divide the vocabulary."""
+    """Whether padding extends the parameter where the tensor-parallel size does not divide the vocabulary."""
 
     @property
     def axis(self) -> int | None:
-        """Axis of the parameter that the tensor-parallel ranks divide."""
+        """Axis of the parameter that the tensor-parallel ranks shard; None where every rank has a copy."""
         return self.tensors[0].axis
 
     def spans(self, rank: int, size: int) -> tuple[Span, ...]:
-        """What the parameter of one tensor-parallel rank holds along ``axis``, in order, padding included."""
+        """The non-empty spans of the parameter of tensor-parallel rank ``rank`` of ``size``, in order."""
         if self.divide is None:
             return (Span(self.tensors[0], 0, self.tensors[0].shape[0]),)
         return tuple(span for span in self.divide(rank, size) if span.length)
 
     def shape(self, rank: int, size: int) -> tuple[int, ...]:
-        """Of the parameter of one tensor-parallel rank."""
+        """Shape of the parameter of tensor-parallel rank ``rank`` of ``size``."""
         shape = list(self.tensors[0].shape)
         shape[self.axis or 0] = sum(span.length for span in self.spans(rank, size))
         return tuple(shape)
@@ -90,17 +89,20 @@ class Slot:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive layers that one rank runs in one piece: a pipeline stage, or one of its virtual stages."""
+    """A model chunk: consecutive layers of one pipeline rank.
 
-    stage: int
-    virtual_stage: int
+    A pipeline rank has one chunk, or one for each virtual pipeline rank under the interleaved schedule.
+    """
+
+    pipeline_rank: int
+    virtual_pipeline_rank: int
     first_layer: int
     num_layers: int
     has_embedding: bool
     has_head: bool
 
     def layers(self, model: ModelDescription) -> tuple[Layer, ...]:
-        """The descriptions of its layers."""
+        """The descriptions of the layers of this chunk."""
         return model.layers[self.first_layer : self.first_layer + self.num_layers]
 
     def slots(self, model: ModelDescription) -> Iterator[Slot]:
@@ -118,43 +120,55 @@ class Chunk:
                 yield _vocabulary("output_layer.weight", _EMBEDDING, model, replica=True)
 
 
-def layers_by_stage(num_layers: int, num_stages: int) -> list[int]:
-    """Layers of each pipeline stage; where they do not divide, the first and the last stage have fewer.
+def layers_per_pipeline_rank(num_layers: int, pipeline_size: int) -> list[int]:
+    """Number of layers of each pipeline rank.
 
-    Those two hold the embedding and the head as well, and they are the only ones that megatron-core lets differ.
+    Where ``pipeline_size`` does not divide ``num_layers``, the first and the last rank differ from the others, with
+    fewer layers where possible: these ranks also hold the embedding and the head, and megatron-core allows another
+    number of layers on these ranks only.
     """
-    middle = -(-num_layers // num_stages)
-    outer = num_layers - middle * (num_stages - 2)
+    middle = -(-num_layers // pipeline_size)
+    outer = num_layers - middle * (pipeline_size - 2)
     if outer < 2:
-        middle = num_layers // num_stages
-        outer = num_layers - middle * (num_stages - 2)
-    if num_stages == 1:
+        middle = num_layers // pipeline_size
+        outer = num_layers - middle * (pipeline_size - 2)
+    if pipeline_size == 1:
         return [num_layers]
-    return [-(-outer // 2), *[middle] * (num_stages - 2), outer // 2]
+    return [-(-outer // 2), *[middle] * (pipeline_size - 2), outer // 2]
 
 
-def pipeline_chunks(model: ModelDescription, num_stages: int, num_virtual_stages: int = 1) -> list[Chunk]:
-    """The chunks of all pipeline stages, in the order of the layers: virtual stages visit every rank in turn."""
-    if num_virtual_stages > 1:
-        sizes = [model.num_layers // (num_stages * num_virtual_stages)] * (num_stages * num_virtual_stages)
+def pipeline_chunks(model: ModelDescription, pipeline_size: int, virtual_pipeline_size: int = 1) -> list[Chunk]:
+    """The chunks of all pipeline ranks, in the order of the layers; chunk ``i`` is on rank ``i % pipeline_size``.
+
+    Args:
+        model: Description of the whole model.
+        pipeline_size: Number of pipeline ranks, at most the number of layers.
+        virtual_pipeline_size: Number of chunks per pipeline rank.
+    """
+    if virtual_pipeline_size > 1:
+        number = pipeline_size * virtual_pipeline_size
+        sizes = [model.num_layers // number] * number
     else:
-        sizes = layers_by_stage(model.num_layers, num_stages)
+        sizes = layers_per_pipeline_rank(model.num_layers, pipeline_size)
     chunks, first = [], 0
     for index, size in enumerate(sizes):
-        virtual_stage, stage = divmod(index, num_stages)
-        chunks.append(Chunk(stage, virtual_stage, first, size, index == 0, index == len(sizes) - 1))
+        virtual_rank, rank = divmod(index, pipeline_size)
+        chunks.append(Chunk(rank, virtual_rank, first, size, index == 0, index == len(sizes) - 1))
         first += size
     return chunks
 
 
 def hf_tensors(model: ModelDescription) -> list[HFTensor]:
-    """Every tensor of the model's Hugging Face checkpoint, layer by layer; a tied head is not stored."""
+    """Every tensor of the model's Hugging Face checkpoint, layer by layer; without a tied output layer."""
     (whole,) = pipeline_chunks(model, 1)
     return [tensor for slot in whole.slots(model) for tensor in slot.tensors]
 
 
 def joined(spans: Sequence[Span]) -> list[Span]:
-    """The same elements in as few spans as possible, without padding: what is read, or stored, in one piece."""
+    """The same elements in as few spans as possible, sorted by tensor and position, without padding.
+
+    Each span of the result is read, or stored in a checkpoint, in one piece.
+    """
     stored = [(span.tensor.name, span) for span in spans if span.tensor is not None]
     found: list[Span] = []
     for _, span in sorted(stored, key=lambda each: (each[0], each[1].start)):
@@ -212,7 +226,7 @@ _Divide = Callable[[Sequence[Span], int, int], Sequence[Span]]
 def _columns(
     parameter: str, names: Sequence[str], rows: Sequence[int], inputs: int, divide: _Divide, *, bias: bool
 ) -> Iterator[Slot]:
-    """Projections of one input to ``rows`` outputs each; stored apart, or end to end under one name."""
+    """The slots of column-parallel projections to ``rows`` outputs each, stored as one tensor each or concatenated."""
     for suffix, rest in (("weight", (inputs,)), ("bias", ())):
         if suffix == "bias" and not bias:
             continue
@@ -238,7 +252,7 @@ def _rows(parameter: str, name: str, outputs: int, inputs: int, divide: _Divide,
 
 
 def _evenly(whole: Sequence[Span], rank: int, size: int) -> Sequence[Span]:
-    """An equal share of each span, one after the other."""
+    """The concatenation of an equal share of each span."""
     return [span.part(rank * (span.length // size), span.length // size) for span in whole]
 
 

@@ -1,4 +1,4 @@
-"""Attention of a packed row: every document to itself and to its prefix, by the kernel of the device."""
+"""Attention of packed rows: each document to itself and to its prefix, by the fastest kernel of the device."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ def packed_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "seq 1 width"]:
-    """``softmax(cap(scale q k^T)) v`` within each document; two calls, whatever the number of documents.
+    """``softmax(cap(scale q k^T)) v`` within each document, in at most two variable-length calls.
 
-    The first has the documents that attend to themselves, queries and keys alike. The second has the branches: queries
-    of a branch over the keys of its prefix and its own, causal, so that the last query sees the last key. No mask of
-    the row exists.
+    The first call computes the documents that attend causally to themselves. The second call computes the branches: the
+    queries of a branch attend to all keys of the branch's prefix and causally to the branch itself. No mask over the
+    whole row is materialised.
 
     Args:
-        query: ``heads`` a multiple of ``groups``; consecutive heads share a key and a value.
-        key: See ``query``.
-        value: See ``query``.
-        documents: What the row is made of; their lengths add up to ``seq``.
-        scale: Of the scores, usually ``dim ** -0.5``.
-        window: Keys of its sequence that a query sees, its own included; None for all before it.
+        query: ``heads`` is a multiple of ``groups``; consecutive query heads share a key-value head.
+        key: Keys of all positions of the row.
+        value: Values of all positions of the row.
+        documents: Documents and branches of the row; their lengths add up to ``seq``.
+        scale: Factor of the scores, usually ``dim ** -0.5``.
+        window: Number of keys of the own sequence that a query attends to, its own included; None for all earlier ones.
         softcap: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
     """
     end = sum(documents.wholes)
     own = key[:end], value[:end]
-    context = attend_apart(query[:end], *own, documents.wholes, documents.wholes, scale, window, softcap)
+    context = varlen_attention(query[:end], *own, documents.wholes, documents.wholes, scale, window, softcap)
     if not documents.branches:
         return context
     seen = _branch_keys(documents, key.device)
     lengths = [branch.length for branch in documents.branches]
     key_lengths = [branch.prefix_length + branch.length for branch in documents.branches]
     keys, values = key.index_select(0, seen), value.index_select(0, seen)
-    branches = attend_apart(query[end:], keys, values, lengths, key_lengths, scale, window, softcap)
+    branches = varlen_attention(query[end:], keys, values, lengths, key_lengths, scale, window, softcap)
     return torch.cat([context, branches])
 
 
-def attend_apart(
+def varlen_attention(
     query: Float[Tensor, "queries 1 heads dim"],
     key: Float[Tensor, "keys 1 groups dim"],
     value: Float[Tensor, "keys 1 groups dim"],
@@ -63,15 +63,15 @@ def attend_apart(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "queries 1 width"]:
-    """Causal attention of many documents that lie end to end; the queries of each are the last positions of its keys.
+    """Causal attention of concatenated documents; the queries of a document have the last positions of its keys.
 
     Args:
-        query: All documents' queries.
-        key: All documents' keys; ``value`` likewise.
-        value: See ``key``.
-        query_lengths: Queries of each document.
-        key_lengths: Keys of each document, at least as many.
-        scale: Of the scores.
+        query: Queries of all documents, concatenated.
+        key: Keys of all documents, concatenated.
+        value: Values of all documents, concatenated.
+        query_lengths: Number of queries of each document.
+        key_lengths: Number of keys of each document, at least that of its queries.
+        scale: Factor of the scores.
         window: See :func:`packed_attention`.
         softcap: See :func:`packed_attention`.
     """
@@ -82,7 +82,7 @@ def attend_apart(
         return npu.varlen_attention(query, key, value, query_lengths, key_lengths, scale, window)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_flash_attention():
         return flash_attention(query, key, value, query_lengths, key_lengths, scale, window, softcap)
-    # torch.split, not slices: the gradient of each slice would be as long as the row
+    # torch.split, not slices: the backward of each slice would allocate a gradient of the whole row
     queries, keys, values = (
         torch.split(tensor, list(lengths))
         for tensor, lengths in ((query, query_lengths), (key, key_lengths), (value, key_lengths))
@@ -101,7 +101,7 @@ def flash_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "queries 1 width"]:
-    """:func:`attend_apart` by the flash-attn package, whose causal mask is aligned to the last query and key."""
+    """:func:`varlen_attention` by the flash-attn package, whose causal mask is aligned to the last query and key."""
     from flash_attn import flash_attn_varlen_func
 
     context: Tensor = flash_attn_varlen_func(
@@ -125,14 +125,14 @@ def _has_flash_attention() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-# What follows is the same for all layers of a micro-batch, and copied to the device once
+# The tensors below are the same for all layers of a micro-batch; the caches copy each to the device once
 
 _MICRO_BATCHES_IN_FLIGHT = 64
 
 
 @functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
 def _branch_keys(documents: Documents, device: torch.device) -> Int[Tensor, " key"]:
-    """Where in the row the keys of each branch lie: those of its prefix, then its own."""
+    """Positions in the row of the keys of each branch: those of its prefix, then those of the branch."""
     parts, start = [], sum(documents.wholes)
     for branch in documents.branches:
         parts.append(torch.arange(branch.prefix_start, branch.prefix_start + branch.prefix_length))
@@ -143,7 +143,7 @@ def _branch_keys(documents: Documents, device: torch.device) -> Int[Tensor, " ke
 
 @functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
 def document_lengths(documents: Documents, device: torch.device) -> Int[Tensor, " seq"]:
-    """For each position of a packed row how many tokens its sequence has; a branch's prefix counts for the branch."""
+    """int64 length of the sequence of each position of a packed row, tokens; that of a branch includes its prefix."""
     wholes = [torch.full((length,), length) for length in documents.wholes]
     branches = [torch.full((each.length,), each.prefix_length + each.length) for each in documents.branches]
     return moved(torch.cat([*wholes, *branches]), device)
@@ -151,5 +151,5 @@ def document_lengths(documents: Documents, device: torch.device) -> Int[Tensor, 
 
 @functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
 def _bounds(lengths: tuple[int, ...], device: torch.device) -> Int[Tensor, " bound"]:
-    """Where each document begins, and where the last one ends."""
+    """int32 start of each document, then the end of the last one (``cu_seqlens`` of flash-attn)."""
     return moved(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, computed from positions: context-parallel slices and packed rows bring their own."""
+"""Rotary position embeddings, computed from explicit positions as context-parallel shards and packed rows need them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mindspeed_simpo.model.description import Rotation
 
 
 class RotationTables(NamedTuple):
-    """Cosines and sines of one micro-batch's positions, in the compute dtype; both numbers of a pair have the same."""
+    """Cosines and sines of the positions of a micro-batch, in the compute dtype; equal for both elements of a pair."""
 
     cosines: Float[Tensor, "seq row_or_1 1 dims"]
     sines: Float[Tensor, "seq row_or_1 1 dims"]
@@ -22,20 +22,22 @@ class RotationTables(NamedTuple):
 def inverse_frequencies(
     rotation: Rotation, lengths: Int[Tensor, " sequence"] | None = None
 ) -> Float[Tensor, " half"] | Float[Tensor, "sequence half"]:
-    r"""``theta^(-2i / dims)`` for i in 0..dims/2-1, scaled, radians per token, fp32.
+    r"""``theta^(-2i / dims)`` for i in 0..dims/2-1, scaled by ``rotation.kind``; radians per token, fp32.
 
-    ``linear`` divides all by ``factor``. ``llama3`` divides those of a wavelength above
-    ``original_length / low_freq_factor`` by ``factor``, keeps those below ``original_length / high_freq_factor`` and
-    blends linearly in between. ``yarn`` does so between those that turn ``beta_slow`` and ``beta_fast`` times in
-    ``original_length`` tokens, linearly in i. ``dynamic`` raises theta by
-    ``(factor n / original_length - factor + 1)^(dims / (dims - 2))`` for a sequence of n tokens beyond
-    ``original_length``. ``longrope`` divides by ``long_factors`` for such a sequence, else by ``short_factors``.
+    ``linear`` divides all frequencies by ``factor``. ``llama3`` divides frequencies with a wavelength above
+    ``original_length / low_freq_factor`` by ``factor``, keeps those with a wavelength below
+    ``original_length / high_freq_factor`` and interpolates linearly in between. ``yarn`` keeps frequencies of more than
+    ``beta_fast`` turns per ``original_length`` tokens, divides those of fewer than ``beta_slow`` turns by ``factor``
+    and interpolates linearly in i in between. ``dynamic`` multiplies theta by ``(factor n / original_length - factor +
+    1)^(dims / (dims - 2))`` for a sequence of n tokens beyond ``original_length``. ``longrope`` divides frequency i by
+    ``long_factors[i]`` for such a sequence, else by ``short_factors[i]``.
 
     Args:
-        rotation: What is asked.
-        lengths: int64 tokens of each sequence; where the rotation depends on them, and then there is a row for each.
+        rotation: Kind and parameters of the rotation.
+        lengths: int64 length of each sequence in tokens, which ``dynamic`` and ``longrope`` need; the result then has
+            one row per sequence.
 
-    Source: ``modeling_rope_utils`` of transformers, for each sequence alone.
+    Source: ``modeling_rope_utils`` of transformers, applied to each sequence by itself.
     """
     device = lengths.device if lengths is not None else None
     exponents = torch.arange(0, rotation.dims, 2, dtype=torch.int64, device=device).to(torch.float32) / rotation.dims
@@ -68,7 +70,7 @@ def inverse_frequencies(
 
 
 def _yarn_range(rotation: Rotation) -> tuple[float, float]:
-    """The i up to which frequencies stay, and the i from which they are divided."""
+    """The i up to which frequencies are kept, and the i from which frequencies are divided by ``factor``."""
 
     def place(turns: float) -> float:
         wavelengths = rotation.original_length / (turns * 2 * math.pi)
@@ -90,15 +92,15 @@ def rotation_tables(
     """``attention_factor`` times cosine and sine of ``position x frequency``.
 
     Args:
-        rotation: Says how pairs lie in a head.
-        frequencies: Of :func:`inverse_frequencies`, on the device of the positions; with two axes for each row of
-            many, or for each position of one row.
-        positions: Of each token in its own document; one row where all rows share them.
-        dtype: Of the result; computed in fp32.
+        rotation: ``interleaved`` and ``attention_factor`` are read.
+        frequencies: Result of :func:`inverse_frequencies` on the device of the positions; with two axes, one row per
+            row of the batch, or one row per position of a single packed row.
+        positions: int64 position of each token in its document; one axis where all rows have the same positions.
+        dtype: Dtype of the result; angles, cosines and sines are computed in fp32.
     """
     rows = positions if positions.dim() == 2 else positions[None]
     if frequencies.dim() == 2:
-        # one row of positions: of every position of a packed row, or of every padded row
+        # one frequency vector per position of a packed row, else one per padded row
         packed = len(rows) == 1 and len(frequencies) == rows.shape[1]
         frequencies = frequencies[:, None] if packed else frequencies[None]
     angles = rows.t().to(torch.float32)[:, :, None] * frequencies

@@ -1,17 +1,15 @@
-"""The settings of a ``config.json`` in the words of a description; what every family's file reads with.
+"""Reading of a ``config.json`` into the parts of a description, for the modules of ``model/families``.
 
-Rotary settings and layer types are read from the file itself: transformers 4 and 5 write and hold them differently.
+Layer types are read from the file itself, because transformers 4 and 5 store them differently.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.description import (
     MLP,
     Attention,
@@ -22,6 +20,7 @@ from mindspeed_simpo.model.description import (
     RotationKind,
     TensorNames,
 )
+from mindspeed_simpo.model.rotary_settings import RotarySettings
 
 STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _SIZES = (
@@ -35,57 +34,43 @@ _SIZES = (
     "max_position_embeddings",
     "sliding_window",
 )
-_NUMBERS: dict[RotationKind, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-    "dynamic": ("factor",),
-    "longrope": ("original_max_position_embeddings",),
-}
-"""Numbers that each kind of rotary scaling needs."""
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
 class Family:
-    """One supported ``model_type``; each file of ``model/families`` has one as ``FAMILY``."""
+    """One supported ``model_type``; each module of ``model/families`` defines one as ``FAMILY``."""
 
     model_type: str
     architecture: str
     describe: Callable[[Settings], ModelDescription]
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Other values of ``model_type`` that are near to it -> what to do in their place."""
+    """Related but unsupported values of ``model_type`` -> advice for the error message."""
     rotary_aliases: Mapping[str, RotationKind] = field(default_factory=dict)
-    """Names that its old files have for kinds of rotary scaling."""
+    """Names in old files -> kinds of rotary scaling."""
 
 
-class Settings:
-    """A ``config.json``, and what transformers makes of it."""
-
-    hf: Any
-    """transformers' configuration object, with the defaults that the file leaves out."""
+class Settings(RotarySettings):
+    """A ``config.json``, with methods that return the parts of a description."""
 
     def __init__(self, path: Path, raw: dict[str, Any], family: Family) -> None:
-        self.path = path
-        self.raw = raw
+        super().__init__(path, raw, family.rotary_aliases)
         self.family = family
 
-    def error(self, message: str) -> ModelError:
-        """What to raise: it names the file."""
-        return ModelError(f"{self.path}: {message}")
-
     def check_numbers(self) -> None:
-        """Refuse sizes that are no sizes and a dtype that is unknown, before transformers meets them."""
+        """Check sizes, rotary numbers and dtype, before transformers reads the file.
+
+        Errors of transformers name neither file nor key.
+
+        Raises:
+            ModelError: for a size that is not a positive whole number, for rotary numbers that are not positive, and
+                for an unknown dtype.
+        """
         for name in _SIZES:
             value = self.raw.get(name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise self.error(f"{name} is {value!r}; expected a whole number of at least 1")
-        for scaling in [*self._rotary_objects(), self.raw]:
-            kind = self._rotation_kind(scaling)
-            for key in ("rope_theta", "partial_rotary_factor", *_NUMBERS[kind]):
-                if scaling.get(key) is not None:
-                    self._positive(key, scaling[key])
+        self.check_rotary_numbers()
         _ = self.dtype
 
     @property
@@ -97,27 +82,23 @@ class Settings:
         return str(dtype)
 
     @property
-    def head_dim(self) -> int:
-        """Numbers of a head."""
-        return int(getattr(self.hf, "head_dim", None) or self.hf.hidden_size // self.hf.num_attention_heads)
-
-    @property
     def num_layers(self) -> int:
-        """Layers of the model."""
+        """Number of layers."""
         return int(self.hf.num_hidden_layers)
 
     def norm(self, weight_offset: float = 0.0) -> Norm:
-        """RMSNorm of the model's ``rms_norm_eps``."""
+        """RMSNorm with the ``rms_norm_eps`` of the file; see :class:`Norm` for ``weight_offset``."""
         return Norm(float(self.hf.rms_norm_eps), weight_offset)
 
     def layer_types(self, pattern: Callable[[int], bool]) -> list[bool]:
-        """Whether each layer has a window.
+        """Whether each layer has a sliding window, by ``layer_types`` of the file or else by ``pattern``.
 
         Args:
-            pattern: Says so of a layer's index, where the file has no ``layer_types``.
+            pattern: Index of a layer -> whether the layer has a sliding window.
 
         Raises:
-            ModelError: for another attention than ``full_attention`` and ``sliding_attention``.
+            ModelError: for layer types other than ``full_attention`` and ``sliding_attention``, and where their number
+                is not that of the layers.
         """
         types = self.raw.get("layer_types")
         if types is None:
@@ -129,10 +110,10 @@ class Settings:
         return [each == "sliding_attention" for each in types]
 
     def windows(self, is_sliding: Sequence[bool]) -> list[int | None]:
-        """The window of each layer.
+        """Sliding window of each layer in tokens, None for layers without one.
 
         Raises:
-            ModelError: where a layer has one whose length is not given.
+            ModelError: where a layer has a window and the file no ``sliding_window``.
         """
         window = getattr(self.hf, "sliding_window", None)
         if any(is_sliding) and window is None:
@@ -142,16 +123,16 @@ class Settings:
     def attention(
         self, window: int | None, rotation: Rotation, *, scale: float | None = None, **variants: Any
     ) -> Attention:
-        """The model's heads with one layer's window and rotation.
+        """Attention of a layer, with the heads of the file.
 
         Args:
             window: See :class:`Attention`.
             rotation: See :class:`Attention`.
-            scale: Of the scores; ``head_dim ** -0.5`` by default.
+            scale: Factor of the scores; ``head_dim ** -0.5`` by default.
             variants: Other fields of :class:`Attention`.
 
         Raises:
-            ModelError: where the heads do not share keys evenly.
+            ModelError: where ``num_attention_heads`` is not a multiple of ``num_key_value_heads``.
         """
         heads: int = self.hf.num_attention_heads
         kv_heads = heads if self.hf.num_key_value_heads is None else self.hf.num_key_value_heads
@@ -161,15 +142,15 @@ class Settings:
         return Attention(heads, kv_heads, self.head_dim, scale, rotation, window, **variants)
 
     def mlp(self, *, bias: bool = False, key: str = "hidden_act", expected: str = "silu") -> MLP:
-        """The model's MLP.
+        """MLP of a layer, with the ``intermediate_size`` of the file.
 
         Args:
             bias: See :class:`MLP`.
-            key: Which setting names the activation.
-            expected: Which one this family has.
+            key: Key of the activation in the file.
+            expected: Activation of the family.
 
         Raises:
-            ModelError: for another activation.
+            ModelError: where the file has another activation.
         """
         found = getattr(self.hf, key)
         activation = _ACTIVATIONS.get(found)
@@ -178,7 +159,7 @@ class Settings:
         return MLP(self.hf.intermediate_size, activation, bias)  # type: ignore[arg-type]
 
     def model(self, layers: Sequence[Layer], final_norm: Norm, **variants: Any) -> ModelDescription:
-        """The description; ``variants`` are fields of it that most families leave alone."""
+        """The description of the model; ``variants`` override fields that most families leave at their defaults."""
         defaults: dict[str, Any] = {"names": TensorNames(), "embedding_scale": 1.0, "logit_softcap": None}
         return ModelDescription(
             family=self.family.model_type,
@@ -193,123 +174,3 @@ class Settings:
             layers=tuple(layers),
             **(defaults | variants),
         )
-
-    def rotation(
-        self,
-        *,
-        layer_type: str | None = None,
-        theta: float | None = None,
-        partial: float = 1.0,
-        interleaved: bool = False,
-        scaled: bool = True,
-    ) -> Rotation:
-        """Rotary embedding of the whole model, or of the layers of one type.
-
-        Args:
-            layer_type: Whose settings are meant, where the file has them by type.
-            theta: Where the file gives none.
-            partial: Rotated part of a head, where the file gives none.
-            interleaved: See :class:`Rotation`.
-            scaled: False where ``rope_scaling`` is not meant for these layers.
-
-        Raises:
-            ModelError: for an unknown kind, and for numbers that are missing or no numbers.
-        """
-        scaling = self._scaling(layer_type, scaled=scaled)
-        kind = self._rotation_kind(scaling)
-        theta = scaling.get("rope_theta", theta if theta is not None else self.raw.get("rope_theta", 10000.0))
-        given = {"rope_theta": theta, "partial_rotary_factor": self._partial(scaling, partial)}
-        outer = self.raw.get("original_max_position_embeddings")
-        scaling = {"original_max_position_embeddings": outer or self.hf.max_position_embeddings} | scaling
-        if outer:  # transformers prefers the outer one
-            scaling["original_max_position_embeddings"] = outer
-        given |= {key: scaling.get(key) for key in _NUMBERS[kind]}
-        numbers = {key: self._positive(key, value) for key, value in given.items()}
-        dims = int(self.head_dim * numbers["partial_rotary_factor"])
-        if dims % 2 or not 0 < dims <= self.head_dim:
-            raise self.error(
-                f"head_dim {self.head_dim} x partial_rotary_factor {numbers['partial_rotary_factor']:g} gives {dims} "
-                "rotated numbers; rotary embeddings need an even number of them, at most head_dim"
-            )
-        variants = self._variants(kind, scaling, numbers, dims)
-        return Rotation(numbers["rope_theta"], dims, kind, interleaved, **variants)
-
-    def _rotary_objects(self) -> list[dict[str, Any]]:
-        scaling = self.raw.get("rope_scaling") or self.raw.get("rope_parameters") or {}
-        if not isinstance(scaling, dict):
-            raise self.error(f"rope_scaling or rope_parameters is not an object: {scaling!r}")
-        nested = [each for each in scaling.values() if isinstance(each, dict)]
-        return nested or [scaling]
-
-    def _scaling(self, layer_type: str | None, *, scaled: bool) -> dict[str, Any]:
-        # transformers 5 writes one rope_parameters object, by layer type where types differ; 4 wrote rope_theta and,
-        # where scaled, rope_scaling beside it.
-        parameters = self.raw.get("rope_parameters") or {}
-        nested = any(isinstance(each, dict) for each in parameters.values())
-        own = (parameters.get(layer_type) or {}) if nested and layer_type is not None else parameters
-        scaling = self.raw.get("rope_scaling") or {} if scaled else {}
-        return {**own, **scaling}
-
-    def _rotation_kind(self, scaling: dict[str, Any]) -> RotationKind:
-        kind = str(scaling.get("rope_type", scaling.get("type", "default")))
-        kind = self.family.rotary_aliases.get(kind, kind)
-        if kind not in _NUMBERS:
-            raise self.error(f"rotary scaling {kind!r} is not supported; supported: {', '.join(_NUMBERS)}")
-        return kind
-
-    def _partial(self, scaling: dict[str, Any], default: float) -> Any:
-        found = scaling.get("partial_rotary_factor", self.raw.get("partial_rotary_factor"))
-        return default if found is None else found
-
-    def _positive(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise self.error(f"{key} of the rotary embedding is {value!r}; expected a positive number")
-        return float(value)
-
-    def _variants(
-        self, kind: RotationKind, scaling: dict[str, Any], numbers: dict[str, float], dims: int
-    ) -> dict[str, Any]:
-        variants: dict[str, Any] = {}
-        if "factor" in numbers:
-            variants["factor"] = numbers["factor"]
-        if "original_max_position_embeddings" in numbers:
-            variants["original_length"] = numbers["original_max_position_embeddings"]
-        if kind == "llama3":
-            variants |= {key: numbers[key] for key in ("low_freq_factor", "high_freq_factor")}
-        if kind == "dynamic":
-            variants["original_length"] = float(self.hf.max_position_embeddings)
-        if kind == "yarn":
-            variants |= {
-                "beta_fast": self._positive("beta_fast", scaling.get("beta_fast") or 32.0),
-                "beta_slow": self._positive("beta_slow", scaling.get("beta_slow") or 1.0),
-                "truncate": bool(scaling.get("truncate", True)),
-                "attention_factor": self._yarn_attention(scaling, numbers["factor"]),
-            }
-        if kind == "longrope":
-            variants |= self._longrope(scaling, numbers["original_max_position_embeddings"], dims // 2)
-        return variants
-
-    def _yarn_attention(self, scaling: dict[str, Any], factor: float) -> float:
-        if scaling.get("attention_factor") is not None:
-            return self._positive("attention_factor", scaling["attention_factor"])
-
-        def magnitude(mscale: float) -> float:
-            return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-        if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-            whole, every = (self._positive(key, scaling[key]) for key in ("mscale", "mscale_all_dim"))
-            return magnitude(whole) / magnitude(every)
-        return magnitude(1.0)
-
-    def _longrope(self, scaling: dict[str, Any], original: float, number: int) -> dict[str, Any]:
-        factors = {}
-        for key in ("short_factor", "long_factor"):
-            given = scaling.get(key)
-            if not isinstance(given, list) or len(given) != number:
-                raise self.error(f"{key} of the rotary embedding is {given!r}; expected a list of {number} numbers")
-            factors[f"{key}s"] = tuple(self._positive(key, each) for each in given)
-        factor = scaling.get("factor") or self.hf.max_position_embeddings / original
-        attention = scaling.get("attention_factor")
-        if attention is None:
-            attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        return {**factors, "attention_factor": self._positive("attention_factor", attention)}

@@ -1,4 +1,4 @@
-"""Where a model's tensors come from: safetensors shards, or a seeded generator."""
+"""Sources of initial weights: safetensors files of a checkpoint, or a seeded random generator."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _SHOWN = 3
 
 @runtime_checkable
 class WeightSource(Protocol):
-    """Gives parts of the tensors that :func:`~mindspeed_simpo.model.naming.hf_tensors` lists."""
+    """A source of slices of the tensors that :func:`~mindspeed_simpo.model.naming.hf_tensors` lists."""
 
     def read(self, span: Span) -> Tensor:
-        """A part along the tensor's axis, the first where it is not divided, in host memory."""
+        """The slice ``span`` in host memory, along the tensor's axis, or along axis 0 where the tensor has none."""
 
 
 class RandomWeights:
-    """Normal weights of the model's ``initializer_range``, norms that change no length, zeros for biases.
+    """Weights from ``N(0, initializer_range^2)``, norms with the factor 1, zeros for biases; fp32.
 
-    Each tensor has a generator of its own, seeded by the seed and the tensor's name: a rank builds the whole tensor and
-    takes its slice, so the weights are the same whatever the layout.
+    Each tensor has its own generator, seeded by ``seed`` and the tensor's name. A rank draws the complete tensor and
+    takes its slice, so that the weights do not depend on the layout.
     """
 
     def __init__(self, model: ModelDescription, seed: int) -> None:
@@ -54,10 +54,17 @@ class RandomWeights:
 
 
 class SafetensorsFolder:
-    """The safetensors of a Hugging Face folder, checked whole when opened, then read slice by slice.
+    """The safetensors files of a Hugging Face folder, checked on opening, then read slice by slice.
 
-    Opening reads only headers: every tensor of the model must be there once, in its shape and in a floating-point
-    dtype, and no tensor may be left over. All ranks check the same files, so all fail alike.
+    Opening reads the headers only. The files must contain every tensor of the model, in its shape and in a
+    floating-point dtype, and no other tensor. All ranks check the same files and fail with the same error.
+
+    Args:
+        folder: Hugging Face folder.
+        model: Description of the model.
+
+    Raises:
+        ModelError: for absent, damaged or pickled weights, and for tensors that do not fit the description.
     """
 
     def __init__(self, folder: Path, model: ModelDescription) -> None:
@@ -68,7 +75,7 @@ class SafetensorsFolder:
             self._files[file] = _open(folder / file)
             self._file_of.update(dict.fromkeys(self._files[file].keys(), file))
         self.dtypes = {tensor.name: self._check(tensor) for tensor in self._expected(model)}
-        """Stored dtype of each tensor of the model."""
+        """Name -> stored dtype of each tensor of the model."""
 
     def read(self, span: Span) -> Tensor:
         """See :class:`WeightSource`; in the stored dtype."""
@@ -84,7 +91,7 @@ class SafetensorsFolder:
         names = {tensor.name for tensor in expected}
         if missing := [name for name in names if name not in self._file_of]:
             raise ModelError(f"{self.folder}: the safetensors lack {_some(missing)}, which config.json calls for")
-        # transformers drops these too: a tied head's copy of the embedding, and rotary tables of old checkpoints
+        # transformers ignores these too: the copy of a tied embedding, and rotary tables of old checkpoints
         tied = {"lm_head.weight"} if model.tied else set()
         unknown = [n for n in self._file_of if n not in names | tied and not n.endswith("rotary_emb.inv_freq")]
         if unknown:

@@ -72,8 +72,8 @@ def estimate_memory(
     Returns:
         One estimate a stage, first to last.
     """
-    chunks = pipeline_chunks(model, layout.pipeline, config.virtual_stages(model.num_layers) or 1)
-    stages = [[chunk for chunk in chunks if chunk.stage == stage] for stage in range(layout.pipeline)]
+    chunks = pipeline_chunks(model, layout.pipeline, config.virtual_pipeline_size(model.num_layers) or 1)
+    stages = [[chunk for chunk in chunks if chunk.pipeline_rank == stage] for stage in range(layout.pipeline)]
     run = _Run(model, config, layout, largest, device)
     return [run.stage(stage) for stage in stages]
 
@@ -117,7 +117,7 @@ class _Run:
         count = count_parameters(self.model, chunks, self.layout.tensor)
         shards = self.layout.data * self.layout.context if self.config.use_distributed_optimizer else 1
         return MemoryEstimate(
-            stage=chunks[0].stage,
+            stage=chunks[0].pipeline_rank,
             parameters=self.width * count,
             gradients=_FP32 * count,
             optimizer=(12 if self.config.bf16 else 8) * count // shards,
@@ -130,7 +130,7 @@ class _Run:
         """What all micro-batches in flight keep, and one group of layers more where it is recomputed."""
         kept, recomputed = zip(*(self.chunk_bytes(chunk) for chunk in chunks), strict=True)
         stages, number = self.layout.pipeline, len(chunks)
-        behind = stages - chunks[0].stage - 1
+        behind = stages - chunks[0].pipeline_rank - 1
         if number == 1:
             tokens = self.largest.in_flight[behind]
             return int(kept[0] * tokens // self.batch.tokens + recomputed[0])

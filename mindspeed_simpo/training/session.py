@@ -19,7 +19,7 @@ from mindspeed_simpo.batch import RunningStatistics
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import validate
 from mindspeed_simpo.config.options import DataOptions
-from mindspeed_simpo.config.validation import make_layout, settle_batching
+from mindspeed_simpo.config.validation import make_layout, resolve_batching
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset, prepare_pairs
 from mindspeed_simpo.data.loader import PairLoader
@@ -165,7 +165,7 @@ def build_session(config: Config, device: Device, groups: Groups) -> Session:
     seed_model_ranks(config.seed)
     with fail_together(groups.world):
         description = read_description(config.model_name_or_path)
-        config = settle_batching(config, description)
+        config = resolve_batching(config, description)
         make_layout(config, groups.world.size(), description, device.name)
         tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     with fail_together(groups.world):

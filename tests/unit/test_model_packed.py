@@ -75,7 +75,7 @@ def test_value_and_gradient(kernel, window, softcap, name, groups, fakes):
         return  # refused by name when the model is built
     variants = {"window": window} if kernel == "npu" else {"window": window, "softcap": softcap}
     if KERNELS[kernel] is not None:
-        fakes.setattr(packed, "attend_apart", lambda *inputs: KERNELS[kernel](*inputs[:6], **variants))
+        fakes.setattr(packed, "varlen_attention", lambda *inputs: KERNELS[kernel](*inputs[:6], **variants))
     documents = DOCUMENTS[name]
     length = sum(documents.wholes) + sum(branch.length for branch in documents.branches)
     inputs = [

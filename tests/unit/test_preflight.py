@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mindspeed_simpo.cli.check import check, judge_length, judge_settings
+from mindspeed_simpo.cli.check import check, run_length_warnings, setting_warnings
 from mindspeed_simpo.config.config import Config
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
@@ -45,7 +45,7 @@ def test_a_good_run_is_ready(tmp_path):
     assert "│ rows                                         │ 2 " in report
     assert "│ 90 " in report
     assert "<|im_start|>user\nName the capital of Peru.<|im_end|>\n<|im_start|>assistant\nHappy to help!" in report
-    assert "qwen3, 1,033,600 parameters; tensor 1 x pipeline 1 x context 1 x data 1; 2 pairs a step" in report
+    assert "qwen3, 1,033,600 parameters; tensor 1 x pipeline 1 x context 1 x data 1; 2 pairs per step" in report
     assert (
         "batching: prefix_shared, up to 128 tokens; pair_schedule: concat; fused_logprob: on; recompute: off" in report
     )
@@ -64,7 +64,7 @@ def test_packed_rows_and_pairs_above_their_budget(tmp_path):
 def test_layout_of_several_ranks(tmp_path):
     _, report = run(tmp_path, world_size=8, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     assert "tensor 2 x pipeline 2 x context 1 x data 2" in report
-    assert "stage 1" in report
+    assert "pipeline rank 1" in report
 
 
 def test_rows_that_cannot_be_used_are_errors_with_statistics_of_the_rest(tmp_path):
@@ -94,7 +94,7 @@ def test_a_cut_response_is_warned_of(tmp_path):
     long = {"prompt": "Tell me.", "chosen": "Good question! " * 40, "rejected": "No idea."}
     verdict, report = run(tmp_path, [*PAIRS, long], truncation="keep_end")
     assert verdict
-    assert "warning: train: 1 of 3 inspected pairs lost the end of turn of a response to truncation" in report
+    assert "warning: train: 1 of 3 inspected pairs lost the end-of-turn token of a response to truncation" in report
 
 
 def test_held_out_prompts_that_training_shows(tmp_path):
@@ -150,7 +150,7 @@ def test_a_layout_that_the_model_cannot_have(tmp_path):
         ({"simpo_length_norm": False, "simpo_beta": 2.0}, ["simpo_length_norm"]),
         ({"stage": "dpo", "dpo_beta": 2.5}, ["dpo_beta 2.5"]),
         ({"stage": "dpo", "dpo_beta": 0.1, "dpo_length_norm": True}, ["dpo_beta 0.1: published runs of LN-DPO"]),
-        ({"stage": "dpo", "simpo_beta": 99}, ["simpo_beta: of no effect, for the stage is dpo"]),
+        ({"stage": "dpo", "simpo_beta": 99}, ["simpo_beta: no effect, because the stage is dpo"]),
         ({"stage": "orpo", "lr": 8e-6}, []),
         ({"stage": "orpo", "lr": 5e-6, "orpo_lambda": 5}, ["orpo_lambda 5: published runs"]),
         ({"stage": "cpo", "cpo_beta": 2.5}, ["cpo_beta 2.5: its authors use 0.1"]),
@@ -164,7 +164,7 @@ def test_a_layout_that_the_model_cannot_have(tmp_path):
     ],
 )
 def test_settings_outside_the_published_ranges(values, expected):
-    warnings = "\n".join(judge_settings(Config(model_name_or_path="m", data_path="d", **values)))
+    warnings = "\n".join(setting_warnings(Config(model_name_or_path="m", data_path="d", **values)))
     assert all(text in warnings for text in expected)
     assert len(warnings.splitlines()) == min(1, len(expected))
 
@@ -175,6 +175,6 @@ def test_settings_outside_the_published_ranges(values, expected):
 )
 def test_run_lengths(train_iters, pairs, expected):
     config = Config(model_name_or_path="m", data_path="d", train_iters=train_iters)
-    warnings = "".join(judge_length(config, pairs))
+    warnings = "".join(run_length_warnings(config, pairs))
     assert expected in warnings
     assert bool(expected) == bool(warnings)

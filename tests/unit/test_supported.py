@@ -91,7 +91,7 @@ def test_a_claim_that_is_gone_closes_every_value_of_its_option(monkeypatch):
 
 
 def test_an_option_that_does_not_declare_its_effect_is_refused_when_its_class_is_made():
-    with pytest.raises(TypeError, match=r"NewOptions\.quantize: an option declares its effect"):
+    with pytest.raises(TypeError, match=r"NewOptions\.quantize: an option must declare its effect"):
 
         class NewOptions(TrainingOptions):
             quantize: bool = Field(False, description="Undeclared.")

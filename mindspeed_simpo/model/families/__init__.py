@@ -1,6 +1,6 @@
-"""One file a family: its ``config.json`` in the words of a description, and the names of its tensors.
+"""The supported model families, one module each: ``config.json`` -> description, and the names of the tensors.
 
-A file in this folder is a supported family; there is no other list.
+Every module of this package is a supported family; there is no other list.
 """
 
 from __future__ import annotations

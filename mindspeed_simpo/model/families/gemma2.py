@@ -1,4 +1,4 @@
-"""Gemma 2: alternating windows, capped scores and logits, norms on both sides of a block, scaled embeddings."""
+"""Gemma 2: windows in alternate layers, soft-capped scores and logits, norms around each block, scaled embeddings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = TensorNames(
 
 
 def check_direction(settings: Settings) -> None:
-    """Refuse what attends to the future.
+    """Refuse bidirectional attention.
 
     Raises:
         ModelError: where ``use_bidirectional_attention`` is set.
@@ -23,7 +23,7 @@ def check_direction(settings: Settings) -> None:
 
 
 def describe(settings: Settings) -> ModelDescription:
-    """Layers differ in their windows; a norm's weight is stored less one."""
+    """The description of a Gemma 2 model; layers differ in windows, and checkpoints store norm weights minus 1."""
     check_direction(settings)
     hf, norm, rotation = settings.hf, settings.norm(weight_offset=1.0), settings.rotation()
     mlp = settings.mlp(key="hidden_activation", expected="gelu_pytorch_tanh")

@@ -1,4 +1,4 @@
-"""Gemma 3, text: five layers with a window and a rotation of their own, then one without; heads are normalised."""
+"""Gemma 3, text only: five layers with a sliding window and a local rotation per layer without; query-key norms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from mindspeed_simpo.model.settings import Family, Settings
 
 
 def describe(settings: Settings) -> ModelDescription:
-    """Layers with a window turn by ``rope_local_base_freq``, unscaled; the others by ``rope_theta``."""
+    """The description of a Gemma 3 text model.
+
+    Layers with a window have the unscaled rotation of ``rope_local_base_freq``, the others that of ``rope_theta``.
+    """
     check_direction(settings)
     hf, raw, norm = settings.hf, settings.raw, settings.norm(weight_offset=1.0)
     if raw.get("attn_logit_softcapping") is not None:

@@ -1,4 +1,4 @@
-"""GLM-4 (0414), dense: neighbours rotated into each other in half of each head, norms on both sides of a block."""
+"""GLM-4 (0414), dense: interleaved rotation of half of each head, norms before and after each block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAMES = TensorNames(
 
 
 def describe(settings: Settings) -> ModelDescription:
-    """All layers alike."""
+    """The description of a GLM-4 model; all layers are equal."""
     norm, mlp = settings.norm(), settings.mlp()
     rotation = settings.rotation(partial=0.5, interleaved=True)
     attention = settings.attention(None, rotation, qkv_bias=bool(settings.hf.attention_bias))

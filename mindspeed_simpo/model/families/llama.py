@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and what is built like them."""
+"""Llama 2 and 3, and models of the same architecture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mindspeed_simpo.model.settings import Family, Settings
 
 
 def describe(settings: Settings) -> ModelDescription:
-    """All layers alike; biases by ``attention_bias`` and ``mlp_bias``."""
+    """The description of a Llama model; all layers are equal, with biases by ``attention_bias`` and ``mlp_bias``."""
     norm, bias = settings.norm(), bool(settings.raw.get("attention_bias"))
     attention = settings.attention(None, settings.rotation(), qkv_bias=bias, o_bias=bias)
     mlp = settings.mlp(bias=bool(settings.raw.get("mlp_bias")))

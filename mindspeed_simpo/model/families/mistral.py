@@ -1,4 +1,4 @@
-"""Mistral: every layer has the same sliding window, or none has one."""
+"""Mistral: the same sliding window in every layer, or no window."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mindspeed_simpo.model.settings import Family, Settings
 
 
 def describe(settings: Settings) -> ModelDescription:
-    """All layers alike."""
+    """The description of a Mistral model; all layers are equal."""
     norm = settings.norm()
     attention = settings.attention(settings.hf.sliding_window, settings.rotation())
     mlp = settings.mlp()

@@ -1,4 +1,4 @@
-"""Phi-3, 3.5 and 4, dense: fused projections, a part of each head rotated, ``longrope`` beyond the trained length."""
+"""Phi-3, 3.5 and 4, dense: fused projections, partial rotation of heads, ``longrope`` beyond the trained length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _NAMES = TensorNames(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
 
 
 def describe(settings: Settings) -> ModelDescription:
-    """All layers alike; old files call ``longrope`` "su" or "yarn"."""
+    """The description of a Phi-3 model; all layers are equal. Old files call ``longrope`` "su" or "yarn"."""
     norm, mlp = settings.norm(), settings.mlp()
     rotation = settings.rotation()
     attention = settings.attention(settings.hf.sliding_window, rotation)

@@ -1,4 +1,4 @@
-"""Qwen 3, dense: heads of queries and keys are normalised; windows as in Qwen 2."""
+"""Qwen 3, dense: query-key norms; windows as in Qwen 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mindspeed_simpo.model.settings import Family, Settings
 
 
 def describe(settings: Settings) -> ModelDescription:
-    """Layers differ in their windows."""
+    """The description of a Qwen 3 model; layers differ in their windows."""
     norm, rotation, mlp = settings.norm(), settings.rotation(), settings.mlp()
     bias = bool(settings.raw.get("attention_bias"))
     layers = [

@@ -1,1 +1,1 @@
-"""Described models as megatron-core models: layers, import of weights, export. Imported after ``open_device``."""
+"""Descriptions -> megatron-core models: layers, import of weights, export. Import after ``open_device`` only."""

@@ -1,4 +1,4 @@
-"""The attention of one layer: projections, norms of the heads, rotation, core attention."""
+"""Attention of one layer: projections, query-key norms, rotary embedding, core attention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mindspeed_simpo.config.options import ContextParallelAlgo
 from mindspeed_simpo.device import operators
 from mindspeed_simpo.model import description
 from mindspeed_simpo.model.causal import causal_attention
-from mindspeed_simpo.model.megatron.context import ACROSS_RANKS
+from mindspeed_simpo.model.megatron.context import CONTEXT_PARALLEL_ATTENTION
 from mindspeed_simpo.model.megatron.linear import RMSNorm, column_parallel, row_parallel
 from mindspeed_simpo.model.packed import packed_attention
 from mindspeed_simpo.model.rotary import RotationTables
@@ -29,24 +29,26 @@ from mindspeed_simpo.parallel.collectives import gather_along_first
 
 @dataclass(frozen=True)
 class RowContents:
-    """What the attention of every layer must know of a micro-batch."""
+    """Documents and rotary tables of the rows of a micro-batch, for the attention of every layer."""
 
     documents: Documents
-    """What attends to what."""
+    """Documents of a packed row, which attend to themselves and their prefixes; empty for padded rows."""
     tables: Mapping[description.Rotation, RotationTables]
-    """Of each distinct rotation of the model."""
+    """Cosines and sines of each distinct rotation of the layers."""
 
 
 class Attention(torch.nn.Module):
-    """Causal attention of this tensor-parallel rank's heads, as a layer describes it.
+    """Causal attention of this tensor-parallel rank's heads, as described by ``layer``.
 
-    Rows are padded on the right, so what follows a token cannot reach it and causality alone is enough. The documents
-    of a packed row attend apart (:mod:`mindspeed_simpo.model.packed`). Under context parallelism a rank holds two
-    chunks of the sequence, and :data:`~mindspeed_simpo.model.megatron.context.ACROSS_RANKS` says how they meet.
+    Padded rows need no mask: padding is on the right, and a token attends to earlier tokens only. Documents of a packed
+    row do not attend to each other (:mod:`mindspeed_simpo.model.packed`). Under context parallelism a rank holds two
+    chunks of the sequence; :data:`~mindspeed_simpo.model.megatron.context.CONTEXT_PARALLEL_ATTENTION` has the
+    algorithms.
 
-    Where there are more tensor-parallel ranks than key-value heads, consecutive ranks share one: each projects its part
-    of the key and of the value, and the parts are gathered. The query heads of the group are divided over them; where
-    one has fewer than another, its parameters end with padding, which is zero, computes nothing and gets no gradient.
+    With more tensor-parallel ranks than key-value heads, consecutive ranks share a key-value head: each rank projects a
+    part of the key and of the value, and the parts are all-gathered. The query heads of the key-value head are divided
+    over the same ranks. Where this division is uneven, the parameters of ranks with fewer heads end with padding, which
+    is zero and gets no gradient.
     """
 
     def __init__(
@@ -61,13 +63,13 @@ class Attention(torch.nn.Module):
         self.layer = layer
         self.kv_group = kv_group
         self.context_group = groups.context
-        self.recomputes = config.recompute_granularity == "selective"
+        self.recomputes_core = config.recompute_granularity == "selective"
         ranks = groups.tensor.size()
         self.share = layer.share(groups.tensor.rank(), ranks)
         assert (kv_group is None) == (self.share.kv_parts == 1), "ranks that share a key-value head need a group"
         queries = ranks * self.share.padded_queries * layer.head_dim
         keys = max(ranks, layer.kv_heads) * layer.head_dim // self.share.kv_parts
-        # in this order: the gradient norm adds up the parameters one after the other
+        # the order of the modules is the order in which the gradient norm sums the parameters
         self.linear_proj = row_parallel(queries, config.hidden_size, config, groups, bias=layer.o_bias)
         self.linear_qkv = column_parallel(
             config.hidden_size, queries + 2 * keys, config, groups, bias=layer.qkv_bias, adds_bias=True
@@ -78,21 +80,21 @@ class Attention(torch.nn.Module):
             self.k_layernorm = RMSNorm(config, layer.head_dim, layer.qk_norm)
         scores: dict[str, Any] = {"scale": layer.scale, "window": layer.window, "softcap": layer.softcap}
         if groups.context.size() > 1:
-            self._attend = partial(ACROSS_RANKS[context_parallel_algo], **scores, group=groups.context)
+            self._attend = partial(CONTEXT_PARALLEL_ATTENTION[context_parallel_algo], **scores, group=groups.context)
         else:
             self._attend = partial(causal_attention, **scores)
 
     def forward(
         self, hidden: Float[Tensor, "held row hidden"], contents: RowContents
     ) -> tuple[Float[Tensor, "held row hidden"], Float[Tensor, " hidden"] | None]:
-        """The block's result, and the bias that is still to be added.
+        """The output of the projection, and its bias, which the caller must add; None without a bias.
 
         Args:
-            hidden: Normalised; this rank's part of the sequence.
-            contents: What the rows hold.
+            hidden: Normalised hidden states of this rank's shard of the sequence.
+            contents: Documents and rotary tables of the rows.
         """
         mixed, _ = self.linear_qkv(hidden)
-        query, key, value = self._gathered(mixed) if self.kv_group is not None else self._divided(mixed)
+        query, key, value = self._gather_qkv(mixed) if self.kv_group is not None else self._split_qkv(mixed)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         rotation = self.layer.rotation
@@ -101,7 +103,7 @@ class Attention(torch.nn.Module):
             for heads in (query, key)
         )
         core = partial(self._core, documents=contents.documents)
-        if self.recomputes and self.training:
+        if self.recomputes_core and self.training:
             context = tensor_parallel.checkpoint(core, False, query, key, value)
         else:
             context = core(query, key, value)
@@ -111,14 +113,14 @@ class Attention(torch.nn.Module):
         )
         return result
 
-    def _divided(self, mixed: Float[Tensor, "seq row mixed"]) -> tuple[Tensor, Tensor, Tensor]:
+    def _split_qkv(self, mixed: Float[Tensor, "seq row mixed"]) -> tuple[Tensor, Tensor, Tensor]:
         groups, head = self.share.kv_heads, self.layer.head_dim
         queries = self.share.queries // groups * head
         mixed = mixed.view(*mixed.shape[:-1], groups, queries + 2 * head)
         query, key, value = torch.split(mixed, [queries, head, head], dim=3)
         return query.reshape(*query.shape[:2], -1, head), key, value
 
-    def _gathered(self, mixed: Float[Tensor, "seq row mixed"]) -> tuple[Tensor, Tensor, Tensor]:
+    def _gather_qkv(self, mixed: Float[Tensor, "seq row mixed"]) -> tuple[Tensor, Tensor, Tensor]:
         assert self.kv_group is not None
         head, parts = self.layer.head_dim, self.share.kv_parts
         queries = self.share.padded_queries * head
@@ -136,7 +138,7 @@ class Attention(torch.nn.Module):
         documents: Documents,
     ) -> Float[Tensor, "seq row width"]:
         if documents.wholes:
-            assert self.context_group.size() == 1, "a packed row is whole on every rank"
+            assert self.context_group.size() == 1, "a packed row is not sharded over context-parallel ranks"
             layer = self.layer
             return packed_attention(query, key, value, documents, layer.scale, layer.window, layer.softcap)
         attended: Tensor = self._attend(query, key, value)

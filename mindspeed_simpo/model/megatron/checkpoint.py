@@ -1,4 +1,4 @@
-"""The parameters for ``dist_checkpointing``, as parts of Hugging Face tensors: any layout reads what another wrote."""
+"""Parameters as shards of Hugging Face tensors for ``dist_checkpointing``, independent of the layout."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ _KEY = "parameters"
 
 
 def sharded_parameter(slot: Slot, parameter: Tensor, groups: Groups) -> ShardedTensor | ShardedTensorFactory:
-    """What ``dist_checkpointing`` must know of one parameter; its optimizer state is divided alike.
+    """The ``dist_checkpointing`` shards of one parameter, or of its optimizer state, which has the same shape.
 
     Args:
-        slot: Of the parameter.
-        parameter: Its values on this rank.
-        groups: Of the layout.
+        slot: Description of the parameter.
+        parameter: Values on this rank.
+        groups: Process groups of the layout.
     """
     rank, size = groups.tensor.rank(), groups.tensor.size()
-    # which of equal copies this one is: of the tied head, of tensor-parallel copies, of data and context ranks
+    # dist_checkpointing saves replica (0, 0, 0) alone: copies of a tied head, of tensor-parallel, data and context
+    # ranks
     copies = groups.data.rank() * groups.context.size() + groups.context.rank()
     replica = (int(slot.replica), rank if slot.axis is None else 0, copies)
     if slot.pads_vocabulary:
         (tensor,) = slot.tensors
         place, key = (0, rank, size), f"{_KEY}/{tensor.name}"
-        # another layout may pad to another size
+        # padding of the vocabulary depends on the layout
         return ShardedTensor.from_rank_offsets(key, parameter, place, replica_id=replica, allow_shape_mismatch=True)
     spans, units = slot.spans(rank, size), _units(slot, size)
     axis = slot.axis or 0
@@ -42,7 +43,7 @@ def sharded_parameter(slot: Slot, parameter: Tensor, groups: Groups) -> ShardedT
         for whole in wholes:
             tensor = _tensor(whole)
             unit = units[tensor]
-            values = _taken(data, spans, whole, axis)
+            values = _values_of(data, spans, whole, axis)
             for index, part in enumerate(torch.split(values, unit, axis)):
                 place = (axis, whole.start // unit + index, tensor.shape[axis] // unit)
                 found.append(
@@ -57,7 +58,7 @@ def sharded_parameter(slot: Slot, parameter: Tensor, groups: Groups) -> ShardedT
             number = whole.length // units[_tensor(whole)]
             values, rest = torch.cat(rest[:number], axis), rest[number:]
             for span, part in _parts(merged, spans, axis):
-                if whole.holds(span):
+                if whole.contains(span):
                     part.copy_(values.narrow(axis, span.start - whole.start, span.length))
         return merged
 
@@ -65,7 +66,10 @@ def sharded_parameter(slot: Slot, parameter: Tensor, groups: Groups) -> ShardedT
 
 
 def _units(slot: Slot, size: int) -> Mapping[HFTensor, int]:
-    """The length that divides every rank's parts of each tensor: the checkpoint wants a regular grid."""
+    """Shard length per tensor: the greatest common divisor of the offsets and lengths of all ranks.
+
+    ``dist_checkpointing`` needs shards on a regular grid.
+    """
     units = dict.fromkeys(slot.tensors, 0)
     for rank in range(size):
         for whole in joined(slot.spans(rank, size)):
@@ -82,7 +86,7 @@ def _parts(values: Tensor, spans: Sequence[Span], axis: int) -> list[tuple[Span,
     return list(zip(spans, torch.split(values, [span.length for span in spans], axis), strict=True))
 
 
-def _taken(values: Tensor, spans: Sequence[Span], whole: Span, axis: int) -> Tensor:
-    held = [(span.start, part) for span, part in _parts(values, spans, axis) if whole.holds(span)]
+def _values_of(values: Tensor, spans: Sequence[Span], whole: Span, axis: int) -> Tensor:
+    held = [(span.start, part) for span, part in _parts(values, spans, axis) if whole.contains(span)]
     parts = [part for _, part in sorted(held, key=lambda each: each[0])]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, axis)).detach()

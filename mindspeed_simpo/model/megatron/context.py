@@ -1,4 +1,4 @@
-"""Attention of one context-parallel rank's positions to those of all ranks."""
+"""Context-parallel attention: the queries of one rank over the keys of all ranks."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def gathered_attention(
     softcap: float | None,
     group: dist.ProcessGroup,
 ) -> Float[Tensor, "seq row width"]:
-    """Causal attention of this rank's two chunks over keys and values gathered from all ranks; any device.
+    """Causal attention of this rank's two chunks over all-gathered keys and values; on any device.
 
-    Each chunk attends to the keys up to its own end: memory of two tensors ``[whole seq, row, groups, dim]`` a layer,
-    work divided evenly.
+    Each chunk attends to the keys up to its own end, so that the ranks have equal work. Gathered keys and values take
+    two tensors ``[full seq, row, groups, dim]`` per layer.
 
     Args:
-        query: This rank's positions.
-        key: See ``query``.
-        value: See ``query``.
-        scale: Of the scores.
+        query: Queries of this rank's two chunks, ``seq`` positions.
+        key: Keys of the same positions.
+        value: Values of the same positions.
+        scale: Factor of the scores.
         window: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
-        softcap: See ``window``.
+        softcap: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
         group: The context-parallel ranks.
     """
     size = group.size()
@@ -59,15 +59,15 @@ def ulysses_attention(
     softcap: float | None,
     group: dist.ProcessGroup,
 ) -> Float[Tensor, "seq row width"]:
-    """Causal attention of a share of the heads over the whole sequence; Ascend only.
+    """Causal attention by Ulysses: all-to-alls shard heads in place of the sequence and back; Ascend only.
 
     Args:
-        query: This rank's positions.
-        key: See ``query``.
-        value: See ``query``.
-        scale: Of the scores.
+        query: Queries of this rank's two chunks, ``seq`` positions.
+        key: Keys of the same positions.
+        value: Values of the same positions.
+        scale: Factor of the scores.
         window: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
-        softcap: See ``window``.
+        softcap: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
         group: The context-parallel ranks.
     """
     order = natural_order(group.size(), group.size() * query.shape[0], query.device)
@@ -88,24 +88,25 @@ def ring_attention(
     softcap: float | None,
     group: dist.ProcessGroup,
 ) -> Float[Tensor, "seq row width"]:
-    """Causal attention by MindSpeed's ring of keys and values; Ascend only.
+    """Causal attention by MindSpeed's ring attention; Ascend only.
 
     Args:
-        query: This rank's positions.
-        key: See ``query``.
-        value: See ``query``.
-        scale: Of the scores.
-        window: None, or no shorter than the sequence: the layout is refused otherwise.
-        softcap: None.
+        query: Queries of this rank's two chunks, ``seq`` positions.
+        key: Keys of the same positions.
+        value: Values of the same positions.
+        scale: Factor of the scores.
+        window: None, or at least the full sequence length; ``config.validation`` refuses shorter windows.
+        softcap: None; models with a soft cap are refused on NPUs.
         group: The context-parallel ranks.
     """
-    assert window is None or window >= group.size() * query.shape[0], "the ring knows no window"
-    assert softcap is None, "the ring knows no soft cap"
+    assert window is None or window >= group.size() * query.shape[0], "MindSpeed's ring attention has no sliding window"
+    assert softcap is None, "MindSpeed's ring attention has no soft cap"
     return npu_context.ring_attention(query, key, value, scale, group)
 
 
-ACROSS_RANKS: dict[ContextParallelAlgo, Callable[..., Tensor]] = {
+CONTEXT_PARALLEL_ATTENTION: dict[ContextParallelAlgo, Callable[..., Tensor]] = {
     "gathered": gathered_attention,
     "megatron_cp_algo": ring_attention,
     "ulysses_cp_algo": ulysses_attention,
 }
+"""The attention of each value of ``context_parallel_algo``."""

@@ -1,4 +1,4 @@
-"""The trained model as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
+"""Export of the trained model as a folder for ``AutoModelForCausalLM.from_pretrained``."""
 
 from __future__ import annotations
 
@@ -41,33 +41,34 @@ def export_hf(
 ) -> None:
     """Write config.json, generation_config.json, safetensors and the tokenizer with its chat template.
 
-    A collective; only global rank 0 writes. Weights get the dtype that ``source`` stores them in (its config.json's
-    where it holds no weights), so what is exported right after import is identical bit by bit. Everything is written to
-    a hidden folder beside ``output``, which takes its place at the end; an earlier export there is replaced.
+    A collective of all ranks; only global rank 0 writes. Each weight has its dtype in ``source``, or the dtype of
+    config.json where ``source`` has no weights, so that an export directly after import is bit-identical. All files are
+    written to a temporary hidden folder beside ``output`` and renamed at the end; an earlier export is replaced.
 
     Args:
-        models: This rank's chunks, wrapped or not.
-        description: Of the model.
-        groups: Of the layout that the models were built with.
-        source: Hugging Face folder that the model was built from; its config.json is kept.
+        models: This rank's model chunks, with or without wrappers.
+        description: Description of the model.
+        groups: Process groups that the models were built with.
+        source: Hugging Face folder that the model was built from; config.json is copied with the dtype and
+            architecture.
         output: Folder to write.
-        tokenizer: Saved beside the weights.
+        tokenizer: Tokenizer to save with the weights.
         value: See :func:`~mindspeed_simpo.model.megatron.weights.gather_hf_tensors`.
-        max_shard_bytes: Largest safetensors file; rank 0 holds as much in host memory.
+        max_shard_bytes: Largest size of a safetensors file; rank 0 needs this much host memory.
 
     Raises:
-        ModelError: where ``output`` is a folder of something else, or cannot be written.
+        ModelError: where ``output`` exists and is no earlier export, or cannot be written.
     """
     tensors = gather_hf_tensors(models, description, groups, value)
     if torch.distributed.get_rank() != 0:
         for _ in tensors:
-            raise AssertionError("gathered on another rank than 0")
+            raise AssertionError("only rank 0 gathers tensors")
         return
     try:
         _check_replaceable(output)
         _write_folder(tensors, description, source, output, tokenizer, max_shard_bytes)
     except Exception as error:
-        for _ in tensors:  # the other ranks wait in these collectives
+        for _ in tensors:  # take part in the remaining collectives, or the other ranks hang
             pass
         if isinstance(error, OSError):
             raise ModelError(f"{output} cannot be written: {error}") from None
@@ -134,11 +135,11 @@ def _write_weights(
     pending: dict[str, dict[str, Tensor]] = {file: {} for file in plan.filename_to_tensors}
     for name, tensor in tensors:
         file = plan.tensor_to_filename[name]
-        # a copy: what is gathered may share memory with the parameters
+        # copy=True: a gathered tensor may share memory with a parameter
         pending[file][name] = tensor.to(device="cpu", dtype=dtypes[name], copy=True).contiguous()
         if len(pending[file]) == len(plan.filename_to_tensors[file]):
             save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
-    assert not pending, f"not gathered whole: {sorted(pending)}"
+    assert not pending, f"tensors are missing from {sorted(pending)}"
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(folder / INDEX_FILE, index)

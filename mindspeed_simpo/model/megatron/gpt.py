@@ -1,4 +1,4 @@
-"""The trained model: megatron-core's ``GPTModel`` with a forward of its own, and its construction for this rank."""
+"""The trained model: a subclass of megatron-core's ``GPTModel`` with its own forward, and its construction."""
 
 from __future__ import annotations
 
@@ -30,18 +30,27 @@ from mindspeed_simpo.model.rotary import RotationTables, inverse_frequencies, ro
 from mindspeed_simpo.parallel import Groups, consecutive_ranks
 
 Head = Callable[[Tensor, Tensor], Tensor]
-"""``head(hidden [seq, row, hidden], weight [vocabulary shard, hidden])``: what the last stage returns."""
+"""``head(hidden [seq, row, hidden], weight [vocabulary shard, hidden])`` -> the output of the last pipeline rank."""
 
-# Older lines of megatron-core number the layers by the virtual stage that parallel_state holds at that moment
-_TAKES_VIRTUAL_STAGE = "vp_stage" in inspect.signature(GPTModel.__init__).parameters
+# Without this argument, megatron-core numbers the layers by the virtual pipeline rank in parallel_state
+_TAKES_VP_STAGE = "vp_stage" in inspect.signature(GPTModel.__init__).parameters
 
 
 class PolicyModel(GPTModel):  # type: ignore[misc]
-    """One rank's share of a decoder: some layers, the embedding on the first pipeline stage, the head on the last.
+    """One model chunk of a decoder: consecutive layers, plus embedding and head on the first and the last chunk.
 
-    The forward is this package's own: rotations come from the positions, and a ``head`` may take the place of the
-    output layer, so that log-probabilities need no logits. The wrappers and schedules of megatron-core (DDP,
-    ``Float16Module``, pipelines) see an ordinary ``GPTModel``.
+    The forward differs from that of ``GPTModel``: rotary tables are computed from explicit positions, and a ``head``
+    can replace the output layer, so that log-probabilities need no stored logits. The class works with the wrappers and
+    schedules of megatron-core (DDP, ``Float16Module``, pipeline schedules).
+
+    Args:
+        description: Description of the whole model.
+        config: See :func:`~mindspeed_simpo.model.megatron.layers.transformer_config`.
+        chunks: The chunks of all pipeline ranks, in the order of the layers.
+        chunk: The chunk that this module computes.
+        groups: Process groups of the layout.
+        kv_groups: Number of ranks that share a key-value head -> this rank's group of such ranks.
+        context_parallel_algo: Attention over context-parallel ranks.
     """
 
     def __init__(
@@ -57,8 +66,8 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         ranks = groups.tensor.size()
         self.chunk = chunk
         interleaved = config.virtual_pipeline_model_parallel_size is not None
-        if interleaved and not _TAKES_VIRTUAL_STAGE:
-            parallel_state.set_virtual_pipeline_model_parallel_rank(chunk.virtual_stage)
+        if interleaved and not _TAKES_VP_STAGE:
+            parallel_state.set_virtual_pipeline_model_parallel_rank(chunk.virtual_pipeline_rank)
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(description, chunk, groups, kv_groups, context_parallel_algo),
@@ -68,17 +77,17 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
             post_process=chunk.has_head,
             share_embeddings_and_output_weights=description.tied,
             position_embedding_type="none",
-            **({"vp_stage": chunk.virtual_stage} if interleaved and _TAKES_VIRTUAL_STAGE else {}),
+            **({"vp_stage": chunk.virtual_pipeline_rank} if interleaved and _TAKES_VP_STAGE else {}),
         )
         self.description = description
         self.chunks = chunks
-        """The chunks of all ranks, in the order of the layers."""
+        """The chunks of all pipeline ranks, in the order of the layers."""
         self.slots = list(chunk.slots(description))
         self._groups = groups
         rows = self.vocab_size // ranks
-        self._existing_rows = max(0, min(rows, description.vocab_size - groups.tensor.rank() * rows))
+        self._vocabulary_rows = max(0, min(rows, description.vocab_size - groups.tensor.rank() * rows))
         self._embedding_scale = float(torch.tensor(description.embedding_scale, dtype=config.params_dtype))
-        # Not buffers: Float16Module would round them to bfloat16
+        # not buffers, which Float16Module would round to bfloat16
         self._frequencies: dict[Rotation, Tensor] = {
             each: inverse_frequencies(each) for each in description.rotations if not each.depends_on_length
         }
@@ -86,7 +95,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         self._mark_sharded_parameters()
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Every parameter by its name, for ``dist_checkpointing``; by that its place does not depend on the layout."""
+        """``{name: shards}`` of all parameters for ``dist_checkpointing``, independent of the layout."""
         return {
             slot.parameter: sharded_parameter(slot, self.get_parameter(slot.parameter), self._groups)
             for slot in self.slots
@@ -94,12 +103,13 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
 
     @torch.no_grad()
     def load_parameters(self, state: Mapping[str, Tensor]) -> None:
-        """Copy what :meth:`sharded_state_dict` was loaded as."""
+        """Copy the values that ``dist_checkpointing`` loaded for :meth:`sharded_state_dict` into the parameters."""
         for slot in self.slots:
             self.get_parameter(slot.parameter).copy_(state[slot.parameter])
 
     def _mark_sharded_parameters(self) -> None:
-        # megatron-core marks weights only where it initialises them; the gradient norm counts unmarked ones once
+        # the gradient norm counts unmarked parameters on one rank only, and megatron-core marks only weights that it
+        # initialises itself
         for slot in self.slots:
             parameter = self.get_parameter(slot.parameter)
             if slot.axis is not None and not hasattr(parameter, "tensor_model_parallel"):
@@ -114,22 +124,23 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         documents: Documents = ONE_A_ROW,
         lengths: Int[Tensor, " row"] | None = None,
     ) -> Tensor:
-        """Hidden states of this stage, or on the last stage the head's result or the logits.
+        """Hidden states of this chunk, or after the last layer the output of the head or the logits.
 
         Args:
-            input_ids: int64 tokens, right-padded; stages after the first need only their shape.
-            position_ids: Position of each token in its document; default 0, 1, 2 and so on in every row.
+            input_ids: int64 token ids, right-padded; chunks without the embedding read only the shape.
+            position_ids: int64 position of each token in its document; default 0, 1, 2 and so on in every row.
             attention_mask: None; attention is causal.
-            head: Called with the final hidden states ``[seq, row, hidden]`` and this rank's output weight
-                ``[padded vocabulary / tensor ranks, hidden]``. Rows beyond ``description.vocab_size`` are padding, and
-                the head must give them no probability.
-            documents: What a packed row holds.
-            lengths: int64 tokens of each padded row on all context ranks, padding left out; needed where a rotation
-                depends on them.
+            head: Function of the final hidden states ``[seq, row, hidden]`` and this rank's shard of the output weight
+                ``[padded vocabulary / tensor ranks, hidden]``. Weight rows beyond ``description.vocab_size`` are
+                padding, to which the head must give no probability. None computes logits.
+            documents: Documents of a packed row.
+            lengths: int64 length in tokens, over all context-parallel ranks and without padding, of each padded row;
+                required for rotations that depend on the length.
 
         Returns:
-            Before the last stage hidden states ``[seq, row, hidden]``. On the last, what ``head`` returns, or
-            ``[row, seq, padded vocabulary / tensor ranks]`` logits of this rank's shard, minus infinity on padding.
+            ``[seq, row, hidden]`` hidden states from chunks without the head. From the chunk with the head, the result
+            of ``head``, or ``[row, seq, padded vocabulary / tensor ranks]`` logits of this rank's shard of the
+            vocabulary, minus infinity on padding.
         """
         assert attention_mask is None, "attention is causal and takes no mask"
         if position_ids is None:
@@ -162,7 +173,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
 
     @property
     def output_weight(self) -> Float[Tensor, "vocab hidden"]:
-        """This rank's shard of the output weight, the embedding's where they are tied; last stage only."""
+        """This rank's shard of the output weight, or of the embedding where tied; only on the chunk with the head."""
         shared = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if shared else self.output_layer.weight  # type: ignore[no-any-return]
 
@@ -171,16 +182,21 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         softcap = self.description.logit_softcap
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
-        if self._existing_rows < logits.shape[-1]:
-            logits[..., self._existing_rows :] = -torch.inf
+        if self._vocabulary_rows < logits.shape[-1]:
+            logits[..., self._vocabulary_rows :] = -torch.inf
         return logits.transpose(0, 1).contiguous()  # type: ignore[no-any-return]
 
 
 def check_slots(slots: Sequence[Slot], parameters: Mapping[str, Tensor], groups: Groups) -> None:
-    """Refuse a model that the table does not describe: a parameter without a slot would not be read, nor exported.
+    """Check that slots and parameters correspond one to one: a parameter without a slot would not be loaded or saved.
+
+    Args:
+        slots: Slots of a chunk, from ``model/naming.py``.
+        parameters: Name -> parameter of the module of the chunk.
+        groups: Process groups of the layout.
 
     Raises:
-        ModelError: where a parameter has no slot or two, a slot no parameter, or the two differ in their shape.
+        ModelError: where a parameter has no slot or several, a slot has no parameter, or their shapes differ.
     """
     named = [slot.parameter for slot in slots]
     rank, size = groups.tensor.rank(), groups.tensor.size()
@@ -197,24 +213,25 @@ def check_slots(slots: Sequence[Slot], parameters: Mapping[str, Tensor], groups:
 
 
 def build_model(description: ModelDescription, config: Config, groups: Groups, device: Device) -> list[PolicyModel]:
-    """This rank's model chunks, in layer order, on its device; the weights are still undefined.
+    """This rank's model chunks, in the order of the layers, on its device, with uninitialised weights.
 
-    Fill them with :func:`mindspeed_simpo.model.megatron.weights.fill_weights` or from a checkpoint. A collective.
+    :func:`mindspeed_simpo.model.megatron.weights.fill_weights` or a checkpoint sets the weights. The function creates
+    process groups, so that all ranks must call it.
 
     Args:
-        description: Of the model; ``config.validation.make_layout`` accepts it with this configuration.
-        config: Precision, degrees and recomputation.
-        groups: Of the layout.
-        device: Of the ranks.
+        description: Description that ``config.validation.make_layout`` accepts with ``config``.
+        config: Precision, parallel degrees and recomputation.
+        groups: Process groups of the layout.
+        device: Device of the ranks.
     """
     megatron_config = transformer_config(description, config, device)
-    virtual_stages = config.virtual_stages(description.num_layers)
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual_stages)
-    chunks = pipeline_chunks(description, groups.pipeline.size(), virtual_stages or 1)
+    virtual_pipeline_size = config.virtual_pipeline_size(description.num_layers)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual_pipeline_size)
+    chunks = pipeline_chunks(description, groups.pipeline.size(), virtual_pipeline_size or 1)
     parts = {layer.attention.share(0, groups.tensor.size()).kv_parts for layer in description.layers}
     kv_groups = {number: consecutive_ranks(number) for number in sorted(parts) if number > 1}
     return [
         PolicyModel(description, megatron_config, chunks, chunk, groups, kv_groups, config.context_parallel_algo)
         for chunk in chunks
-        if chunk.stage == groups.pipeline.rank()
+        if chunk.pipeline_rank == groups.pipeline.rank()
     ]

@@ -1,4 +1,4 @@
-"""Decoder layers as the description has them, and megatron-core's ``TransformerConfig``."""
+"""Description -> decoder layers, and the ``TransformerConfig`` of megatron-core."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mindspeed_simpo.model import description
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.megatron.attention import Attention, RowContents
 from mindspeed_simpo.model.megatron.linear import RMSNorm, column_parallel, row_parallel
-from mindspeed_simpo.model.naming import Chunk, layers_by_stage
+from mindspeed_simpo.model.naming import Chunk, layers_per_pipeline_rank
 from mindspeed_simpo.parallel import Groups
 
 _ACTIVATIONS = {"silu": operators.swiglu, "gelu_tanh": operators.geglu}
 
 
 class MLP(torch.nn.Module):
-    """``down(activation(gate x) * up x)``; gate and up are one projection."""
+    """``down(activation(gate x) * up x)``; one projection computes gate and up."""
 
     def __init__(self, config: TransformerConfig, layer: description.MLP, groups: Groups) -> None:
         super().__init__()
@@ -40,17 +40,20 @@ class MLP(torch.nn.Module):
     def forward(
         self, hidden: Float[Tensor, "held row hidden"]
     ) -> tuple[Float[Tensor, "held row hidden"], Float[Tensor, " hidden"] | None]:
-        """The block's result, and the bias that is still to be added.
+        """The output of the projection, and its bias, which the caller must add; None without a bias.
 
         Args:
-            hidden: Normalised; this rank's part of the sequence.
+            hidden: Normalised hidden states of this rank's shard of the sequence.
         """
         result: tuple[Tensor, Tensor | None] = self.linear_fc2(self.activation(*self.linear_fc1(hidden)))
         return result
 
 
 class DecoderLayer(torch.nn.Module):
-    """One layer, in the place of megatron-core's ``TransformerLayer`` inside its ``TransformerBlock``."""
+    """A decoder layer that replaces megatron-core's ``TransformerLayer`` in a ``TransformerBlock``.
+
+    ``x += norm_after(block(norm_before(x)))`` for attention and MLP.
+    """
 
     def __init__(
         self,
@@ -77,12 +80,12 @@ class DecoderLayer(torch.nn.Module):
     def forward(
         self, hidden_states: Float[Tensor, "held row hidden"], attention_bias: RowContents, **_: Any
     ) -> tuple[Float[Tensor, "held row hidden"], None]:
-        """The residual stream after this layer, and None where megatron-core has a cross-attention's context.
+        """The residual stream after this layer, and None as the cross-attention context of megatron-core's interface.
 
         Args:
-            hidden_states: The residual stream.
-            attention_bias: What the rows hold: the one argument that megatron-core hands to a layer as it is, also when
-                it recomputes the layer.
+            hidden_states: The residual stream, this rank's shard of the sequence.
+            attention_bias: Documents and rotary tables of the rows. The argument has this name because megatron-core
+                passes only ``attention_bias`` unchanged to a layer, under recomputation too.
         """
         blocks = (
             (self.input_layernorm, self.self_attention, (attention_bias,), self.post_attention_layernorm),
@@ -105,14 +108,14 @@ def block_spec(
     kv_groups: dict[int, dist.ProcessGroup],
     context_parallel_algo: ContextParallelAlgo,
 ) -> TransformerBlockSubmodules:
-    """The layers of one chunk and the final norm.
+    """The specification of the layers of one chunk and of the final norm for megatron-core's ``TransformerBlock``.
 
     Args:
-        model: Of the whole model.
-        chunk: Which layers.
-        groups: Of the layout.
-        kv_groups: Ranks that share a key-value head, by their number.
-        context_parallel_algo: How context-parallel ranks meet.
+        model: Description of the whole model.
+        chunk: The chunk to build.
+        groups: Process groups of the layout.
+        kv_groups: Number of ranks that share a key-value head -> this rank's group of such ranks.
+        context_parallel_algo: Attention over context-parallel ranks.
     """
     layers = []
     for layer in chunk.layers(model):
@@ -129,27 +132,33 @@ def block_spec(
 
 
 def transformer_config(model: ModelDescription, config: Config, device: Device) -> TransformerConfig:
-    """What megatron-core must know of the model and the run; the layers themselves are this package's.
+    """The ``TransformerConfig`` of a model and a run, which megatron-core's block, schedules and optimizer read.
 
-    Its own counts of heads and widths are read by its own layers alone, and only need to divide.
+    Only layers of megatron-core, which are not used, read the number of heads and the MLP width of the configuration;
+    these values only need to be divisible by the tensor-parallel size.
+
+    Args:
+        model: Description of the whole model.
+        config: Precision, parallel degrees and recomputation.
+        device: Device of the ranks.
     """
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    stages, ranks = config.pipeline_model_parallel_size, config.tensor_model_parallel_size
+    pipeline, tensor = config.pipeline_model_parallel_size, config.tensor_model_parallel_size
     interleaved = config.num_layers_per_virtual_pipeline_stage is not None
-    uneven = layers_by_stage(model.num_layers, stages) if model.num_layers % stages else None
+    uneven = layers_per_pipeline_rank(model.num_layers, pipeline) if model.num_layers % pipeline else None
     with warnings.catch_warnings():
-        # "core_attn may be TransformerEngine's fused one": here it never is
+        # the warning is about fused attention of TransformerEngine, which this package never uses
         warnings.filterwarnings("ignore", message="If you are using transformer_engine")
         return TransformerConfig(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
-            num_attention_heads=ranks,
-            num_query_groups=ranks,
+            num_attention_heads=tensor,
+            num_query_groups=tensor,
             kv_channels=model.layers[0].attention.head_dim,
             ffn_hidden_size=model.layers[0].mlp.width,
             normalization="RMSNorm",
             layernorm_epsilon=model.final_norm.eps,
-            # its gradients are summed over the tensor-parallel ranks
+            # megatron-core then sums the gradients of query-key norms over the tensor-parallel ranks
             qk_layernorm=any(layer.attention.qk_norm is not None for layer in model.layers),
             add_bias_linear=False,
             hidden_dropout=0.0,
@@ -163,19 +172,20 @@ def transformer_config(model: ModelDescription, config: Config, device: Device) 
             perform_initialization=False,
             gradient_accumulation_fusion=False,
             tensor_model_parallel_size=config.tensor_model_parallel_size,
-            pipeline_model_parallel_size=stages,
-            virtual_pipeline_model_parallel_size=config.virtual_stages(model.num_layers),
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=config.virtual_pipeline_size(model.num_layers),
             num_layers_in_first_pipeline_stage=uneven[0] if uneven else None,
             num_layers_in_last_pipeline_stage=uneven[-1] if uneven else None,
             sequence_parallel=config.sequence_parallel and config.tensor_model_parallel_size > 1,
-            variable_seq_lengths=stages > 1 and not interleaved,
-            # the interleaved schedule sends both ways at once: between two stages batched messages would cross
+            variable_seq_lengths=pipeline > 1 and not interleaved,
+            # the interleaved schedule sends forward and backward messages at once: batched, these would be matched
+            # wrongly between two pipeline ranks
             overlap_p2p_comm=interleaved,
             batch_p2p_comm=not interleaved,
-            # what variable lengths ask of every model, experts or not
+            # megatron-core requires this value with variable_seq_lengths, also without experts
             moe_token_dispatcher_type="alltoall",
             # gloo's isend reads its buffer after the call returns
-            deallocate_pipeline_outputs=stages > 1 and not device.is_cpu,
+            deallocate_pipeline_outputs=pipeline > 1 and not device.is_cpu,
             recompute_granularity=config.recompute_granularity,
             recompute_method=config.recompute_method,
             recompute_num_layers=config.recompute_num_layers,

@@ -1,4 +1,4 @@
-"""Norms and projections, whose weights tensor parallelism divides."""
+"""RMSNorm, and projections whose weights are sharded over the tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mindspeed_simpo.parallel import Groups
 
 
 class RMSNorm(torch.nn.Module):
-    """``(offset + weight) * x / sqrt(mean(x^2) + eps)`` over the last axis, rounded as transformers rounds it.
+    """``(weight_offset + weight) * x / sqrt(mean(x^2) + eps)`` over the last axis, rounded as in transformers.
 
-    megatron-core's wrapper of ``torch.nn.RMSNorm`` refuses sequence parallelism and rounds otherwise in bfloat16.
+    megatron-core's wrapper of ``torch.nn.RMSNorm`` refuses sequence parallelism and rounds differently in bfloat16.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, norm: description.Norm, **_: Any) -> None:
@@ -30,22 +30,22 @@ class RMSNorm(torch.nn.Module):
         self.norm = norm
 
     def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """Normalise each vector of the last axis."""
+        """``hidden`` normalised over its last axis, in the same dtype."""
         return operators.rms_norm(hidden, self.weight, self.norm.eps, self.norm.weight_offset)
 
 
 def column_parallel(
     inputs: int, outputs: int, config: TransformerConfig, groups: Groups, *, bias: bool, adds_bias: bool
 ) -> torch.nn.Module:
-    """A projection whose outputs the tensor-parallel ranks divide; returns ``(result, bias that is left to add)``.
+    """A projection with outputs sharded over the tensor-parallel ranks; returns ``(output, bias that is not added)``.
 
     Args:
-        inputs: Of the whole projection.
-        outputs: Of all ranks together.
-        config: Of megatron-core.
-        groups: Of the layout.
-        bias: Whether there is one.
-        adds_bias: Whether it is added at once.
+        inputs: Input features.
+        outputs: Output features over all ranks.
+        config: Configuration of megatron-core.
+        groups: Process groups of the layout.
+        bias: Whether the projection has a bias.
+        adds_bias: Whether the output includes the bias; the module returns the bias otherwise.
     """
     linear: torch.nn.Module = ColumnParallelLinear(
         inputs,
@@ -63,14 +63,16 @@ def column_parallel(
 def row_parallel(
     inputs: int, outputs: int, config: TransformerConfig, groups: Groups, *, bias: bool
 ) -> torch.nn.Module:
-    """A projection whose inputs the tensor-parallel ranks divide; returns ``(sum over the ranks, bias left to add)``.
+    """A projection with inputs sharded over the tensor-parallel ranks; returns ``(output, bias that is not added)``.
+
+    An all-reduce, or under sequence parallelism a reduce-scatter, sums the output over the ranks.
 
     Args:
-        inputs: Of all ranks together.
-        outputs: Of the whole projection.
-        config: Of megatron-core.
-        groups: Of the layout.
-        bias: Whether there is one.
+        inputs: Input features over all ranks.
+        outputs: Output features.
+        config: Configuration of megatron-core.
+        groups: Process groups of the layout.
+        bias: Whether the projection has a bias.
     """
     linear: torch.nn.Module = RowParallelLinear(
         inputs,
@@ -87,6 +89,6 @@ def row_parallel(
 
 
 def _group(linear: type, groups: Groups) -> dict[str, Any]:
-    # older lines of megatron-core take the group from parallel_state
+    # megatron-core 0.12 has no such argument and takes the group from parallel_state
     takes_group = "tp_group" in inspect.signature(linear.__init__).parameters  # type: ignore[misc]
     return {"tp_group": groups.tensor} if takes_group else {}

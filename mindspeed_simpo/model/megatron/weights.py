@@ -1,4 +1,4 @@
-"""Hugging Face tensors -> this rank's parameters, and the parameters (or their gradients) back on rank 0."""
+"""Import of Hugging Face tensors into this rank's parameters, and their inverse, a gather on rank 0."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from mindspeed_simpo.parallel import Groups
 def fill_weights(
     models: Sequence[torch.nn.Module], description: ModelDescription, options: ModelOptions, groups: Groups, seed: int
 ) -> None:
-    """Give every parameter its first value: ``init_from: weights`` reads them, ``config`` draws them from ``seed``.
+    """Initialise every parameter: from the checkpoint (``init_from: weights``) or at random (``init_from: config``).
+
+    Args:
+        models: This rank's model chunks, with or without wrappers.
+        description: Description of the model.
+        options: ``init_from`` and ``model_name_or_path`` are read.
+        groups: Process groups that the models were built with.
+        seed: Seed of random weights.
 
     Raises:
         ModelError: see :func:`load_hf_weights`.
@@ -35,7 +42,7 @@ def fill_weights(
 def load_hf_weights(
     models: Sequence[torch.nn.Module], description: ModelDescription, model_name_or_path: str | Path, groups: Groups
 ) -> None:
-    """Read a checkpoint's safetensors into the parameters, in their dtype; each rank reads only its own slices.
+    """Read the safetensors of a checkpoint into the parameters and convert dtypes; each rank reads only its own slices.
 
     Raises:
         ModelError: for absent, damaged, quantized or pickled weights, and for tensors that do not fit the description.
@@ -46,7 +53,7 @@ def load_hf_weights(
 
 @torch.no_grad()
 def fill_from(models: Sequence[torch.nn.Module], source: WeightSource, groups: Groups) -> None:
-    """Copy ``source`` into every parameter; what only pads the vocabulary or the heads becomes zero."""
+    """Copy slices of ``source`` into every parameter; padding of the vocabulary and of the heads becomes zero."""
     rank, size = groups.tensor.rank(), groups.tensor.size()
     for model in map(unwrap, models):
         for slot in model.slots:
@@ -57,7 +64,7 @@ def fill_from(models: Sequence[torch.nn.Module], source: WeightSource, groups: G
                 if span.tensor is None:
                     part.zero_()
                     continue
-                whole, values = next(each for each in stored if each[0].holds(span))
+                whole, values = next(each for each in stored if each[0].contains(span))
                 part.copy_(values.narrow(axis, span.start - whole.start, span.length))
 
 
@@ -67,16 +74,16 @@ def gather_hf_tensors(
     groups: Groups,
     value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.data,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(Hugging Face name, whole tensor)`` on global rank 0, one tensor at a time; nothing on other ranks.
+    """Yield ``(Hugging Face name, full tensor)`` on global rank 0, tensor by tensor; yield nothing on other ranks.
 
-    A collective: every rank must run the iterator to its end. Names come layer by layer.
+    A collective: every rank must exhaust the iterator. The order is that of the layers.
 
     Args:
-        models: This rank's chunks, wrapped or not.
-        description: Of the model.
-        groups: Of the layout that the models were built with.
-        value: What to gather of each parameter, in the parameter's shape: its data, its gradient, an optimizer state.
-            One dtype for all parameters.
+        models: This rank's model chunks, with or without wrappers.
+        description: Description of the model.
+        groups: Process groups that the models were built with.
+        value: Function of a parameter that returns the tensor to gather, in the parameter's shape, such as its data,
+            its gradient or an optimizer state; of one dtype for all parameters.
     """
     if groups.data.rank() or groups.context.rank():
         return
@@ -94,19 +101,19 @@ def gather_hf_tensors(
             elif groups.pipeline.rank() == 0 and groups.tensor.rank() == 0:
                 tensors = [like.new_empty(tensor.shape) for tensor in slot.tensors]
             for tensor, whole in zip(slot.tensors, tensors, strict=False):
-                if groups.tensor.rank() == 0 and _move_to_first_stage(whole, chunk.stage, groups):
+                if groups.tensor.rank() == 0 and _move_to_first_pipeline_rank(whole, chunk.pipeline_rank, groups):
                     yield tensor.name, whole
 
 
 def unwrap(model: torch.nn.Module) -> PolicyModel:
-    """The :class:`PolicyModel` inside DDP and ``Float16Module``."""
+    """The :class:`PolicyModel` inside the wrappers of megatron-core, DDP and ``Float16Module``."""
     while not isinstance(model, PolicyModel):
         model = model.module  # type: ignore[assignment]
     return model
 
 
 def _gather_tensor_ranks(slot: Slot, parameter: Tensor, groups: Groups) -> list[Tensor]:
-    """The whole tensors of a slot on the first tensor-parallel rank; nothing on the others."""
+    """The full tensors of a slot on tensor-parallel rank 0; an empty list on the other ranks."""
     if slot.axis is None:
         return [parameter] if groups.tensor.rank() == 0 else []
     parameter = parameter.contiguous()
@@ -124,13 +131,13 @@ def _gather_tensor_ranks(slot: Slot, parameter: Tensor, groups: Groups) -> list[
     return list(wholes.values())
 
 
-def _move_to_first_stage(whole: Tensor, stage: int, groups: Groups) -> bool:
-    """Send ``whole`` to the first stage, or receive into it; True where it then is."""
-    if groups.pipeline.rank() not in (0, stage):
+def _move_to_first_pipeline_rank(whole: Tensor, source: int, groups: Groups) -> bool:
+    """Send ``whole`` from pipeline rank ``source`` to pipeline rank 0, or receive into ``whole``; True on rank 0."""
+    if groups.pipeline.rank() not in (0, source):
         return False
-    if stage == 0:
+    if source == 0:
         return True
-    peer = dist.get_global_rank(groups.pipeline, stage if groups.pipeline.rank() == 0 else 0)
+    peer = dist.get_global_rank(groups.pipeline, source if groups.pipeline.rank() == 0 else 0)
     if groups.pipeline.rank() == 0:
         dist.recv(whole, src=peer, group=groups.pipeline)
         return True

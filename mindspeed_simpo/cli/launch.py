@@ -15,7 +15,7 @@ from mindspeed_simpo.errors import PeerLostError
 
 _LAUNCHER_PID = "MINDSPEED_SIMPO_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
-_LOST_A_PEER = (PeerLostError.exit_code, PeerLostError.exit_code_of_silence)
+_LOST_A_PEER = (PeerLostError.exit_code, PeerLostError.timeout_exit_code)
 
 
 def in_launched_rank() -> bool:
@@ -98,7 +98,7 @@ def _remoteness(exit_code: int, others: Collection[int]) -> int:
     if exit_code in _LOST_A_PEER:
         return 2
     # torch's launcher ends the others by SIGTERM, and by SIGKILL where that is of no effect
-    by_launcher = {-signal.SIGTERM} | ({-signal.SIGKILL} if PeerLostError.exit_code_of_silence in others else set())
+    by_launcher = {-signal.SIGTERM} | ({-signal.SIGKILL} if PeerLostError.timeout_exit_code in others else set())
     if exit_code in by_launcher:
         return 3
     return 1 if exit_code < 0 else 0

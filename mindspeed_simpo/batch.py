@@ -1,8 +1,8 @@
-"""The typed records that travel between rooms.
+"""The typed records that the packages of this project exchange: token ids, micro-batches, inputs and outputs of losses.
 
-Shape legend: ``pair`` = P preference pairs, ``sequence`` = their 2P sequences (chosen 0..P-1, then rejected P..2P-1, in
-the same pair order), ``row`` = rows of the model's input (2P right-padded ones, or 1 that is packed), ``seq`` = their
-length.
+Shape legend: ``pair`` = P preference pairs, ``sequence`` = the 2P sequences of the pairs (chosen 0..P-1, then rejected
+P..2P-1, in the same pair order), ``row`` = rows of the model's input tensor (2P right-padded rows, or 1 packed row),
+``seq`` = length of a row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ IGNORE_INDEX = -100
 """Target of a position that predicts no response token (prompt, padding, after the end of turn)."""
 
 FILLER_PAIR = -1
-"""``pair_ids`` entry of a pair that only fills a batch up: it has no response token and weight zero."""
+"""``pair_ids`` entry of a filler pair, which completes a batch; a filler pair has no response token and weight zero."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TokenizedPair:
     rejected_ids: list[int]
     """Response tokens and the end-of-turn token; at least one."""
     source: str
-    """Where the row comes from, for messages: ``FILE:LINE`` or ``FILE:row N``."""
+    """Where the example comes from, for messages: ``FILE:LINE`` or ``FILE:row N``."""
 
     @property
     def lengths(self) -> tuple[int, int, int]:
@@ -47,88 +47,94 @@ class TokenizedPair:
 
 
 class Branch(NamedTuple):
-    """Tokens that go on from tokens which lie elsewhere in the row."""
+    """A suffix: consecutive tokens of a packed row that continue a prefix, which lies elsewhere in the same row."""
 
     prefix_start: int
-    """Where in the row the tokens lie that it goes on from."""
+    """Position in the row of the prefix's first token."""
     prefix_length: int
-    """Their number; 0 where it goes on from nothing."""
+    """Tokens of the prefix; 0 for a suffix without a prefix."""
     length: int
-    """Its own tokens."""
+    """Tokens of the suffix."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """What attends to what in a packed row: nothing but this is needed, and no mask is ever made of it.
+    """The attention pattern of a packed row: ``wholes``, end to end, then ``branches``, end to end.
 
-    The row is ``wholes``, end to end, then ``branches``, end to end.
+    Attention is computed document by document from these lengths, so no ``[seq, seq]`` mask is built.
     """
 
     wholes: tuple[int, ...]
-    """Tokens of each document that attends causally to itself."""
+    """Length of each document without a prefix; the document attends causally to itself."""
     branches: tuple[Branch, ...] = ()
-    """Each attends to its prefix, and causally to itself."""
+    """Suffixes; each attends to all of its prefix and causally to itself."""
 
 
-ONE_A_ROW = Documents(())
-"""Where nothing is packed: each row is one right-padded document."""
+UNPACKED = Documents(())
+"""The pattern of a batch that is not packed: each row is one right-padded document."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What a packed row is made of."""
+    """The documents of a packed row, and the position and the pair of each of its tokens."""
 
     documents: Documents
     positions: Int[Tensor, " seq"]
-    """int64 place of each token in its own sequence."""
+    """int64 position of each token in its own sequence."""
     pair_of: Int[Tensor, " seq"]
-    """int64 number of the pair that each token is of; 0 for padding, which has no target."""
+    """int64 index of each token's pair in the micro-batch; 0 for padding, which has no target."""
     num_pairs: int
 
     def to(self, device: torch.device) -> Packing:
-        """The same with its tensors on ``device``."""
-        return Packing(self.documents, moved(self.positions, device), moved(self.pair_of, device), self.num_pairs)
+        """A copy with the tensors on ``device``."""
+        return Packing(
+            self.documents, to_device(self.positions, device), to_device(self.pair_of, device), self.num_pairs
+        )
 
 
 @dataclass(frozen=True)
 class ScoredTokens:
-    """Where the response tokens of some rows are, as indices: a device that has them need not search its targets."""
+    """Indices of the response tokens of some rows, found on the host.
+
+    With these indices no ``nonzero()`` runs on the device, where ``nonzero()`` forces a host synchronisation.
+    """
 
     state: Int[Tensor, " token"]
-    """int64 index, in hidden states ``[seq, row, hidden]`` whose first two axes are one, of what predicts the token."""
+    """int64 index of the hidden state that predicts the token, in hidden states ``[seq, row, hidden]`` flattened to
+    ``[seq * row, hidden]``."""
     target: Int[Tensor, " token"]
     """int64 id of the token."""
     sequence: Int[Tensor, " token"]
-    """int64 number of the sequence that it is of."""
-    place: Int[Tensor, " token"]
-    """int64 position in its row of what predicts it."""
+    """int64 index of the token's sequence."""
+    position: Int[Tensor, " token"]
+    """int64 position in the row that predicts the token."""
     num_sequences: int
     seq_length: int
-    """Positions of a row."""
+    """Length of a row."""
 
     @classmethod
     def of(cls, targets: Int[Tensor, "target_row seq"], packing: Packing | None = None) -> ScoredTokens:
-        """Find them, which on an accelerator waits for its queue: pass targets that are still on the host.
+        """The response tokens of ``targets``; calls ``nonzero()``, so pass targets in host memory.
 
         Args:
-            targets: See :class:`PairBatch`; or those of the positions that a context-parallel rank holds.
-            packing: Set where the two rows of targets are of one row of tokens.
+            targets: As in :class:`PairBatch`, or their slice at the positions of one context-parallel rank.
+            packing: Set where all rows of targets belong to one packed row of tokens.
         """
-        row, place = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+        row, position = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
         if packing is None:
-            state, sequence, sequences = place * len(targets) + row, row, len(targets)
+            state, sequence, sequences = position * len(targets) + row, row, len(targets)
         else:
             sequences = len(targets) * packing.num_pairs
-            state, sequence = place, row * packing.num_pairs + packing.pair_of[place]
-        return cls(state, targets[row, place], sequence, place, sequences, targets.shape[1])
+            state, sequence = position, row * packing.num_pairs + packing.pair_of[position]
+        return cls(state, targets[row, position], sequence, position, sequences, targets.shape[1])
 
     def to(self, device: torch.device) -> ScoredTokens:
-        """The same with its tensors on ``device``."""
+        """A copy with the tensors on ``device``."""
         return ScoredTokens(
-            moved(self.state, device),
-            moved(self.target, device),
-            moved(self.sequence, device),
-            moved(self.place, device),
+            to_device(self.state, device),
+            to_device(self.target, device),
+            to_device(self.sequence, device),
+            to_device(self.position, device),
             self.num_sequences,
             self.seq_length,
         )
@@ -136,28 +142,29 @@ class ScoredTokens:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """One micro-batch of pairs, with targets already shifted on the whole sequence."""
+    """One micro-batch of pairs. Targets are shifted before any sequence is sliced over context-parallel ranks."""
 
     tokens: Int[Tensor, "row seq"]
-    """int64 token ids; padding repeats id 0 and is never a target."""
+    """int64 token ids; padding has id 0 and is never a target."""
     targets: Int[Tensor, "target_row seq"]
-    """int64 id of the next token where that is a response token, else ``IGNORE_INDEX``. One row for each row of tokens;
-    two for a packed one: of the chosen responses, of the rejected ones. A token that both go on from has two."""
+    """int64 id of the next token where the next token is a response token, else ``IGNORE_INDEX``. A padded batch has
+    one row of targets for each row of tokens. A packed batch has two rows of targets, for the chosen and for the
+    rejected responses, because the last token of a shared prompt predicts the first token of both responses."""
     lengths: Int[Tensor, " sequence"]
-    """int64 tokens of each sequence, a shared prompt counted in both; 0 for those of a filler pair."""
+    """int64 tokens of each sequence, prompt included (a shared prompt in both sequences); 0 for filler pairs."""
     pair_ids: Int[Tensor, " pair"]
-    """int64 row number in the dataset, or ``FILLER_PAIR``."""
+    """int64 index of the example in the dataset, or ``FILLER_PAIR``."""
     packing: Packing | None = None
-    """Set where one row holds all sequences; None where each has a row of its own."""
+    """Set where one row holds all sequences; None where each sequence has its own row."""
 
     @property
     def num_pairs(self) -> int:
-        """Pairs in this micro-batch, fillers included."""
+        """Pairs in this micro-batch, filler pairs included."""
         return self.pair_ids.numel()
 
     @property
     def response_tokens(self) -> Int[Tensor, " sequence"]:
-        """Targets of each sequence."""
+        """int64 response tokens of each sequence."""
         scored = (self.targets != IGNORE_INDEX).long()
         if self.packing is None:
             return scored.sum(dim=1)
@@ -165,39 +172,43 @@ class PairBatch:
         return counts.index_add_(1, self.packing.pair_of, scored).flatten()
 
     def to(self, device: torch.device) -> PairBatch:
-        """The same micro-batch with its tensors on ``device``."""
+        """A copy with the tensors on ``device``."""
         return PairBatch(
-            tokens=moved(self.tokens, device),
-            targets=moved(self.targets, device),
-            lengths=moved(self.lengths, device),
-            pair_ids=moved(self.pair_ids, device),
+            tokens=to_device(self.tokens, device),
+            targets=to_device(self.targets, device),
+            lengths=to_device(self.lengths, device),
+            pair_ids=to_device(self.pair_ids, device),
             packing=self.packing.to(device) if self.packing is not None else None,
         )
 
 
 @dataclass(frozen=True)
 class RunningStatistics:
-    """Mean and deviation of an objective's tracked value over the global batches so far; constants of the loss."""
+    """Running mean and standard deviation of an objective's tracked value; the loss treats both as constants."""
 
     mean: Float[Tensor, ""]
     deviation: Float[Tensor, ""]
+    """Standard deviation."""
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What an objective needs of each pair; sums are whole-sequence and whole-vocabulary (reduced over TP and CP)."""
+    """The inputs of an objective for each pair; log-probability sums are already reduced over TP and CP."""
 
     chosen_logprob: Float[Tensor, " pair"]
-    """Sum of response-token log-probabilities, nats, fp32 or fp64."""
+    """Sum of the log-probabilities of the chosen response's tokens, nats, fp32 or fp64."""
     rejected_logprob: Float[Tensor, " pair"]
+    """Sum of the log-probabilities of the rejected response's tokens, nats, fp32 or fp64."""
     chosen_tokens: Int[Tensor, " pair"]
-    """Response tokens that the sum runs over; 0 only for a filler pair."""
+    """Response tokens in the chosen sum; 0 only for a filler pair."""
     rejected_tokens: Int[Tensor, " pair"]
+    """Response tokens in the rejected sum; 0 only for a filler pair."""
     reference_chosen_logprob: Float[Tensor, " pair"] | None = None
-    """The same sums under the reference model, nats; where the objective has one."""
+    """``chosen_logprob`` under the reference model; None for an objective without a reference model."""
     reference_rejected_logprob: Float[Tensor, " pair"] | None = None
+    """``rejected_logprob`` under the reference model; None for an objective without a reference model."""
     running: RunningStatistics | None = None
-    """Of the objective's tracked value; None before the first global batch, and where nothing is tracked."""
+    """Statistics of the tracked value; None before the first global batch and where the objective tracks nothing."""
 
     @property
     def valid(self) -> Bool[Tensor, " pair"]:
@@ -205,18 +216,22 @@ class LossInputs:
         return (self.chosen_tokens > 0) & (self.rejected_tokens > 0)
 
     def of_valid(self, values: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-        """``values``, 0 with gradient 0 for filler pairs, whatever ``values`` holds for them."""
+        """``values`` with the entries of filler pairs, NaN included, replaced by 0 with gradient 0."""
         return torch.where(self.valid, values, 0.0)
 
     def scores(self, *, mean: bool) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
-        """Log-probabilities of chosen and rejected: ``m = s / n``, nats per token, or the sums ``s``, nats."""
+        """Chosen and rejected log-probabilities: means ``m = s / n``, nats per token, or sums ``s``, nats.
+
+        Args:
+            mean: Whether to divide each sum ``s`` by its number of response tokens ``n``.
+        """
         return self._scores(self.chosen_logprob, self.rejected_logprob, mean)
 
     def reference_scores(self, *, mean: bool) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
         """:meth:`scores` under the reference model.
 
         Raises:
-            ValueError: where there is no reference.
+            ValueError: where the reference log-probabilities are None.
         """
         if self.reference_chosen_logprob is None or self.reference_rejected_logprob is None:
             raise ValueError("the objective needs the reference log-probabilities of both responses")
@@ -235,45 +250,52 @@ class LossInputs:
         rejected_reward: Float[Tensor, " pair"],
         **metrics: Float[Tensor, " pair"],
     ) -> ObjectiveTerms:
-        """What a formula returns."""
+        """Build the return value of a formula; ``metrics`` are the metrics that the objective declares."""
         return ObjectiveTerms(loss, chosen_reward, rejected_reward, metrics)
 
 
 @dataclass(frozen=True)
 class ObjectiveTerms:
-    """What a formula says of each pair; entries of filler pairs are not used."""
+    """The result of an objective's formula for each pair; entries of filler pairs are discarded."""
 
     loss: Float[Tensor, " pair"]
-    """Nats, without the supervised term of ``pref_ftx``."""
+    """Loss without the supervised term of ``pref_ftx``, with its graph."""
     chosen_reward: Float[Tensor, " pair"]
+    """Reward of the chosen response, in the unit that the objective declares."""
     rejected_reward: Float[Tensor, " pair"]
+    """Reward of the rejected response, in the same unit."""
     metrics: Mapping[str, Float[Tensor, " pair"]]
-    """The metrics that the objective declares."""
+    """Name -> value of the metrics that the objective declares."""
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Per-pair results, not reduced: ``schedule`` owns the normalisation. All zero for filler pairs."""
+    """Results for each pair, not reduced: the pair schedule divides by the global batch size. 0 for filler pairs."""
 
     loss: Float[Tensor, " pair"]
-    """Nats; with gradient zero for filler pairs."""
+    """Loss with the supervised term of ``pref_ftx``; the gradient is 0 for filler pairs."""
     sft_loss: Float[Tensor, " pair"]
     """``-m_w``, nats per token, detached."""
     chosen_reward: Float[Tensor, " pair"]
-    """Detached, without the margin."""
+    """Reward of the chosen response, without the margin, detached."""
     rejected_reward: Float[Tensor, " pair"]
+    """Reward of the rejected response, without the margin, detached."""
     metrics: Mapping[str, Float[Tensor, " pair"]] = field(default_factory=dict)
-    """The objective's own metrics, detached."""
+    """Name -> value of the metrics that the objective declares, detached."""
 
 
 def even_halves(chosen: Sequence[int], rejected: Sequence[int]) -> list[int]:
-    """One side of each pair, 0 chosen or 1 rejected, so that these and the others have about equally many tokens.
+    """Divide the 2P sequences of P pairs into two halves, one sequence of each pair in each, of about equal length.
 
-    The pair whose sides differ most comes first; its longer side goes where fewer tokens are so far.
+    Greedy: in descending order of the length difference within a pair, the longer sequence joins the half that has
+    fewer tokens.
 
     Args:
-        chosen: Tokens of each pair's chosen sequence; ``rejected`` likewise.
-        rejected: See ``chosen``.
+        chosen: Tokens of each pair's chosen sequence.
+        rejected: Tokens of each pair's rejected sequence.
+
+    Returns:
+        For each pair, the sequence in the first half: 0 for chosen, 1 for rejected.
     """
     sides = [0] * len(chosen)
     excess = 0
@@ -284,8 +306,8 @@ def even_halves(chosen: Sequence[int], rejected: Sequence[int]) -> list[int]:
     return sides
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; the host goes on at once, for it is copied from page-locked memory."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; from host memory to an accelerator by a non-blocking copy from pinned memory."""
     if tensor.device == device or device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

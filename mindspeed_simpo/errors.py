@@ -1,14 +1,17 @@
-"""Errors that a user can act on; everything else that escapes is a bug of this package."""
+"""Errors that a user can act on. Any other exception that leaves this package is a bug of the package."""
 
 from __future__ import annotations
 
 
 class SimpoError(Exception):
-    """What went wrong, where, what was expected and what to do; shown without a traceback, exit code 1."""
+    """Base class: the message says what was found, where, what was expected and what to do.
+
+    The command line prints the message without a traceback and exits with ``exit_code``.
+    """
 
     exit_code = 1
     everywhere = False
-    """Whether every rank raises this same error, so that one of them may speak for all."""
+    """Whether every rank raises this same error, so that only rank 0 has to print the message."""
 
 
 class ConfigError(SimpoError):
@@ -18,7 +21,7 @@ class ConfigError(SimpoError):
 
 
 class DataError(SimpoError):
-    """A preference-data file or row cannot be used."""
+    """A preference-data file or an example in a file cannot be used."""
 
 
 class ModelError(SimpoError):
@@ -26,7 +29,7 @@ class ModelError(SimpoError):
 
 
 class CheckpointError(SimpoError):
-    """A training checkpoint is absent, half-written, damaged or of another model."""
+    """A training checkpoint is absent, incomplete, damaged or of another model."""
 
 
 class TrainingError(SimpoError):
@@ -34,13 +37,13 @@ class TrainingError(SimpoError):
 
 
 class PeerLostError(SimpoError):
-    """Another rank died or hangs; the launcher tells by the exit code that this rank is not the cause."""
+    """Another rank ended or hangs. By the exit code the launcher recognises that this rank is not the cause."""
 
     exit_code = 70
-    exit_code_of_silence = 71
-    """Where the other rank was waited for in vain: the launcher itself then has to kill it."""
+    timeout_exit_code = 71
+    """The exit code where a collective timed out: the other rank hangs, and the launcher has to kill that rank."""
 
-    def __init__(self, message: str, *, waited: bool) -> None:
+    def __init__(self, message: str, *, timed_out: bool) -> None:
         super().__init__(message)
-        if waited:
-            self.exit_code = self.exit_code_of_silence
+        if timed_out:
+            self.exit_code = self.timeout_exit_code

@@ -1,4 +1,4 @@
-"""``torchrun ... -m mindspeed_simpo.posttrain_gpt ...``: MindSpeed-LLM's post-training with ``--stage simpo``."""
+"""``torchrun ... -m mindspeed_simpo.posttrain_gpt ...``: MindSpeed-LLM's post-training with the added ``--stage``s."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from mindspeed_simpo.integrations.mindspeed_llm import hooks
 
 
 def main() -> None:
-    """Run MindSpeed-LLM's post-training with this package's stages, in upstream's own order of imports."""
+    """Run MindSpeed-LLM's post-training with this package's objectives as values of ``--stage``.
+
+    Modules are imported in the same order as by MindSpeed-LLM's own ``posttrain_gpt.py``.
+
+    Raises:
+        ConfigError: where MindSpeed-LLM, MindSpeed, Megatron-LM or torch_npu cannot be imported.
+    """
     hooks.install()
     try:
         from mindspeed_llm import megatron_adaptor  # noqa: F401

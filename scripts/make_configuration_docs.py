@@ -49,9 +49,9 @@ def render_plugin(page: str) -> str:
 def _stages() -> Iterator[str]:
     yield "| stage | flag | value | default | meaning |"
     yield "|---|---|---|---|---|"
-    for stage in (*stages.SERVED, stages.UPSTREAM_STAGE):
+    for stage in (*stages.SUPPORTED, stages.UPSTREAM_STAGE):
         objective = OBJECTIVES[stage]
-        name = f"`{stage}`" if stage in stages.SERVED else f"`{stage}` with `--dpo-exact`"
+        name = f"`{stage}`" if stage in stages.SUPPORTED else f"`{stage}` with `--dpo-exact`"
         for key, field in objective.keys.model_fields.items():
             flag = stages.flag(key)
             flag = f"`{flag}`, `--no-{flag[2:]}`" if field.annotation is bool else f"`{flag}`"

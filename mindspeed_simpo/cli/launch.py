@@ -15,7 +15,7 @@ from mindspeed_simpo.errors import PeerLostError
 
 _LAUNCHER_PID = "MINDSPEED_SIMPO_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
-_LOST_A_PEER = (PeerLostError.exit_code, PeerLostError.exit_code_of_silence)
+_LOST_A_PEER = (PeerLostError.exit_code, PeerLostError.timeout_exit_code)
 
 
 def in_launched_rank() -> bool:
@@ -104,7 +104,7 @@ def _distance_from_cause(exit_code: int, others: Collection[int]) -> int:
     if exit_code in _LOST_A_PEER:
         return 2
     # torch's launcher sends SIGTERM to the remaining ranks, then SIGKILL to those that do not end
-    by_launcher = {-signal.SIGTERM} | ({-signal.SIGKILL} if PeerLostError.exit_code_of_silence in others else set())
+    by_launcher = {-signal.SIGTERM} | ({-signal.SIGKILL} if PeerLostError.timeout_exit_code in others else set())
     if exit_code in by_launcher:
         return 3
     return 1 if exit_code < 0 else 0

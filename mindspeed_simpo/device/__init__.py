@@ -1,7 +1,7 @@
-"""The one place that knows which accelerator runs the program, and the only one that patches anything.
+"""The accelerator of this rank: devices, operators, and all patches of torch and megatron-core.
 
-``open_device`` must run before anything imports ``megatron``: on ``npu`` MindSpeed's adaptor and on ``cpu`` this
-package's own one replace what megatron-core takes for granted about CUDA.
+No other package names ``torch_npu`` or patches anything. ``open_device`` must run before ``megatron`` is imported: on
+``npu`` MindSpeed's adaptor, and on ``cpu`` the adaptor of this package, replaces megatron-core's calls of CUDA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BACKENDS: dict[DeviceName, str] = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"
 
 @dataclass(frozen=True)
 class Device:
-    """An opened device: where tensors live and which collectives library connects the ranks."""
+    """An opened device: the ``torch.device`` of tensors and the backend of collectives."""
 
     name: DeviceName
     torch_device: torch.device
@@ -37,7 +37,7 @@ class Device:
 
     @property
     def is_cpu(self) -> bool:
-        """Whether tensors live in host memory and collectives run over gloo."""
+        """Whether tensors are in host memory and collectives run over gloo."""
         return self.name == "cpu"
 
     @property
@@ -56,14 +56,20 @@ class Device:
             self._accelerator().synchronize()
 
     def assert_async(self, condition: torch.Tensor, message: str) -> None:
-        """Let no later work of the device run where ``condition``, one boolean, is false; the host does not wait.
+        """Assert ``condition`` on the device without a host synchronisation; no later work of the device then runs.
 
-        On an accelerator the error surfaces where the host next waits for the device, on a CPU at once.
+        Args:
+            condition: One boolean, on this device.
+            message: Text of the error.
+
+        Raises:
+            RuntimeError: where ``condition`` is false; on an accelerator from the next host synchronisation, on a CPU
+                from this call.
         """
         torch._assert_async(condition, message)
 
     def peak_memory_bytes(self) -> int:
-        """Largest memory of this process so far: allocated on the device, or resident (RSS) on the CPU."""
+        """Peak memory of this process so far, bytes: allocated on the accelerator, or resident (RSS) on the CPU."""
         if self.is_cpu:
             kilobyte = 1 if sys.platform == "darwin" else 1024
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
@@ -88,8 +94,8 @@ class Device:
 
 
 def reduction_dtype(device: torch.device) -> torch.dtype:
-    """Widest floating type that a device and its collectives add; sums over tokens and pairs are kept in it."""
-    # MindSpeed's all_reduce adds a copy of an fp64 tensor and leaves the tensor as it was
+    """The dtype of sums over tokens and pairs: the widest that the device and its collectives add, fp64 or fp32."""
+    # MindSpeed's all_reduce reduces a copy of an fp64 tensor and does not write the result back
     narrow = device.type == "npu" or "mindspeed" in sys.modules
     return torch.float32 if narrow else torch.float64
 
@@ -98,17 +104,17 @@ def open_device(name: Literal["auto", "npu", "cuda", "cpu"], local_rank: int = 0
     """Choose the device of this rank and prepare ``torch`` and ``megatron`` for it.
 
     Args:
-        name: ``auto`` takes the first found of npu, cuda, cpu.
+        name: ``auto`` takes the first available of npu, cuda, cpu.
         local_rank: Rank on this host; the index of the accelerator.
 
     Raises:
-        ConfigError: where the named device is not there, or the host has fewer of them than ranks.
+        ConfigError: where the named device is not available, or the host has fewer devices than ranks.
     """
-    # megatron-core tells every rank, several times, that apex and TransformerEngine are not installed
+    # megatron-core warns on every rank, several times, that apex and TransformerEngine are not installed
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-    # megatron-core calls collectives by names that newer torch deprecates
+    # megatron-core calls collectives by names that newer versions of torch deprecate
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
-    # imported by megatron-core: a host with a CUDA compiler and no device is told so on every start
+    # megatron-core imports this module, which warns on every start on a host with a CUDA compiler and no device
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     found = find_device() if name == "auto" else name
     if found == "cpu":

@@ -1,7 +1,7 @@
-"""What megatron-core needs to believe that the CPU is its accelerator.
+"""megatron-core on CPUs: replacements for the functions of ``torch.cuda`` that megatron-core calls.
 
-megatron-core names ``torch.cuda`` wherever it allocates, seeds or waits. Each replacement below says which of its code
-needs it; nothing else is touched, and nothing at all unless the device is ``cpu``.
+megatron-core calls ``torch.cuda`` to allocate tensors, to seed and to synchronise. The comment at each replacement
+names the code of megatron-core that needs it. The replacements are installed only where the device is ``cpu``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _CPU = torch.device("cpu")
 
 @functools.cache
 def install_adaptor() -> None:
-    """Point megatron-core's CUDA calls at the CPU; a second call does nothing."""
+    """Redirect megatron-core's CUDA calls to the CPU; a second call has no effect."""
     _redirect_device_queries()
     _redirect_allocations()
     _redirect_random_state()
@@ -26,7 +26,7 @@ def install_adaptor() -> None:
 def _redirect_device_queries() -> None:
     # pipeline_parallel/p2p_communication.py, distributed/param_and_grad_buffer.py: device=torch.cuda.current_device()
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
-    # pipeline_parallel/p2p_communication.py and timers: waits around send and receive
+    # pipeline_parallel/p2p_communication.py and timers: synchronisation around send and receive
     torch.cuda.synchronize = lambda device=None: None  # noqa: ARG005
 
 
@@ -41,14 +41,14 @@ def _redirect_allocations() -> None:
 
 
 def _redirect_random_state() -> None:
-    # tensor_parallel/random.py: the seed and state of the "device" generator, which here is the host's
+    # tensor_parallel/random.py: seed and state of the device's generator, here the generator of the host
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()  # noqa: ARG005
-    # the same file's recomputation asks the module that defines it
+    # recomputation in the same file calls the function through the module that defines it
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.set_rng_state = lambda new_state, device=None: torch.set_rng_state(new_state)  # noqa: ARG005
     torch.cuda.default_generators = {_CPU: torch.default_generator}  # type: ignore[assignment]
-    # tensor_parallel/random.py imports _lazy_call, which would queue the call for a CUDA start that never comes
+    # tensor_parallel/random.py imports _lazy_call, which would defer the call until CUDA is initialised
     torch.cuda._lazy_call = lambda callback, **kwargs: callback()  # noqa: ARG005
 
 

@@ -1,4 +1,4 @@
-"""Where megatron-core does not fit: on a newer torch, without TransformerEngine, or at a needless cost."""
+"""Patches of megatron-core: for newer versions of torch, for runs without TransformerEngine, and for speed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 
 @functools.cache
 def repair() -> None:
-    """Replace the functions below where they are the ones that fail; call before megatron-core is used."""
+    """Patch the installed version's defects; call before megatron-core is used. A second call has no effect.
+
+    Each patch first inspects the code of megatron-core and is skipped where that code does not have the defect.
+    """
     _allow_optimizers_without_fp8()
     _write_checkpoints_as_torch_saves()
     _start_tied_embeddings_at_a_bucket()
@@ -18,7 +21,8 @@ def repair() -> None:
 
 
 def _allow_optimizers_without_fp8() -> None:
-    # 0.12.1: optimizer/distrib_optimizer.py calls this with no fp8 parameter at all, and it raises all the same
+    # 0.12.1: optimizer/distrib_optimizer.py calls this function, which raises without TransformerEngine, even where
+    # the model has no fp8 parameter
     from megatron.core import fp8_utils
 
     original = getattr(fp8_utils, "_quantize_param_shard_impl", None)
@@ -33,7 +37,7 @@ def _allow_optimizers_without_fp8() -> None:
 
 
 def _write_checkpoints_as_torch_saves() -> None:
-    # 0.12.1: dist_checkpointing/strategies/filesystem_async.py calls a function of torch that has an argument more now
+    # 0.12.1: dist_checkpointing/strategies/filesystem_async.py does not pass an argument that newer torch requires
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     original = filesystem_async._write_item
@@ -48,8 +52,8 @@ def _write_checkpoints_as_torch_saves() -> None:
 
 
 def _start_tied_embeddings_at_a_bucket() -> None:
-    # distributed/param_and_grad_buffer.py, for the distributed optimizer: the bucket before a tied embedding is padded,
-    # and the embedding starts where it was not; where that padding is not empty, the optimizer finds it in two buckets
+    # distributed/param_and_grad_buffer.py, distributed optimizer: the bucket before a tied embedding is padded, but the
+    # embedding's start index is that before padding; with padding, the embedding's range then spans two buckets
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 
     original = _ParamAndGradBuffer.__init__
@@ -60,7 +64,7 @@ def _start_tied_embeddings_at_a_bucket() -> None:
     def initialise(*args: Any, **kwargs: Any) -> None:
         bound = signature.bind(*args, **kwargs)
         params = bound.arguments["params"]
-        # buckets are filled from the last parameter on: the tied one then comes first, at zero
+        # buckets are filled from the last parameter to the first: the tied embedding then starts at index 0
         order = sorted(range(len(params)), key=lambda index: getattr(params[index], "shared_embedding", False))
         for name in ("params", "param_indices"):
             bound.arguments[name] = [bound.arguments[name][index] for index in order]
@@ -70,8 +74,8 @@ def _start_tied_embeddings_at_a_bucket() -> None:
 
 
 def _collect_write_results_in_process() -> None:
-    # 0.16: dist_checkpointing/strategies/filesystem_async.py spawns a process of the whole program, on every rank, to
-    # hold a queue that another process could read; a save that is not asynchronous puts and gets in this one
+    # 0.16: dist_checkpointing/strategies/filesystem_async.py spawns a process on every rank, which imports this program
+    # again, for a queue between processes; a synchronous save uses the queue within one process only
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if '"spawn"' in inspect.getsource(filesystem_async._get_write_results_queue):

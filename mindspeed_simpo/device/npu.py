@@ -1,7 +1,6 @@
-"""Ascend: torch_npu brings the device, MindSpeed's adaptor brings megatron-core to it, fused operators bring speed.
+"""Ascend NPUs: torch_npu as device, MindSpeed's adaptor of megatron-core, and fused operators.
 
-Each operator is called as its page in the Ascend Extension for PyTorch documentation says; none has been run on an NPU
-yet.
+Each operator is called as the Ascend Extension for PyTorch documentation describes. None has been run on an NPU yet.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from mindspeed_simpo.errors import ConfigError
 
-# npu_fusion_attention: the mask is aligned to the last query and the last key, and given compressed
+# values of sparse_mode of npu_fusion_attention; both take the compressed mask and align it to the last query and key
 _RIGHT_DOWN_CAUSAL = 3
 _BAND = 4
 _COMPRESSED_MASK_SIZE = 2048
@@ -32,10 +31,10 @@ def is_available() -> bool:
 
 
 def install_adaptor() -> None:
-    """Import torch_npu and MindSpeed's megatron adaptor, which must precede every import of ``megatron``.
+    """Import torch_npu and MindSpeed's adaptor of megatron-core; call before ``megatron`` is imported.
 
     Raises:
-        ConfigError: where either is not installed.
+        ConfigError: where torch_npu or MindSpeed is not installed.
     """
     for module, package in (("torch_npu", "torch_npu"), ("mindspeed.megatron_adaptor", "MindSpeed")):
         try:
@@ -47,8 +46,8 @@ def install_adaptor() -> None:
             ) from None
 
 
-def holds(tensor: Tensor) -> bool:
-    """Whether a tensor lies on an NPU, so that its operators take it."""
+def is_on_npu(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is on an NPU, so that the operators of torch_npu accept it."""
     return tensor.device.type == "npu"
 
 
@@ -56,7 +55,7 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * hidden / sqrt(mean(hidden^2) + eps)`` over the last axis, by ``npu_rms_norm``.
 
     Args:
-        hidden: ``[..., dim]``, of the weight's dtype.
+        hidden: ``[..., dim]``, of the same dtype as ``weight``.
         weight: ``[dim]``.
         eps: Added to the mean square.
     """
@@ -70,7 +69,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` by ``npu_swiglu``.
 
     Args:
-        gate_up: ``[..., 2 x dim]``, the gate in the first half.
+        gate_up: ``[..., 2 x dim]``; the first half is ``gate``, the second half is ``up``.
+
+    Returns:
+        ``[..., dim]``.
     """
     import torch_npu
 
@@ -82,10 +84,10 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor, *, interleaved: bool =
     """``heads cosines + turned(heads) sines``, ``turned(a, b) = (-b, a)`` of each pair, by ``npu_rotary_mul``.
 
     Args:
-        heads: ``[seq, row, heads, dim]``, fewer than 1000 rows and heads, as the operator wants.
+        heads: ``[seq, row, heads, dim]``; the operator requires fewer than 1000 rows and heads.
         cosines: ``[seq, 1 or row, 1, dim]``, of the dtype of ``heads``.
         sines: As ``cosines``.
-        interleaved: Neighbours are a pair, else the numbers at one place of the two halves.
+        interleaved: Whether the pairs are ``(x[2i], x[2i + 1])``; else they are ``(x[i], x[dim / 2 + i])``.
     """
     import torch_npu
 
@@ -99,10 +101,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, wi
 
     Args:
         query: ``[queries, row, heads, dim]``.
-        key: ``[keys, row, groups, dim]``; each serves ``heads / groups`` consecutive heads.
+        key: ``[keys, row, groups, dim]``; ``heads / groups`` consecutive query heads share one key-value head.
         value: As ``key``.
-        scale: Of the scores.
-        window: Keys that a query sees, its own included; None for all before it.
+        scale: Factor of the scores ``q k^T``.
+        window: Number of last keys that a query attends to, its own position included; None for all up to its own.
 
     Returns:
         ``[queries, row, heads x dim]``.
@@ -131,21 +133,19 @@ def varlen_attention(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention of many documents, end to end, by ``npu_fusion_attention`` in the layout TND.
+    """Causal attention of concatenated documents by ``npu_fusion_attention`` in the layout TND.
 
     Args:
         query: ``[queries, 1, heads, dim]``, of all documents.
-        key: ``[keys, 1, groups, dim]``; each serves ``heads / groups`` consecutive heads.
+        key: ``[keys, 1, groups, dim]``; ``heads / groups`` consecutive query heads share one key-value head.
         value: As ``key``.
-        query_lengths: Queries of each document, the last positions of its keys; the operator takes their running sum.
+        query_lengths: Queries of each document; they are the last positions of the document's keys.
         key_lengths: Keys of each document.
-        scale: Of the scores.
-        window: See :func:`causal_attention`.
+        scale: Factor of the scores ``q k^T``.
+        window: As in :func:`causal_attention`.
 
     Returns:
         ``[queries, 1, heads x dim]``.
-
-    Source: as :func:`causal_attention`. Not run on an NPU yet.
     """
     import torch_npu
 
@@ -165,7 +165,7 @@ def varlen_attention(
 
 
 def _visible(window: int | None) -> dict[str, int]:
-    """Arguments of ``npu_fusion_attention``: all keys up to each query's own, or the last ``window`` of them."""
+    """Arguments of ``npu_fusion_attention`` for a causal mask, or for a causal mask with a sliding window."""
     if window is None:
         return {"sparse_mode": _RIGHT_DOWN_CAUSAL}
     return {"sparse_mode": _BAND, "pre_tockens": window - 1, "next_tockens": 0}
@@ -173,6 +173,6 @@ def _visible(window: int | None) -> dict[str, int]:
 
 @functools.cache
 def _compressed_mask(device: torch.device) -> Tensor:
-    """What the operator wants for every length: True where a score is dropped."""
+    """The upper triangular mask ``[2048, 2048]`` that the operator takes for any length; True masks a score out."""
     ones = torch.ones(_COMPRESSED_MASK_SIZE, _COMPRESSED_MASK_SIZE, dtype=torch.bool, device=device)
     return ones.triu(1)

@@ -1,4 +1,4 @@
-"""Ascend: MindSpeed's attention across context-parallel ranks, which keeps no whole keys and values on a rank."""
+"""Ascend NPUs: MindSpeed's context-parallel attention, in which no rank gathers all keys and values of all heads."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def ring_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, group: dist.ProcessGroup) -> Tensor:
-    """``softmax(scale q k^T) v``, causal on the whole sequence, by MindSpeed's ring of keys and values.
+    """``softmax(scale q k^T) v``, causal on the full sequence, by MindSpeed's ring attention.
 
-    Each rank holds its two chunks of the sequence (:mod:`mindspeed_simpo.parallel.context`) and passes keys and values
-    on to the next rank: memory of three slices ``[seq / ranks, row, groups, dim]`` at a time, ``ranks - 1`` messages.
+    Each rank holds two chunks of the sequence (:mod:`mindspeed_simpo.parallel.context`) and sends keys and values to
+    the next rank in ``ranks - 1`` messages. Memory: three slices ``[seq / ranks, row, groups, dim]`` at a time.
 
     Args:
-        query: ``[seq / ranks, row, heads, dim]``, this rank's positions; ``key`` and ``value`` with ``groups`` heads.
-        key: See ``query``.
-        value: See ``query``.
-        scale: Of the scores.
+        query: ``[seq / ranks, row, heads, dim]``, this rank's positions.
+        key: ``[seq / ranks, row, groups, dim]``, this rank's positions.
+        value: As ``key``.
+        scale: Factor of the scores ``q k^T``.
         group: The context-parallel ranks.
 
     Returns:
@@ -49,16 +49,18 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, grou
 def ulysses_attention(
     query: Tensor, key: Tensor, value: Tensor, attend: Callable[..., Tensor], group: dist.ProcessGroup
 ) -> Tensor:
-    """``attend`` on whole sequences, each rank with a share of the heads, by MindSpeed's all-to-all.
+    """``attend`` on the full sequence, with ``heads / ranks`` heads on each rank, by MindSpeed's all-to-all (Ulysses).
 
-    Memory of the whole sequence for ``heads / ranks`` heads; four messages a layer of the size of a slice.
+    Memory: the full sequence of ``heads / ranks`` heads. Communication: four all-to-alls a layer, each of the size of
+    a slice.
 
     Args:
-        query: ``[seq / ranks, row, heads, dim]``, this rank's positions; ``heads`` a multiple of the ranks.
-        key: With ``groups`` heads, a multiple of the ranks or a divisor of them: then each is repeated.
+        query: ``[seq / ranks, row, heads, dim]``, this rank's positions; ``heads`` is a multiple of ``ranks``.
+        key: ``[seq / ranks, row, groups, dim]``; ``groups`` is a multiple of ``ranks``, or a divisor of ``ranks``, in
+            which case each head is repeated.
         value: As ``key``.
-        attend: ``(query, key, value)`` of all positions, ranks' slices one after the other, and a share of the heads
-            -> ``[seq, row, heads / ranks x dim]`` in the same order.
+        attend: ``attend(query, key, value)`` of all positions, in the order of the ranks' slices, and of the rank's
+            heads -> ``[seq, row, heads / ranks x dim]`` in the same order.
         group: The context-parallel ranks.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Operators between the matrix products, which keep for their backward only what they cannot compute again at once.
+"""Elementwise and norm operators with their own backward, which save only their inputs for the backward.
 
-Autograd would keep every intermediate result of the same formulas. On NPUs the operators of torch_npu serve in their
-place (:mod:`mindspeed_simpo.device.npu`).
+Autograd would save every intermediate result of the same formulas. On NPUs the fused operators of torch_npu replace
+them (:mod:`mindspeed_simpo.device.npu`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ def rms_norm(
     """``(weight_offset + weight) * hidden / sqrt(mean(hidden^2) + eps)`` over the last axis; normalised in fp32.
 
     Args:
-        hidden: Kept for the backward, with one number a vector.
+        hidden: Saved for the backward, with one scale for each vector.
         weight: Of the dtype of ``hidden``.
         eps: Added to the mean square.
-        weight_offset: 0 scales in the dtype of ``hidden``; another one in fp32, before the result is rounded.
+        weight_offset: Where this is 0, the product with ``weight`` is computed in the dtype of ``hidden``; otherwise in
+            fp32, and the result is rounded.
     """
-    if npu.holds(hidden):
+    if npu.is_on_npu(hidden):
         if weight_offset:
             return npu.rms_norm(hidden.float(), weight_offset + weight.float(), eps).to(hidden.dtype)
         return npu.rms_norm(hidden, weight, eps)
@@ -43,12 +44,12 @@ def swiglu(
     """``silu(gate) * up``.
 
     Args:
-        gate_up: Gate in the first half of the last axis, up in the second; kept for the backward.
-        bias: Added first.
+        gate_up: ``gate`` is the first half of the last axis, ``up`` the second; saved for the backward.
+        bias: Added to ``gate_up`` first.
     """
     if bias is not None:
         gate_up = gate_up + bias
-    if npu.holds(gate_up):
+    if npu.is_on_npu(gate_up):
         return npu.swiglu(gate_up)
     activated: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
     return activated
@@ -57,11 +58,11 @@ def swiglu(
 def geglu(
     gate_up: Float[Tensor, "*batch two_dim"], bias: Float[Tensor, " two_dim"] | None = None
 ) -> Float[Tensor, "*batch dim"]:
-    """``gelu(gate) * up``, gelu in its tanh approximation; on every device of two operators.
+    """``gelu(gate) * up`` with the tanh approximation of gelu; no device has a fused operator for it here.
 
     Args:
-        gate_up: Gate in the first half of the last axis, up in the second; kept for the backward.
-        bias: Added first.
+        gate_up: ``gate`` is the first half of the last axis, ``up`` the second; saved for the backward.
+        bias: Added to ``gate_up`` first.
     """
     if bias is not None:
         gate_up = gate_up + bias
@@ -76,15 +77,15 @@ def rotate(
     *,
     interleaved: bool = False,
 ) -> Float[Tensor, "seq row heads dim"]:
-    """``heads cosines + turned(heads) sines`` of the first ``rotated`` numbers, ``turned(a, b) = (-b, a)``.
+    """``heads cosines + turned(heads) sines`` on the first ``rotated`` dimensions, ``turned(a, b) = (-b, a)``.
 
     Args:
-        heads: Not kept: the backward turns by the negative angles.
-        cosines: Of the dtype of ``heads``; both numbers of a pair have the same.
+        heads: Not saved for the backward, which rotates the gradient by the negative angles.
+        cosines: Of the dtype of ``heads``; equal for both dimensions of a pair.
         sines: As ``cosines``.
-        interleaved: Neighbours are a pair, else the numbers at one place of the two halves.
+        interleaved: Whether the pairs are ``(x[2i], x[2i + 1])``; else they are ``(x[i], x[rotated / 2 + i])``.
     """
-    if npu.holds(heads):
+    if npu.is_on_npu(heads):
         dims = cosines.shape[-1]
         turned = npu.rotate(heads[..., :dims], cosines, sines, interleaved=interleaved)
         return turned if dims == heads.shape[-1] else torch.cat([turned, heads[..., dims:]], dim=-1)
@@ -96,7 +97,7 @@ class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        # an error of this one number is an error of the whole vector
+        # the rounding error of this scale is common to all elements of the vector
         exact = torch.float64 if hidden.dtype == torch.float32 else wide.dtype
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True, dtype=exact) + eps).to(wide.dtype)
         ctx.save_for_backward(hidden, weight, scale)

@@ -1,1 +1,1 @@
-"""The package inside other trainers."""
+"""Plug-ins that add this package's objectives to other trainers."""

@@ -1,1 +1,1 @@
-"""Hidden states to log-probabilities, and log-probabilities to the loss of each pair."""
+"""From hidden states to log-probabilities of responses, and from these to the loss and the metrics of each pair."""

@@ -1,4 +1,4 @@
-"""What is logged of each pair, by name: the one list for the engine's metrics and the plug-in's."""
+"""The logged metrics of each pair, by name; ``training`` and the MindSpeed-LLM plug-in both use this list."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ METRICS = (
     "response_tokens/chosen",
     "response_tokens/rejected",
 )
-"""Metrics of every objective; those that an objective declares follow them."""
+"""Metrics of every objective; the metrics that an objective declares are logged after them."""
 
 
 def pair_metrics(inputs: LossInputs, output: LossOutput, dtype: torch.dtype) -> dict[str, Float[Tensor, " pair"]]:
-    """Every metric of each pair, in the order of ``METRICS``, then the objective's own.
+    """Every metric of each pair, in the order of ``METRICS``, then the metrics that the objective declares.
 
     Args:
         inputs: Detached sums and counts.
-        output: What the objective says of them.
-        dtype: In which the metrics will be summed.
+        output: The result of the objective for ``inputs``.
+        dtype: The dtype in which the caller sums the metrics; that of the result.
     """
     chosen_tokens, rejected_tokens = inputs.chosen_tokens.to(dtype), inputs.rejected_tokens.to(dtype)
     chosen_reward, rejected_reward = output.chosen_reward.to(dtype), output.rejected_reward.to(dtype)

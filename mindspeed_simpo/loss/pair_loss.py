@@ -13,11 +13,12 @@ from mindspeed_simpo.objectives import Keys, Objective
 class PairLoss:
     """``formula(pair) + pref_ftx * (-m_w)`` with ``m_w`` the chosen response's mean log-probability per token.
 
-    The division by the length happens once, in ``m_w``.
+    The supervised term is not divided by the length a second time: ``m_w`` is the mean already.
     """
 
     objective: Objective
     keys: Keys
+    """The keys of the objective, with their values."""
     pref_ftx: float = 0.0
     """Weight of the supervised term, >= 0."""
 
@@ -27,14 +28,14 @@ class PairLoss:
         return cls(options.objective, options.keys_of(options.objective), options.pref_ftx)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """Score pairs.
+        """Evaluate the objective.
 
         Args:
             inputs: Sums and counts of each pair, already reduced over TP and CP; with the reference sums where
                 ``objective.needs_reference``.
 
         Returns:
-            Per pair, not reduced; all zero for a filler pair.
+            Values of each pair, not reduced; all are 0 for a filler pair.
 
         Raises:
             ValueError: where the objective needs reference sums and ``inputs`` has none.

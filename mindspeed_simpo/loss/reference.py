@@ -24,13 +24,13 @@ _DIGEST_BYTES = 16
 
 @dataclass(frozen=True)
 class ReferenceTable:
-    """Sums of response log-probabilities under the reference model, by row of one dataset."""
+    """Sums of response log-probabilities under the reference model, for every example of one dataset."""
 
     sums: Float[Tensor, "dataset 2"]
-    """Chosen, rejected; nats, fp64 (fp32 on NPUs), on the device."""
+    """Sums of the chosen and of the rejected response; nats, fp64 (fp32 on NPUs), on the device."""
 
     def __call__(self, pair_ids: Int[Tensor, " pair"]) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
-        """Look pairs up; a filler pair gets the sums of row 0, which nothing uses."""
+        """The chosen and the rejected sums of pairs; a filler pair gets those of example 0, which the loss discards."""
         rows = self.sums[pair_ids.clamp(min=0)]
         return rows[:, 0], rows[:, 1]
 
@@ -42,7 +42,7 @@ def cache_path(cache_dir: Path, dataset_fingerprint: str, model_fingerprint: str
 
 
 def read_cached(path: Path, num_pairs: int, device: Device) -> ReferenceTable | None:
-    """The cached sums, or None where there are none or the file is not whole."""
+    """The cached sums; None where the file does not exist, is damaged or has another number of pairs."""
     try:
         content = path.read_bytes()
         array, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
@@ -60,7 +60,7 @@ def read_cached(path: Path, num_pairs: int, device: Device) -> ReferenceTable | 
 
 
 def write_cache(path: Path, table: ReferenceTable) -> None:
-    """Keep the sums for the next run of the same data and model.
+    """Write the sums to the cache, for the next run with the same data and model; atomic.
 
     Raises:
         DataError: where the folder cannot be written.
@@ -75,7 +75,7 @@ def write_cache(path: Path, table: ReferenceTable) -> None:
         temporary.replace(path)
     except OSError as error:
         raise DataError(
-            f"{path.parent}: cannot keep the reference log-probabilities: {error.strerror or error}; "
+            f"{path.parent}: cannot write the reference log-probabilities: {error.strerror or error}; "
             "set data_cache_dir to a folder that can be written"
         ) from None
 
@@ -85,7 +85,7 @@ def model_fingerprint(folder: Path, seed: int | None) -> str:
 
     Args:
         folder: Holds ``config.json`` and, unless ``seed`` is given, safetensors files.
-        seed: Set where the weights are random and follow from the seed and the configuration alone.
+        seed: Set where the weights are random, and determined by the seed and the configuration alone.
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update((folder / "config.json").read_bytes())

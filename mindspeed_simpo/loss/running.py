@@ -1,4 +1,4 @@
-"""Running statistics of an objective's tracked value, the same on every layout and in every checkpoint."""
+"""Running statistics of an objective's tracked value, independent of the layout and stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mindspeed_simpo.objectives import Objective
 from mindspeed_simpo.parallel import Groups
 
 _KEPT = 0.9
-"""Weight of the statistics so far when a global batch joins them; that of the authors of alpha-DPO."""
+"""Weight of the previous statistics in an update; the value of the authors of alpha-DPO."""
 
 
 class RunningState(BaseModel):
-    """What a checkpoint keeps; JSON holds both numbers exactly."""
+    """The statistics in a checkpoint; JSON represents both numbers exactly."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -31,9 +31,10 @@ class RunningState(BaseModel):
 class RunningTracker:
     """``mean <- 0.9 mean + 0.1 mean_b`` and ``deviation <- 0.9 deviation + 0.1 deviation_b`` over the global batches b.
 
-    The first global batch sets both. ``mean_b`` and ``deviation_b`` are those of all pairs of the global batch, over
-    all ranks (``deviation_b`` with n - 1 in the denominator; 0 for one pair), so neither the micro-batches nor the
-    layout change them. A global batch is scored with the statistics of the ones before it.
+    The first global batch sets ``mean = mean_b`` and ``deviation = deviation_b``. ``mean_b`` and ``deviation_b`` are
+    the mean and the standard deviation (n - 1 in the denominator; 0 for one pair) over all pairs of the global batch on
+    all ranks, so they depend neither on the micro-batches nor on the layout. The loss of a global batch uses the
+    statistics of the previous global batches.
     """
 
     def __init__(self, objective: Objective, groups: Groups, device: Device) -> None:
@@ -43,21 +44,25 @@ class RunningTracker:
         self._current: RunningStatistics | None = None
 
     def current(self) -> RunningStatistics | None:
-        """Statistics so far; None before the first global batch, and where the objective tracks nothing."""
+        """The current statistics; None before the first global batch, and where the objective tracks nothing."""
         return self._current
 
     @torch.no_grad()
     def update(self, scored: Sequence[ScoredBatch]) -> None:
-        """Let this rank's micro-batches of a global batch join; a collective over the world, without a host wait."""
+        """Update with one global batch; a collective of the world, without a host synchronisation.
+
+        Args:
+            scored: This rank's micro-batches of the global batch; empty except on the last pipeline rank.
+        """
         if self._tracked is None:
             return
         before = self._current
         centre = before.mean if before is not None else self._zero()
         sums = torch.stack([self._zero() for _ in range(3)])
-        if self._groups.counts_its_loss:
+        if self._groups.contributes_loss:
             for item in scored:
                 valid = item.inputs.valid.to(sums.dtype)
-                # around the mean so far: the deviation is then no difference of large numbers
+                # centred at the previous mean, so that the variance does not suffer from cancellation
                 distance = self._tracked(item.inputs).to(sums.dtype) - centre
                 sums += torch.stack([torch.ones_like(valid), distance, distance.square()]) @ valid
         dist.all_reduce(sums, group=self._groups.world)
@@ -70,13 +75,13 @@ class RunningTracker:
         self._current = RunningStatistics(mean, deviation)
 
     def state(self) -> RunningState | None:
-        """For a checkpoint; waits for the device."""
+        """The current statistics for a checkpoint; forces a host synchronisation."""
         if self._current is None:
             return None
         return RunningState(mean=self._current.mean.item(), deviation=self._current.deviation.item())
 
     def load(self, state: RunningState | None) -> None:
-        """Go on from :meth:`state`."""
+        """Restore what :meth:`state` returned."""
         self._current = (
             None if state is None else RunningStatistics(self._number(state.mean), self._number(state.deviation))
         )

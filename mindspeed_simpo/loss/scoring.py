@@ -1,4 +1,4 @@
-"""From the log-probability sums of pairs to their loss, its metrics and its gradient by the two sums of each pair."""
+"""From the log-probability sums of pairs to the loss and to the gradient of the loss by the two sums of each pair."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from mindspeed_simpo.batch import LossInputs, LossOutput, PairBatch, RunningStat
 from mindspeed_simpo.errors import ConfigError
 
 LossOfPairs = Callable[[LossInputs], LossOutput]
-"""Usually a :class:`~mindspeed_simpo.loss.pair_loss.PairLoss`."""
+"""Loss of each pair, usually a :class:`~mindspeed_simpo.loss.pair_loss.PairLoss`."""
 ReferenceLookup = Callable[[Int[Tensor, " pair"]], tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]]
+"""``pair_ids`` -> chosen and rejected sums under the reference model, nats."""
 
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """Pairs with what the model and the objective say of them, without a graph."""
+    """Inputs and output of the loss of some pairs, detached."""
 
     inputs: LossInputs
     output: LossOutput
@@ -29,7 +30,7 @@ class ScoredPairs:
 
 @dataclass(frozen=True)
 class ScoredBatch(ScoredPairs):
-    """The pairs of a micro-batch; exists on the last pipeline rank only."""
+    """Inputs and output of the loss of a micro-batch, detached; exists on the last pipeline rank only."""
 
     batch: PairBatch
 
@@ -38,7 +39,7 @@ Record = TypeVar("Record", bound=ScoredPairs)
 
 
 def score(loss: LossOfPairs, inputs: LossInputs) -> tuple[Float[Tensor, ""], ScoredPairs]:
-    """Sum of the pairs' losses with its graph, and the pairs' record without one."""
+    """Sum of the pairs' losses with its graph, and the detached record."""
     output = loss(inputs)
     detached = dataclasses.replace(
         inputs, chosen_logprob=inputs.chosen_logprob.detach(), rejected_logprob=inputs.rejected_logprob.detach()
@@ -50,10 +51,10 @@ def score(loss: LossOfPairs, inputs: LossInputs) -> tuple[Float[Tensor, ""], Sco
 def gradients(
     loss: LossOfPairs, inputs: LossInputs
 ) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"], ScoredPairs]:
-    """``dL/ds_w`` and ``dL/ds_l`` with L the sum of the pairs' losses and ``s`` the two sums of each pair.
+    """``dL/ds_w``, ``dL/ds_l`` and the detached record; L is the sum of the pairs' losses, ``s`` are the pairs' sums.
 
     Raises:
-        ConfigError: where the loss depends on anything else that has a gradient.
+        ConfigError: where the loss depends on another tensor that requires a gradient.
     """
     sums = inputs.chosen_logprob.detach().requires_grad_(), inputs.rejected_logprob.detach().requires_grad_()
     total, scored = score(loss, dataclasses.replace(inputs, chosen_logprob=sums[0], rejected_logprob=sums[1]))
@@ -68,23 +69,23 @@ def gradients(
 
 @dataclass(frozen=True)
 class PairScorer:
-    """The loss of a micro-batch's pairs, with what it needs beside the model's sums."""
+    """The loss of a micro-batch from the model's sums, the reference sums and the running statistics."""
 
     loss: LossOfPairs
     reference: ReferenceLookup | None = None
-    """Sums under the reference model by ``pair_ids``, nats."""
+    """Looks up the sums under the reference model; None without a reference model."""
     running: Callable[[], RunningStatistics | None] | None = None
-    """Statistics of the objective's tracked value over the global batches so far."""
+    """Returns the statistics of the objective's tracked value over the previous global batches."""
 
     def __call__(
         self, batch: PairBatch, chosen: Float[Tensor, " pair"], rejected: Float[Tensor, " pair"]
     ) -> tuple[Float[Tensor, ""], ScoredBatch]:
-        """Sum of the pairs' losses with its graph, and the micro-batch's record without one.
+        """Sum of the pairs' losses with its graph, and the detached record of the micro-batch.
 
         Args:
-            batch: On the device of the sums.
-            chosen: Sums of response-token log-probabilities, whole-sequence and whole-vocabulary, nats.
-            rejected: See ``chosen``.
+            batch: The micro-batch, on the device of the sums.
+            chosen: Log-probability sums of the chosen responses, reduced over TP and CP, nats.
+            rejected: Log-probability sums of the rejected responses, reduced over TP and CP, nats.
         """
         total, scored = score(self.loss, self._inputs(batch, chosen, rejected))
         return total, ScoredBatch(scored.inputs, scored.output, batch)
@@ -92,7 +93,16 @@ class PairScorer:
     def gradients(
         self, batch: PairBatch, chosen: Float[Tensor, " pair"], rejected: Float[Tensor, " pair"]
     ) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"], ScoredBatch]:
-        """:func:`gradients` of the micro-batch, and its record; the arguments are those of a call."""
+        """:func:`gradients` of the micro-batch.
+
+        Args:
+            batch: As in :meth:`__call__`.
+            chosen: As in :meth:`__call__`.
+            rejected: As in :meth:`__call__`.
+
+        Raises:
+            ConfigError: where the loss depends on another tensor that requires a gradient.
+        """
         chosen_grad, rejected_grad, scored = gradients(self.loss, self._inputs(batch, chosen, rejected))
         return chosen_grad, rejected_grad, ScoredBatch(scored.inputs, scored.output, batch)
 
@@ -107,29 +117,34 @@ class PairScorer:
 
 
 @dataclass
-class LossInTwo(Generic[Record]):
-    """Loss of pairs of which one sequence passes through the model after the other.
+class TwoPassLoss(Generic[Record]):
+    """Loss of pairs whose two sequences are in two micro-batches, the first and the second half.
 
-    With ``s`` the sums of the sequences and L the sum of the pairs' losses, the backward of the first half starts from
-    ``weight * (s_first @ dL/ds_first)``, that of the second half from ``weight * (s_second @ dL/ds_second)``. The two
-    together have the gradient of ``weight * L``, while one half's graph exists at a time. ``dL/ds`` needs all sums:
-    those of the second half come from a forward without a graph before.
+    With ``s`` the sums of the sequences and L the sum of the pairs' losses, the loss of the first half is
+    ``weight * (s_first @ dL/ds_first)`` and that of the second half ``weight * (s_second @ dL/ds_second)``, with
+    ``dL/ds`` constant. The gradients of both add up to the gradient of ``weight * L``, and only one half's graph exists
+    at a time. ``dL/ds`` depends on all sums; those of the second half come from an earlier forward without a graph.
     """
 
     gradients: Callable[
         [Float[Tensor, " pair"], Float[Tensor, " pair"]],
         tuple[Float[Tensor, " pair"], Float[Tensor, " pair"], Record],
     ]
-    """``gradients(chosen, rejected)``: see :func:`gradients`."""
+    """``gradients(chosen, rejected)`` -> ``dL/ds_w``, ``dL/ds_l`` and the detached record, as :func:`gradients`."""
     weight: float
     order: Int[Tensor, " sequence"]
-    """Number of each sequence (chosen 0..P-1, then rejected P..2P-1), in the order in which they pass."""
+    """Index (chosen 0..P-1, then rejected P..2P-1) of each sequence of the first half, then of the second half."""
     second: Float[Tensor, " pair"] | None
-    """Sums of the second half from the forward without a graph; on the last pipeline rank only."""
+    """Sums of the second half from the forward without a graph; None except on the last pipeline rank."""
     second_grad: Float[Tensor, " pair"] | None = None
+    """``dL/ds_second``; set by :meth:`first_half`."""
 
-    def of_first(self, first: Float[Tensor, " pair"]) -> tuple[Float[Tensor, ""], Record]:
-        """What the backward of the first half starts from, and the record of the pairs."""
+    def first_half(self, first: Float[Tensor, " pair"]) -> tuple[Float[Tensor, ""], Record]:
+        """The loss of the first half with its graph, and the detached record of the pairs.
+
+        Args:
+            first: Sums of the first half, with their graph, nats.
+        """
         assert self.second is not None
         passed = torch.cat([first.detach(), self.second])
         sums = torch.empty_like(passed).index_copy(0, self.order, passed)
@@ -137,8 +152,12 @@ class LossInTwo(Generic[Record]):
         first_grad, self.second_grad = torch.cat(grads)[self.order].chunk(2)
         return first @ (first_grad * self.weight), scored
 
-    def of_second(self, second: Float[Tensor, " pair"]) -> tuple[Float[Tensor, ""], None]:
-        """What the backward of the second half starts from; after :meth:`of_first`."""
+    def second_half(self, second: Float[Tensor, " pair"]) -> tuple[Float[Tensor, ""], None]:
+        """The loss of the second half with its graph; call after :meth:`first_half`.
+
+        Args:
+            second: Sums of the second half, with their graph, nats.
+        """
         assert self.second_grad is not None
         return second @ (self.second_grad * self.weight), None
 

@@ -38,7 +38,7 @@ def causal_attention(
     """
     if window is not None and window >= key.shape[0]:
         window = None
-    if npu.holds(query):
+    if npu.is_on_npu(query):
         assert softcap is None, "no operator of NPUs caps the scores: refused when the model was built"
         return npu.causal_attention(query, key, value, scale, window)
     if window is not None or softcap is not None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mindspeed_simpo.batch import Documents, moved
+from mindspeed_simpo.batch import Documents, to_device
 from mindspeed_simpo.device import npu
 from mindspeed_simpo.model.causal import causal_attention
 
@@ -77,7 +77,7 @@ def varlen_attention(
     """
     if window is not None and window >= max(key_lengths, default=0):
         window = None
-    if npu.holds(query):
+    if npu.is_on_npu(query):
         assert softcap is None, "no operator of NPUs caps the scores: refused when the model was built"
         return npu.varlen_attention(query, key, value, query_lengths, key_lengths, scale, window)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_flash_attention():
@@ -138,7 +138,7 @@ def _branch_keys(documents: Documents, device: torch.device) -> Int[Tensor, " ke
         parts.append(torch.arange(branch.prefix_start, branch.prefix_start + branch.prefix_length))
         parts.append(torch.arange(start, start + branch.length))
         start += branch.length
-    return moved(torch.cat(parts), device)
+    return to_device(torch.cat(parts), device)
 
 
 @functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
@@ -146,10 +146,10 @@ def document_lengths(documents: Documents, device: torch.device) -> Int[Tensor, 
     """int64 length of the sequence of each position of a packed row, tokens; that of a branch includes its prefix."""
     wholes = [torch.full((length,), length) for length in documents.wholes]
     branches = [torch.full((each.length,), each.prefix_length + each.length) for each in documents.branches]
-    return moved(torch.cat([*wholes, *branches]), device)
+    return to_device(torch.cat([*wholes, *branches]), device)
 
 
 @functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
 def _bounds(lengths: tuple[int, ...], device: torch.device) -> Int[Tensor, " bound"]:
     """int32 start of each document, then the end of the last one (``cu_seqlens`` of flash-attn)."""
-    return moved(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)
+    return to_device(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)

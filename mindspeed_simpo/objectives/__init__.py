@@ -1,8 +1,8 @@
-"""The objectives that ``stage`` names, one file each: formula, keys, ranges and texts in one declaration.
+"""The registry of objectives: one file for each value of ``stage``, with formula, keys, ranges and texts.
 
-The files of this folder are the registry: each whose name does not begin with an underscore declares one ``OBJECTIVE``.
-To add an objective is to add a file. No file imports torch when it is loaded, for the configuration reads the keys
-before anything heavy is imported.
+Each file of this folder whose name does not begin with an underscore declares one ``OBJECTIVE``; a new file is a new
+objective. These files import torch only when a formula is called, because the configuration reads the keys before torch
+is imported.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def _registry() -> dict[str, Objective]:
             objective = importlib.import_module(f"{__name__}.{module.name}").OBJECTIVE
             assert objective.stage == module.name, f"objectives/{module.name}.py declares the stage {objective.stage!r}"
             found[objective.stage] = objective
-    # the default stands first in help texts and tables
+    # the default is the first in help texts and tables
     return {stage: found[stage] for stage in sorted(found, key=lambda stage: (stage != DEFAULT_STAGE, stage))}
 
 
 OBJECTIVES = MappingProxyType(_registry())
-"""Every objective by the value of ``stage``."""
+"""Value of ``stage`` -> objective."""

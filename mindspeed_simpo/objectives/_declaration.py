@@ -1,4 +1,4 @@
-"""What an objective declares. No part has a default, so that the type checker names one that is missing."""
+"""The declaration of an objective. No field has a default, so the type checker reports a field that is missing."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ class Keys(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """One value of ``stage``."""
+    """One objective."""
 
     stage: str
+    """The value of ``stage``; the name of the declaring file."""
     title: str
     """The name in sentences, such as ``SimPO``."""
     keys: type[Keys]
-    """The keys of the configuration file that this objective reads; their names begin with the stage's name."""
+    """The keys of the configuration file that this objective reads."""
     formula: Callable[[LossInputs, Any], ObjectiveTerms]
     """``formula(inputs, keys)``: a pure function from the log-probability sums of each pair to its loss and rewards.
 
@@ -36,16 +37,17 @@ class Objective:
     ``dL/dchosen_logprob`` and ``dL/drejected_logprob`` only. Filler pairs have sums of 0 and counts of 0; what the
     formula returns for them is discarded, gradients included."""
     needs_reference: bool
-    """Whether ``inputs`` must hold the sums under a reference model."""
+    """Whether ``inputs`` must have the log-probability sums under a reference model."""
     rewards: str
-    """What ``rewards/chosen`` is, in one phrase for the documentation."""
+    """The definition of ``rewards/chosen``, in one phrase for the documentation."""
     metrics: Mapping[str, str]
-    """Metrics of its own: name -> meaning. The formula returns each of them by pair."""
+    """Name -> meaning of the metrics that only this objective has. The formula returns a value of each pair."""
     warnings: Callable[[Any], Iterator[str]]
-    """``warnings(keys)``: what ``mindspeed-simpo check`` says of values outside of the published ranges."""
+    """``warnings(keys)``: messages of ``mindspeed-simpo check`` about values outside of the published ranges."""
     learning_rates: tuple[float, float]
-    """The lowest and the highest peak learning rate of published runs of whole models; ``check`` warns of others."""
+    """Lowest and highest peak learning rate of published runs without adapters; ``check`` warns about other values."""
     tracked: Callable[[LossInputs], Tensor] | None
-    """A value of each pair whose running mean and deviation over the global batches so far ``inputs.running`` holds."""
+    """``tracked(inputs)``: a value of each pair. ``inputs.running`` has its running mean and standard deviation over
+    the previous global batches. None for an objective without such statistics."""
     source: str
-    """Where the formula is published."""
+    """The publication of the formula."""

@@ -1,4 +1,4 @@
-"""Functions that tensors have no method for. Torch is imported when they are called, not when they are loaded."""
+"""Functions of tensors that several formulas share. Each imports torch when it is called, not when it is defined."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ LossType = Literal["sigmoid", "hinge", "ipo"]
 
 
 def log_sigmoid(values: Tensor) -> Tensor:
-    """``log(1 / (1 + exp(-values)))``, elementwise, exact for values of any size."""
+    """``log(1 / (1 + exp(-values)))``, elementwise, without overflow or cancellation for values of any size."""
     from torch.nn.functional import logsigmoid
 
     return logsigmoid(values)
 
 
 def log1m_exp(values: Tensor) -> Tensor:
-    """``log(1 - exp(values))`` of negative values, elementwise, exact near 0 and far from it.
+    """``log(1 - exp(values))`` of negative values, elementwise, without cancellation near 0 and far from 0.
 
-    A value that rounding lifted to 0 or above counts as the largest negative number, and has no gradient: the result
-    is finite.
+    A value that rounding has made 0 or positive is replaced by the largest negative normal number and gets gradient 0,
+    so the result is finite.
     """
     from math import log
 
@@ -29,24 +29,25 @@ def log1m_exp(values: Tensor) -> Tensor:
 
     values = values.clamp(max=-finfo(values.dtype).tiny)
     near = values > -log(2)
-    # each branch sees values that it is exact for: the other ones would give infinite gradients
+    # each branch gets a constant outside of its range: where() multiplies its gradient by 0, and 0 * inf is NaN
     return (-values.where(near, -1.0).expm1()).log().where(near, (-values.where(~near, -1.0).exp()).log1p())
 
 
 def preference_loss(margin: Tensor, beta: float, loss_type: LossType, label_smoothing: float) -> Tensor:
-    """The loss of a margin between chosen and rejected.
-
-    With ``e = label_smoothing``:
+    """The loss of each pair from the margin between chosen and rejected, with ``e = label_smoothing``.
 
     - ``sigmoid``: ``-(1 - e) * log sigmoid(beta * margin) - e * log sigmoid(-beta * margin)``
     - ``hinge``: ``max(0, 1 - beta * margin)``
     - ``ipo``: ``(margin - 1 / (2 * beta))**2``
 
     Args:
-        margin: ``Float[Tensor, "pair"]``, nats.
+        margin: ``[pair]``, nats, or nats per token for length-normalised objectives.
         beta: Reward scale, per nat, > 0.
         loss_type: Form of the loss.
         label_smoothing: Probability that a preference label is wrong, in [0, 0.5); ``sigmoid`` only.
+
+    Returns:
+        ``[pair]``.
     """
     if loss_type == "sigmoid":
         loss = -(1 - label_smoothing) * log_sigmoid(beta * margin)

@@ -1,4 +1,4 @@
-"""alpha-DPO: SimPO with a target margin of each pair, by how far the policy has moved from a reference model on it."""
+"""alpha-DPO: SimPO with a target margin for each pair, by how far the policy differs from a reference model on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mindspeed_simpo.batch import LossInputs, ObjectiveTerms
 
 _LEAST_DEVIATION = 0.01
-"""Nats per token. At the first steps policy and reference are alike, and the deviation of their gaps is rounding."""
+"""Nats per token. In the first steps policy and reference are nearly equal: the gaps' deviation is rounding error."""
 
 
 class AlphadpoKeys(Keys):
@@ -32,7 +32,7 @@ class AlphadpoKeys(Keys):
 
 
 def gap(inputs: LossInputs) -> Tensor:
-    """``(m_w - m_l) - (ref_w - ref_l)`` of means over the response's tokens, nats per token, ``[pair]``."""
+    """``(m_w - m_l) - (ref_w - ref_l)``, ``[pair]``, with means over each response's tokens, nats per token."""
     (chosen, rejected), (reference_chosen, reference_rejected) = (
         inputs.scores(mean=True),
         inputs.reference_scores(mean=True),
@@ -43,8 +43,8 @@ def gap(inputs: LossInputs) -> Tensor:
 def alphadpo(inputs: LossInputs, keys: AlphadpoKeys) -> ObjectiveTerms:
     """``-log sigmoid(beta * (m_w - m_l - sg[ratio + alpha * z]))``; rewards ``beta * (m - alpha * (m - ref))``.
 
-    ``z = (gap - mean) / max(deviation, 0.01)`` with the mean and the deviation of :func:`gap` over the global batches
-    before this one; ``z = 0`` in the first. ``sg`` has no gradient.
+    ``z = (gap - mean) / max(deviation, 0.01)`` with the running mean and standard deviation of :func:`gap` over the
+    previous global batches; ``z = 0`` in the first global batch. ``sg`` is stop-gradient.
     """
     alpha, beta = keys.alphadpo_alpha, keys.alphadpo_beta
     (chosen, rejected), references = inputs.scores(mean=True), inputs.reference_scores(mean=True)

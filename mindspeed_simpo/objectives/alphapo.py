@@ -1,4 +1,4 @@
-"""AlphaPO: SimPO with a reward of another shape, without a reference model."""
+"""AlphaPO: SimPO with a reward transformed by a shape parameter, without a reference model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def alphapo(inputs: LossInputs, keys: AlphapoKeys) -> ObjectiveTerms:
 
 
 def _shaped(mean: Tensor, alpha: float) -> Tensor:
-    # 1 - exp of a small number would lose all its digits
+    # expm1: for a small argument, 1 - exp would lose all digits to cancellation
     return -(-alpha * mean).expm1() / alpha if alpha else mean
 
 

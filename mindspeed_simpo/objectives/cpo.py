@@ -26,7 +26,7 @@ class CpoKeys(Keys):
 def cpo(inputs: LossInputs, keys: CpoKeys) -> ObjectiveTerms:
     """``-log sigmoid(beta * (s_w - s_l)) - alpha * m_w`` and rewards ``beta * s``.
 
-    The preference term has the sums ``s``, the supervised one the mean ``m``.
+    The preference term uses the sums ``s``, the supervised term the mean ``m``.
     """
     chosen, rejected = inputs.scores(mean=False)
     chosen_mean, _ = inputs.scores(mean=True)

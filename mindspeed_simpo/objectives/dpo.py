@@ -1,4 +1,4 @@
-"""DPO: log-probability sums against those of a reference model; with length normalisation, LN-DPO."""
+"""DPO: log-probability sums relative to those of a reference model; with length normalisation, LN-DPO."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def dpo(inputs: LossInputs, keys: DpoKeys) -> ObjectiveTerms:
     """``-log sigmoid(beta * h)`` with ``h = (s_w - ref_w) - (s_l - ref_l)`` and rewards ``beta * (s - ref)``.
 
     The other forms of ``dpo_loss_type`` are those of :func:`~mindspeed_simpo.objectives._functions.preference_loss`,
-    on sums, without a division by the lengths. With ``dpo_length_norm`` means take the place of all sums.
+    on sums, not divided by the lengths. With ``dpo_length_norm`` means replace all sums.
     """
     chosen, rejected = inputs.scores(mean=keys.dpo_length_norm)
     reference_chosen, reference_rejected = inputs.reference_scores(mean=keys.dpo_length_norm)

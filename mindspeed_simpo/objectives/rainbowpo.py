@@ -1,4 +1,4 @@
-"""RainbowPO: length-normalised rewards with a margin that mixes a reference model's with a constant."""
+"""RainbowPO: length-normalised rewards; the margin interpolates between a reference model's margin and a constant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RePO: a pair counts until its means are a margin apart, without a reference model and without a reward scale."""
+"""RePO: a hinge loss on the difference of mean log-probabilities, without a reference model or a reward scale."""
 
 from __future__ import annotations
 

@@ -15,13 +15,13 @@ class SimperKeys(Keys):
     """``stage: simper`` has no keys."""
 
 
-def simper(inputs: LossInputs, keys: SimperKeys) -> ObjectiveTerms:  # noqa: ARG001 - it has none
+def simper(inputs: LossInputs, keys: SimperKeys) -> ObjectiveTerms:  # noqa: ARG001 - SimPER has no keys
     """``-exp(m_w) + exp(m_l)`` and rewards ``exp(m)``: the inverse perplexity of a response, in (0, 1]."""
     chosen, rejected = (mean.exp() for mean in inputs.scores(mean=True))
     return inputs.terms(rejected - chosen, chosen, rejected)
 
 
-def _warnings(keys: SimperKeys) -> Iterator[str]:  # noqa: ARG001 - it has none
+def _warnings(keys: SimperKeys) -> Iterator[str]:  # noqa: ARG001 - SimPER has no keys
     yield from ()
 
 

@@ -42,7 +42,7 @@ def simpo(inputs: LossInputs, keys: SimpoKeys) -> ObjectiveTerms:
     """``-log sigmoid(beta * z)`` with ``z = m_w - m_l - gamma_beta_ratio`` and rewards ``beta * m``.
 
     The other forms of ``simpo_loss_type`` are those of :func:`~mindspeed_simpo.objectives._functions.preference_loss`.
-    Without ``simpo_length_norm`` the sums ``s`` take the place of the means ``m``.
+    Without ``simpo_length_norm`` the sums ``s`` replace the means ``m``.
     """
     chosen, rejected = inputs.scores(mean=keys.simpo_length_norm)
     z = chosen - rejected - keys.gamma_beta_ratio

@@ -1,4 +1,4 @@
-"""Degrees -> process groups, and the collectives that every room shares."""
+"""Process groups from the degrees of parallelism, differentiable collectives, and the slices of context parallelism."""
 
 from mindspeed_simpo.parallel.groups import Groups, consecutive_ranks, initialize, seed_model_ranks, shutdown
 

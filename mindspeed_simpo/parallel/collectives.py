@@ -1,4 +1,4 @@
-"""Collectives with the gradient that the schedules expect, and errors that all ranks raise together."""
+"""Differentiable collectives, each with a stated backward, and exceptions that all ranks raise together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mindspeed_simpo.errors import SimpoError
 
-# newer torch renamed them
+# newer versions of torch have other names for both functions
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -59,11 +59,14 @@ class _GatherWithScatteredBackward(torch.autograd.Function):
 
 
 def gather_along_first(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The ranks' parts one after the other along the first axis; backward sums each part's gradient over the ranks.
+    """All-gather along the first axis; the backward is a reduce-scatter (sum) of the gradient.
 
     Args:
-        value: This rank's part; the same shape on every rank.
-        group: Ranks that hold the parts.
+        value: This rank's shard ``[n, ...]``; the same shape on every rank.
+        group: Ranks that hold the shards.
+
+    Returns:
+        ``[group.size() * n, ...]``, the shards in rank order.
     """
     if group.size() == 1:
         return value
@@ -72,13 +75,14 @@ def gather_along_first(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def copy_to(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``value``, which every rank holds; backward sums the ranks' gradients.
+    """Identity; the backward is an all-reduce (sum) of the gradient.
 
-    Right where each rank goes on with its own shard of a weight: ``dL/dvalue`` is then spread over the ranks.
+    Use this function before a product with a sharded weight: each rank's backward then has only a part of
+    ``dL/dvalue``.
 
     Args:
-        value: Any shape; the same on every rank.
-        group: Ranks that use it.
+        value: Any shape; replicated over ``group``.
+        group: Ranks that hold the shards of the weight.
     """
     if group.size() == 1:
         return value
@@ -87,14 +91,14 @@ def copy_to(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def sum_over(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``sum_r value_r`` on every rank; backward hands each rank the gradient of its own part.
+    """All-reduce (sum); the backward is the identity.
 
-    Right where every rank goes on to compute the same loss from the sum and gradients are summed over the group
-    afterwards: each rank then contributes ``dL/dvalue_r`` once.
+    Use this function where every rank of ``group`` computes the same loss from the sum and parameter gradients are
+    summed over the group later: each rank then contributes ``dL/dvalue_r`` once.
 
     Args:
-        value: Any shape; a part of the sum.
-        group: Ranks that hold the parts.
+        value: Any shape; this rank's summand.
+        group: Ranks that hold the summands.
     """
     if group.size() == 1:
         return value
@@ -104,11 +108,13 @@ def sum_over(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @contextmanager
 def fail_together(group: dist.ProcessGroup) -> Iterator[None]:
-    """Run the body on every rank of ``group``; where any of them fails, all raise, so that none waits for the lost one.
+    """Run the body on every rank of ``group``; if it raises on any rank, every rank raises. A collective.
+
+    Without this, the ranks whose body succeeds would wait in the next collective for the rank whose body raised.
 
     Raises:
-        SimpoError: on every rank, the error of the lowest failing rank. An error that is not a :class:`SimpoError` is
-            raised as it is on its own rank, and as a :class:`SimpoError` that names it on the others.
+        SimpoError: on every rank, the exception of the lowest failing rank. A failing rank raises an exception that is
+            not a :class:`SimpoError` unchanged; the other ranks raise a :class:`SimpoError` with its type and message.
     """
     own: Exception | None = None
     try:

@@ -1,7 +1,7 @@
-"""How a sequence is divided over context-parallel ranks.
+"""Slices of a sequence under context parallelism.
 
-The sequence is cut into ``2 * cp`` equal chunks and rank ``r`` holds chunks ``r`` and ``2 * cp - 1 - r``, in that order
-(megatron's and MindSpeed's order): under a causal mask every rank then attends to equally much.
+The sequence is divided into ``2 * cp`` equal chunks, and rank ``r`` holds the chunks ``r`` and ``2 * cp - 1 - r``, in
+that order (the order of megatron-core and MindSpeed). Under a causal mask all ranks then do equally much attention.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from torch import Tensor
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, ...]:
-    """Numbers of the chunks that one rank holds, of ``2 * size`` (of 1 where there is one rank)."""
+    """Indices of the chunks that one rank holds, out of ``2 * size`` chunks (out of 1 chunk where ``size`` is 1)."""
     return (0,) if size == 1 else (rank, 2 * size - 1 - rank)
 
 
 def positions_of(rank: int, size: int, seq_length: int, device: torch.device) -> Int[Tensor, " seq"]:
-    """Positions of the whole sequence that one rank holds, in the order it holds them.
+    """int64 positions in the full sequence of the tokens that one rank holds, in the rank's order.
 
     Args:
         rank: Context-parallel rank.
-        size: Context-parallel ranks.
-        seq_length: Of the whole sequence; a multiple of ``2 * size`` where there are several ranks.
-        device: Of the result.
+        size: Number of context-parallel ranks.
+        seq_length: Length of the full sequence; a multiple of ``2 * size`` where ``size`` is greater than 1.
+        device: Device of the result.
+
+    Returns:
+        ``[seq_length / size]``.
     """
     if size == 1:
         return torch.arange(seq_length, device=device)
@@ -35,6 +38,6 @@ def positions_of(rank: int, size: int, seq_length: int, device: torch.device) ->
 
 
 def natural_order(size: int, seq_length: int, device: torch.device) -> Int[Tensor, " seq"]:
-    """Index that puts the ranks' slices, laid one after the other, back into the order of the sequence."""
+    """int64 index ``[seq_length]`` that brings the slices, concatenated in rank order, into the sequence's order."""
     held = torch.cat([positions_of(rank, size, seq_length, device) for rank in range(size)])
     return torch.argsort(held)

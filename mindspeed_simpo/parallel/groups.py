@@ -1,4 +1,4 @@
-"""Degrees -> process groups. Rooms above take groups as arguments; nobody reads megatron's globals."""
+"""Process groups from the degrees of parallelism. Code takes groups as arguments and reads no megatron-core global."""
 
 from __future__ import annotations
 
@@ -14,37 +14,45 @@ from mindspeed_simpo.device import Device
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's process group of every parallel axis. A group of one rank is a group too."""
+    """This rank's process group of every parallel axis; an axis of degree 1 has a group of one rank."""
 
     world: dist.ProcessGroup
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     context: dist.ProcessGroup
     data: dist.ProcessGroup
-    """Ranks that see other pairs and hold the same weights (context-parallel ranks are not among them)."""
-    model: dist.ProcessGroup
-    """Ranks that share one copy of the model: tensor and pipeline axes."""
+    """Ranks with the same weights and other pairs; context-parallel ranks, which have the same pairs, are excluded."""
 
     @property
-    def is_first_stage(self) -> bool:
+    def is_first_pipeline_rank(self) -> bool:
         """Whether this rank holds the embedding."""
         return self.pipeline.rank() == 0
 
     @property
-    def is_last_stage(self) -> bool:
+    def is_last_pipeline_rank(self) -> bool:
         """Whether this rank holds the head, and so computes log-probabilities and the loss."""
         return self.pipeline.rank() == self.pipeline.size() - 1
 
     @property
-    def counts_its_loss(self) -> bool:
-        """Whether this rank's loss counts in a sum over the world: on the last stage, one of all that hold copies."""
-        return self.is_last_stage and self.tensor.rank() == 0 and self.context.rank() == 0
+    def contributes_loss(self) -> bool:
+        """Whether this rank adds its loss to a sum over the world.
+
+        Among the last pipeline rank's tensor- and context-parallel ranks, which hold replicas of the loss, only the
+        first one does.
+        """
+        return self.is_last_pipeline_rank and self.tensor.rank() == 0 and self.context.rank() == 0
 
 
 def initialize(layout: Layout, device: Device, timeout_minutes: float = 10.0) -> Groups:
-    """Join the ranks (``RANK``, ``WORLD_SIZE``, ``MASTER_*`` of the environment) and divide them as ``layout`` says.
+    """Set up ``torch.distributed`` and megatron-core's process groups; a collective of the world.
 
-    A process that no launcher started is a world of one rank.
+    The rendezvous is that of ``RANK``, ``WORLD_SIZE`` and ``MASTER_*`` in the environment. Without ``RANK`` the world
+    has one rank.
+
+    Args:
+        layout: Degrees of the parallel axes.
+        device: Its backend runs the collectives.
+        timeout_minutes: After this time a collective fails.
     """
     from megatron.core import parallel_state
 
@@ -70,17 +78,17 @@ def initialize(layout: Layout, device: Device, timeout_minutes: float = 10.0) ->
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         context=parallel_state.get_context_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
-        model=parallel_state.get_model_parallel_group(),
     )
 
 
 def consecutive_ranks(number: int) -> dist.ProcessGroup:
-    """A new group of ``number`` tensor-parallel ranks, from a multiple of it on; a collective of the world.
+    """A new group of ``number`` consecutive tensor-parallel ranks, this rank among them; a collective of the world.
 
-    megatron-core numbers tensor-parallel ranks first, so that consecutive ones are consecutive in the world.
+    In megatron-core's rank order the tensor-parallel axis varies fastest, so consecutive tensor-parallel ranks are
+    consecutive world ranks. The first rank of each group is a multiple of ``number``.
 
     Args:
-        number: Divides the tensor-parallel ranks.
+        number: Ranks of the group; a divisor of the tensor-parallel degree.
     """
     world = range(dist.get_world_size())
     found = [dist.new_group(list(world[first : first + number])) for first in world[::number]]
@@ -89,14 +97,14 @@ def consecutive_ranks(number: int) -> dist.ProcessGroup:
 
 
 def seed_model_ranks(seed: int) -> None:
-    """Give megatron-core's layers their random state, another for each tensor-parallel rank."""
+    """Seed the random state of megatron-core's layers, differently on each tensor-parallel rank."""
     from megatron.core import tensor_parallel
 
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def shutdown() -> None:
-    """Forget the groups and leave the world; safe where ``initialize`` did not get to its end."""
+    """Destroy all process groups; also correct where :func:`initialize` raised before its end."""
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state

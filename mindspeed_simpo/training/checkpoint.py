@@ -30,7 +30,7 @@ from mindspeed_simpo.errors import CheckpointError
 from mindspeed_simpo.loss.running import RunningState
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import fail_together
-from mindspeed_simpo.parallel.roll_call import lost_a_peer
+from mindspeed_simpo.parallel.lost_ranks import is_peer_failure
 from mindspeed_simpo.training.optimizer import Stepper
 from mindspeed_simpo.training.optimizer_state import load_optimizer_state, sharded_optimizer_state
 
@@ -230,12 +230,12 @@ def _naming(folder: Path, hint: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, KeyError, ValueError, CheckpointingException) as error:
-        if lost_a_peer(error):
+        if is_peer_failure(error):
             raise
         raise CheckpointError(f"{folder}: {type(error).__name__}: {error}{hint}") from error
     except CheckpointException as error:  # not an Exception: what each rank's part of the work raised
         cause = next((failure[0] for failure in error.failures.values()), error)
-        if lost_a_peer(cause):
+        if is_peer_failure(cause):
             raise cause from error
         raise CheckpointError(f"{folder}: {type(cause).__name__}: {cause}{hint}") from error
 

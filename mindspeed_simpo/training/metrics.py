@@ -53,7 +53,7 @@ class MetricSums:
     def local(self, scored: Sequence[ScoredBatch]) -> Tensor:
         """Sums of this rank's pairs; zero on ranks that only hold copies of the numbers."""
         total = torch.zeros(self.size, dtype=self.device.reduction_dtype, device=self.device.torch_device)
-        if self.groups.counts_its_loss:
+        if self.groups.contributes_loss:
             for item in scored:
                 total += self._sums(item)
         return total

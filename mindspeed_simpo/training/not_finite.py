@@ -34,7 +34,7 @@ def gather(micro_batches: Sequence[PairBatch], scored: Sequence[ScoredBatch], gr
     """
     bad = [item.batch for item in scored if not bool(torch.isfinite(item.output.loss).all())]
     rows = [row for batch in bad or micro_batches for row in batch.pair_ids.tolist() if row >= 0]
-    mine = RankReport(groups.world.rank(), has_bad_loss=bool(bad), rows=rows if groups.counts_its_loss else [])
+    mine = RankReport(groups.world.rank(), has_bad_loss=bool(bad), rows=rows if groups.contributes_loss else [])
     reports: list[RankReport | None] = [None] * groups.world.size()
     dist.all_gather_object(reports, mine, group=groups.world)
     found = [report for report in reports if report is not None]

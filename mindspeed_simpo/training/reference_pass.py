@@ -134,7 +134,7 @@ def compute(
             rows = torch.stack([item.inputs.chosen_logprob, item.inputs.rejected_logprob], dim=1)
             sums[item.batch.pair_ids[real]] = rows[real]
         on_step()
-    if not groups.counts_its_loss:
+    if not groups.contributes_loss:
         sums.zero_()
     dist.all_reduce(sums, group=groups.world)
     return ReferenceTable(sums)

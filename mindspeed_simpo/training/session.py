@@ -38,7 +38,7 @@ from mindspeed_simpo.model.megatron.gpt import build_model
 from mindspeed_simpo.model.megatron.weights import fill_weights
 from mindspeed_simpo.parallel import Groups, initialize, seed_model_ranks, shutdown
 from mindspeed_simpo.parallel.collectives import fail_together
-from mindspeed_simpo.parallel.roll_call import naming_lost_ranks
+from mindspeed_simpo.parallel.lost_ranks import naming_lost_ranks
 from mindspeed_simpo.training import checkpoint
 from mindspeed_simpo.training.metrics import MetricSums
 from mindspeed_simpo.training.progress import set_up_logging

@@ -123,7 +123,7 @@ def _micro_batch(folder, options):
         elif axis != "other":
             sent[kinds[operator], axis] += size
     tokens = int((batch.targets != IGNORE_INDEX).sum())
-    return sent, (groups.is_first_stage, groups.is_last_stage), batch.tokens.shape, tokens
+    return sent, (groups.is_first_pipeline_rank, groups.is_last_pipeline_rank), batch.tokens.shape, tokens
 
 
 @pytest.mark.parametrize(

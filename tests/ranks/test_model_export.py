@@ -181,7 +181,7 @@ def _inspect(folder):
         "marked": marked,
         "names": [name for name, _ in model.named_parameters()],
         "shared": getattr(model.shared_embedding_or_output_weight(), "shared_embedding", None),
-        "padding": float(model.output_layer.weight.detach()[65:].abs().max()) if groups.is_last_stage else None,
+        "padding": float(model.output_layer.weight.detach()[65:].abs().max()) if groups.is_last_pipeline_rank else None,
         "sharded": len(sharded),
     }
 

@@ -18,7 +18,7 @@ def take_operators():
     from mindspeed_simpo.model import causal
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "fakes"))
-    npu.holds = lambda _: True
+    npu.is_on_npu = lambda _: True
     operators._RMSNorm = operators._SwiGLU = operators._Rotation = causal.scaled_dot_product_attention = None
 
 

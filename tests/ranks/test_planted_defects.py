@@ -33,7 +33,7 @@ def _undifferentiated_sum(values, group):
 
 def undifferentiated_tensor_reduction():
     """The owner of a label completes its log-probability, the other shards add a zero: they lose the softmax term."""
-    from mindspeed_simpo.loss import head as logprobs
+    from mindspeed_simpo.loss import vocab_parallel as logprobs
 
     def logits_logprobs(logits, targets, tensor_group, sum_dtype):
         shard = logits.shape[-1]
@@ -51,7 +51,7 @@ def undifferentiated_tensor_reduction():
 
 def label_zero_means_nothing():
     """``labels != 0`` on the shard's own ids: the first id of every shard is dropped."""
-    from mindspeed_simpo.loss import head as logprobs
+    from mindspeed_simpo.loss import vocab_parallel as logprobs
 
     original = logprobs.logits_logprobs
 
@@ -67,16 +67,16 @@ def shift_after_slicing():
     from mindspeed_simpo.parallel.context import positions_of
     from mindspeed_simpo.training.schedule.rows import Rows
 
-    original = Rows.held_by
+    original = Rows.shard_of
     pad = functools.partial(torch.nn.functional.pad, value=IGNORE_INDEX)
 
-    def held_by(self, context_rank, context_size):
+    def shard_of(self, context_rank, context_size):
         held = positions_of(context_rank, context_size, self.targets.shape[1], self.targets.device)
         labels = pad(self.targets, (1, 0))[:, held]
         targets = self.targets.index_copy(1, held, pad(labels[:, 1:], (0, 1)))
         return original(dataclasses.replace(self, targets=targets), context_rank, context_size)
 
-    Rows.held_by = held_by
+    Rows.shard_of = shard_of
 
 
 def supervised_term_divided_twice():

@@ -58,7 +58,7 @@ def _waits(folder, data, output, options):
     run = make_run(folder, data, output, options)
     run.train_step(logged=True)
     # response tokens are searched in the micro-batches before these are copied to the device
-    with Waits(on_host="held_by") as waits:
+    with Waits(on_host="shard_of") as waits:
         run.train_step(logged=False)
     return waits.seen, run.step
 

@@ -75,7 +75,7 @@ def _halves_lose_the_padding_that_only_the_other_needs():
         ((0, 0, 0, 0), 4, (4, 4)),
     ]:
         pairs = batch(*lengths)
-        halves = [half.rows for half in Rows.of(pairs).halves_in_turn(pairs.lengths, multiple_of)]
+        halves = [half.rows for half in Rows.of(pairs).two_pass_halves(pairs.lengths, multiple_of)]
         assert tuple(half.tokens.shape[1] for half in halves) == expected
         for half, first, last in zip(halves, (0, 2), (2, 4), strict=True):
             length = half.tokens.shape[1]
@@ -93,7 +93,7 @@ def _halves_of_a_packed_row_are_rows_of_their_own():
 
     pairs = [TokenizedPair([1, 2], [3], [4, 5, 6], ""), TokenizedPair([7], [8, 9], [10], "")]
     batch = collate_packed(pairs, [0, 1], multiple_of=4)
-    halves = Rows.of(batch).halves_in_turn(batch.lengths, 4)
+    halves = Rows.of(batch).two_pass_halves(batch.lengths, 4)
     assert [half.sequences.tolist() for half in halves] == [[0, 1], [2, 3]]
     chosen, rejected = (half.rows for half in halves)
     assert chosen.tokens.tolist() == [[1, 2, 3, 7, 8, 9, 0, 0]]
@@ -105,7 +105,7 @@ def _halves_of_a_packed_row_are_rows_of_their_own():
     assert rejected.packing.documents == Documents((5, 2, 1))
     assert rejected.packing.pair_of.tolist() == [0] * 5 + [1] * 2 + [0]
     fillers = collate_packed([None], [0], multiple_of=4)
-    for half in Rows.of(fillers).halves_in_turn(fillers.lengths, 4):
+    for half in Rows.of(fillers).two_pass_halves(fillers.lengths, 4):
         assert half.rows.packing.documents == Documents((4,))
         assert half.rows.tokens.tolist() == [[0] * 4]
 
@@ -116,7 +116,7 @@ def _halves_of_a_packed_row_are_even():
 
     pairs = [TokenizedPair([1, 2], [3], [4, 5, 6], ""), TokenizedPair([7], [8], [9, 10], "")]
     batch = collate_packed(pairs, [0, 1])
-    first, second = Rows.of(batch).halves_in_turn(batch.lengths, 1)
+    first, second = Rows.of(batch).two_pass_halves(batch.lengths, 1)
     assert (first.sequences.tolist(), second.sequences.tolist()) == ([0, 3], [2, 1])
     assert first.rows.tokens.tolist() == [[1, 2, 3, 7, 9, 10]]
     assert first.rows.targets.tolist() == [[N, 3, N, 9, 10, N]]

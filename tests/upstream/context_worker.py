@@ -11,7 +11,7 @@ def main():
     torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[6]}", rank=rank, world_size=ranks)
     import mindspeed.megatron_adaptor  # noqa: F401
 
-    from mindspeed_simpo.batch import ONE_A_ROW
+    from mindspeed_simpo.batch import UNPACKED
     from mindspeed_simpo.model.megatron.attention import CausalAttention
     from mindspeed_simpo.parallel.context import positions_of
 
@@ -29,7 +29,7 @@ def main():
     for algorithm in ("gathered", sys.argv[2]):
         attention = CausalAttention(Config, 1, torch.distributed.group.WORLD, algorithm)
         query, key, value = (tensor[mine].clone().requires_grad_() for tensor in whole)
-        output = attention(query, key, value, attention_bias=ONE_A_ROW)
+        output = attention(query, key, value, attention_bias=UNPACKED)
         (output * weight[mine]).sum().backward()
         results.append((output.detach(), query.grad, key.grad, value.grad))
     for expected, found in zip(*results, strict=True):

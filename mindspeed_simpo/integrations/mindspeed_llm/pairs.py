@@ -15,8 +15,9 @@ from torch import Tensor
 from mindspeed_simpo.batch import IGNORE_INDEX, LossInputs, ScoredTokens
 from mindspeed_simpo.device import reduction_dtype
 from mindspeed_simpo.integrations.mindspeed_llm import stages
-from mindspeed_simpo.loss.head import logits_logprobs, sequence_sums
+from mindspeed_simpo.loss.head import sequence_sums
 from mindspeed_simpo.loss.pair_loss import PairLoss
+from mindspeed_simpo.loss.vocab_parallel import logits_logprobs
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import sum_over
 
@@ -53,7 +54,6 @@ def upstream_groups() -> Groups:
         pipeline=mpu.get_pipeline_model_parallel_group(),
         context=mpu.get_context_parallel_group(),
         data=mpu.get_data_parallel_group(),
-        model=mpu.get_model_parallel_group(),
     )
 
 
@@ -66,7 +66,7 @@ def row_logprobs(
     stages.
     """
     scored, sum_dtype = ScoredTokens.of(targets), reduction_dtype(logits.device)
-    selected = logits[scored.sequence, scored.place].float()
+    selected = logits[scored.sequence, scored.position].float()
     logprobs = logits_logprobs(selected, scored.target, groups.tensor, sum_dtype)
     return sequence_sums(logprobs, scored, groups.context, sum_dtype)
 

@@ -45,10 +45,10 @@ def check(args: Namespace) -> None:
     if objective is None:
         used = [*_options_in_use(args), *_unread_keys(args, ())]
         if used:
-            ours = f"--stage {', '.join(stages.SERVED)} or --stage {stages.UPSTREAM_STAGE} --dpo-exact"
+            ours = f"--stage {', '.join(stages.SUPPORTED)} or --stage {stages.UPSTREAM_STAGE} --dpo-exact"
             raise ConfigError(f"{', '.join(used)}: only for {ours}")
         return
-    reasons = [f"--stage {args.stage}: {reason}" for reason in [stages.unserved(objective)] if reason]
+    reasons = [f"--stage {args.stage}: {reason}" for reason in [stages.reason_unsupported(objective)] if reason]
     if not reasons:
         stages.task_options(args, objective)
         reasons = [*_refused_keys(args, objective), *_refused_flags(args), *_refused_parallelism(args)]
@@ -129,7 +129,7 @@ def _refused_schedule(args: Namespace, objective: Objective) -> Iterator[str]:
     two_pass = args.pair_schedule == "two_pass"
     if objective.needs_reference:
         # upstream's trainer runs policy and reference in one forward step, and returns the logits of both
-        without = f"only for stages without a reference model ({', '.join(stages.SERVED)}); remove it"
+        without = f"only for stages without a reference model ({', '.join(stages.SUPPORTED)}); remove it"
         if two_pass:
             yield f"--pair-schedule two_pass: {without}"
         if args.fused_logprob:

@@ -17,7 +17,7 @@ reference's rows behind the policy's: the only reference here. Without ``--dpo-e
 UPSTREAM_KEYS = ("dpo_beta", "dpo_loss_type", "dpo_label_smoothing", "pref_ftx")
 """Keys whose flags MindSpeed-LLM declares; its scripts pass them with any stage."""
 
-SERVED = tuple(stage for stage, each in OBJECTIVES.items() if not each.needs_reference and each.tracked is None)
+SUPPORTED = tuple(stage for stage, each in OBJECTIVES.items() if not each.needs_reference and each.tracked is None)
 """Stages that need neither a reference model nor statistics of earlier global batches."""
 
 
@@ -33,9 +33,9 @@ def objective_of(args: Namespace) -> Objective | None:
     return OBJECTIVES.get(args.stage)
 
 
-def unserved(objective: Objective) -> str | None:
+def reason_unsupported(objective: Objective) -> str | None:
     """Why the plug-in cannot train an objective that :func:`objective_of` returned; None where it can."""
-    if objective.stage in (*SERVED, UPSTREAM_STAGE):
+    if objective.stage in (*SUPPORTED, UPSTREAM_STAGE):
         return None
     lacks = (
         f"a reference model, which MindSpeed-LLM builds for --stage {UPSTREAM_STAGE} alone"
@@ -43,7 +43,7 @@ def unserved(objective: Objective) -> str | None:
         else "statistics of the global batches so far, which MindSpeed-LLM does not keep in its checkpoints"
     )
     return (
-        f"{objective.title} needs {lacks}; set --stage to one of {', '.join(SERVED)}, or train it with "
+        f"{objective.title} needs {lacks}; set --stage to one of {', '.join(SUPPORTED)}, or train it with "
         f"mindspeed-simpo train and stage: {objective.stage}"
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mindspeed_simpo.integrations.mindspeed_llm.pairs import pair_inputs, row_tokens
 from mindspeed_simpo.integrations.mindspeed_llm.report import Metrics, reduced_metrics
-from mindspeed_simpo.loss.scoring import LossInTwo, LossOfPairs, ScoredPairs, gradients
+from mindspeed_simpo.loss.scoring import LossOfPairs, ScoredPairs, TwoPassLoss, gradients
 from mindspeed_simpo.parallel import Groups
 
 Batch = Mapping[str, Tensor]
@@ -39,7 +39,7 @@ class TwoPass:
         self._objective = objective
         self._groups = groups
         self._swept: list[_Swept] = []
-        self._begun: LossInTwo[ScoredPairs] | None = None
+        self._begun: TwoPassLoss[ScoredPairs] | None = None
 
     def run(self, schedule: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """One iteration's gradients.
@@ -84,17 +84,17 @@ class TwoPass:
         sums = self._logprobs(output, targets)
         if self._begun is not None:
             begun, self._begun = self._begun, None
-            return begun.of_second(sums)[0], {}
+            return begun.second_half(sums)[0], {}
         rejected, rejected_tokens = self._swept.pop(0)
         tokens = torch.cat([row_tokens(targets, self._groups), rejected_tokens])
-        self._begun = LossInTwo(
+        self._begun = TwoPassLoss(
             partial(self._gradients, tokens),
             # a mean over pairs, where the schedule takes the mean over twice as many micro-batches
             weight=2 / len(sums),
             order=torch.arange(len(tokens), device=tokens.device),
             second=rejected,
         )
-        loss, scored = self._begun.of_first(sums)
+        loss, scored = self._begun.first_half(sums)
         return loss, reduced_metrics(scored, self._groups.data)
 
     def _gradients(

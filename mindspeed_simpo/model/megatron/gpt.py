@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mindspeed_simpo.batch import ONE_A_ROW, Documents
+from mindspeed_simpo.batch import UNPACKED, Documents
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.options import ContextParallelAlgo
 from mindspeed_simpo.device import Device
@@ -121,7 +121,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         position_ids: Int[Tensor, " seq"] | Int[Tensor, "row seq"] | None = None,
         attention_mask: None = None,
         head: Head | None = None,
-        documents: Documents = ONE_A_ROW,
+        documents: Documents = UNPACKED,
         lengths: Int[Tensor, " row"] | None = None,
     ) -> Tensor:
         """Hidden states of this chunk, or after the last layer the output of the head or the logits.

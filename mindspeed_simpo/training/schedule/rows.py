@@ -10,19 +10,19 @@ from torch import Tensor
 
 from mindspeed_simpo.batch import (
     IGNORE_INDEX,
-    ONE_A_ROW,
+    UNPACKED,
     Documents,
     Packing,
     PairBatch,
     ScoredTokens,
     even_halves,
-    moved,
+    to_device,
 )
 from mindspeed_simpo.parallel.context import positions_of
 
 
 @dataclass(frozen=True)
-class HeldRows:
+class RowShard:
     """What the model of one context-parallel rank takes."""
 
     tokens: Int[Tensor, "row held"]
@@ -34,11 +34,11 @@ class HeldRows:
     lengths: Int[Tensor, " row"] | None = None
     """int64 tokens of each padded row on all context-parallel ranks, padding left out; None for a packed row."""
 
-    def to(self, device: torch.device) -> HeldRows:
+    def to(self, device: torch.device) -> RowShard:
         """On ``device``."""
-        tokens, position_ids = moved(self.tokens, device), moved(self.position_ids, device)
-        lengths = moved(self.lengths, device) if self.lengths is not None else None
-        return HeldRows(tokens, position_ids, self.documents, self.scored.to(device), lengths)
+        tokens, position_ids = to_device(self.tokens, device), to_device(self.position_ids, device)
+        lengths = to_device(self.lengths, device) if self.lengths is not None else None
+        return RowShard(tokens, position_ids, self.documents, self.scored.to(device), lengths)
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,26 @@ class Rows:
         """All sequences: chosen, then rejected."""
         return cls(batch.tokens, batch.targets, batch.packing, batch.lengths if batch.packing is None else None)
 
-    def held_by(self, context_rank: int, context_size: int) -> HeldRows:
+    def shard_of(self, context_rank: int, context_size: int) -> RowShard:
         """What one context-parallel rank holds of them."""
         held = positions_of(context_rank, context_size, self.tokens.shape[1], self.tokens.device)
-        return HeldRows(
+        return RowShard(
             tokens=self.tokens[:, held],
             position_ids=self.packing.positions[held] if self.packing is not None else held,
-            documents=self.packing.documents if self.packing is not None else ONE_A_ROW,
+            documents=self.packing.documents if self.packing is not None else UNPACKED,
             scored=ScoredTokens.of(self.targets[:, held], self.packing),
             lengths=self.lengths,
         )
 
     def halves(self) -> tuple[Rows, Rows]:
         """Chosen rows, rejected rows; of padded rows only."""
-        assert self.packing is None, "packed rows are cut by halves_in_turn"
+        assert self.packing is None, "packed rows are cut by two_pass_halves"
         assert self.lengths is not None, "padded rows have lengths"
         parts = zip(self.tokens.chunk(2), self.targets.chunk(2), self.lengths.chunk(2), strict=True)
         chosen, rejected = (Rows(tokens, targets, lengths=lengths) for tokens, targets, lengths in parts)
         return chosen, rejected
 
-    def halves_in_turn(self, lengths: Int[Tensor, " sequence"], multiple_of: int) -> tuple[Half, Half]:
+    def two_pass_halves(self, lengths: Int[Tensor, " sequence"], multiple_of: int) -> tuple[Half, Half]:
         """One sequence of each pair, then the other, each half without the padding that only the other one needs.
 
         Padded rows pass chosen before rejected. Of a packed row the sides are mixed, so that both halves have about

@@ -14,11 +14,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from mindspeed_simpo.batch import PairBatch, moved
+from mindspeed_simpo.batch import PairBatch, to_device
 from mindspeed_simpo.loss.head import ResponseHead
-from mindspeed_simpo.loss.scoring import LossInTwo, PairScorer, ScoredBatch
+from mindspeed_simpo.loss.scoring import PairScorer, ScoredBatch, TwoPassLoss
 from mindspeed_simpo.parallel import Groups
-from mindspeed_simpo.training.schedule.rows import HeldRows, Rows
+from mindspeed_simpo.training.schedule.rows import Rows, RowShard
 
 PairScheduleName = Literal["concat", "split", "two_pass"]
 LossOfPass = Callable[[Float[Tensor, " sequence"]], tuple[Tensor, Any]]
@@ -88,15 +88,15 @@ class PairSchedule:
         return loss * weight, scored
 
     def _two_pass(self, micro_batches: Sequence[PairBatch], weight: float) -> list[ScoredBatch]:
-        halves = [Rows.of(batch).halves_in_turn(batch.lengths, self._sequence_multiple) for batch in micro_batches]
+        halves = [Rows.of(batch).two_pass_halves(batch.lengths, self._sequence_multiple) for batch in micro_batches]
         with torch.no_grad():
             # the schedule returns the sums on the last pipeline rank, and nothing on the others
             swept = self._run([Pass(second.rows, _record) for _, second in halves], forward_only=True)
         passes = []
         for index, (batch, (first, second)) in enumerate(zip(micro_batches, halves, strict=True)):
-            order = moved(torch.cat([first.sequences, second.sequences]), self.device)
-            loss = LossInTwo(partial(self._gradients, batch), weight, order, swept[index] if swept else None)
-            passes += [Pass(first.rows, loss.of_first), Pass(second.rows, loss.of_second)]
+            order = to_device(torch.cat([first.sequences, second.sequences]), self.device)
+            loss = TwoPassLoss(partial(self._gradients, batch), weight, order, swept[index] if swept else None)
+            passes += [Pass(first.rows, loss.first_half), Pass(second.rows, loss.second_half)]
         return self._run(passes, forward_only=False)[::2]
 
     def _gradients(
@@ -121,14 +121,14 @@ class PairSchedule:
             forward_only=forward_only,
         )
 
-    def _held(self, rows: Rows, forward_only: bool) -> list[HeldRows]:
+    def _held(self, rows: Rows, forward_only: bool) -> list[RowShard]:
         """What this rank's forwards of one pass take: one forward, or one of each half."""
         context = self.groups.context
         apart = self.pair_schedule == "split" and not forward_only
-        return [part.held_by(context.rank(), context.size()) for part in (rows.halves() if apart else (rows,))]
+        return [part.shard_of(context.rank(), context.size()) for part in (rows.halves() if apart else (rows,))]
 
     def _forward_step(
-        self, num_passes: int, steps: Iterator[tuple[list[HeldRows], LossOfPass]], model: torch.nn.Module
+        self, num_passes: int, steps: Iterator[tuple[list[RowShard], LossOfPass]], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:
         parts, loss_of_pass = next(steps)
         parts = [part.to(self.device) for part in parts]
@@ -141,7 +141,7 @@ class PairSchedule:
 
         return output, loss
 
-    def _score(self, model: torch.nn.Module, rows: HeldRows) -> Tensor:
+    def _score(self, model: torch.nn.Module, rows: RowShard) -> Tensor:
         """Log-probability sums of the sequences on the last stage, hidden states ``[seq, row, hidden]`` before it."""
         head = partial(self.head, scored=rows.scored)
         output: Tensor = model(
@@ -149,7 +149,7 @@ class PairSchedule:
         )
         return output
 
-    def _score_apart(self, model: torch.nn.Module, parts: Sequence[HeldRows]) -> Tensor:
+    def _score_apart(self, model: torch.nn.Module, parts: Sequence[RowShard]) -> Tensor:
         """:meth:`_score` of each part; what travels between stages is laid together as one forward's would be."""
         received = get_attr_wrapped_model(model, "decoder").input_tensor
         inputs = [None] * len(parts) if received is None else received.chunk(len(parts), dim=1)

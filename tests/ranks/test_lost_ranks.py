@@ -13,7 +13,7 @@ def _one_hangs(hanging):
     import torch
     import torch.distributed as dist
 
-    from mindspeed_simpo.parallel.roll_call import silent_ranks
+    from mindspeed_simpo.parallel.lost_ranks import unresponsive_ranks
 
     group = dist.new_group(timeout=datetime.timedelta(seconds=2))
     if dist.get_rank() == hanging:
@@ -22,7 +22,7 @@ def _one_hangs(hanging):
     begin = time.monotonic()
     with pytest.raises(RuntimeError):
         dist.all_reduce(torch.ones(1), group=group)
-    silent = silent_ranks(grace_s=2)
+    silent = unresponsive_ranks(grace_s=2)
     return silent, time.monotonic() - begin
 
 

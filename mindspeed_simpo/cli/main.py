@@ -152,7 +152,7 @@ def _evaluate(command: Any, argv: Sequence[str]) -> int:
     if nproc > 1:
         return launch.launch(nproc, _without_nproc(argv))
     device = _open_device(config)
-    from mindspeed_simpo.training.trainer import evaluate
+    from mindspeed_simpo.training.evaluation import evaluate
 
     metrics = evaluate(config, device)
     if os.environ.get("RANK", "0") == "0":

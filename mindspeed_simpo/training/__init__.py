@@ -1,1 +1,1 @@
-"""A run: the loop, pair schedules, optimizer, checkpoints, metrics."""
+"""A training run: the step loop, pair schedules, optimizer, checkpoints, metrics."""

@@ -1,9 +1,9 @@
-"""Training checkpoints: written whole or not at all, verified before they are read.
+"""Training checkpoints: written atomically, verified before they are read.
 
 A checkpoint is a folder ``iter_0000100`` with megatron-core's distributed checkpoint of parameters and optimizer state,
-each rank's random state, ``state.json`` (step, data position, resolved configuration) and, written last, ``files.json``
-(size and digest of every other file). It is written under another name and renamed when it is complete, so that no kill
-leaves half of one.
+the random state of each rank, ``state.json`` (step, data position, resolved configuration) and, written last,
+``files.json`` (size and digest of every other file). The folder is written under a temporary name and renamed when it
+is complete, so a killed run leaves no incomplete folder under the name of a checkpoint.
 """
 
 from __future__ import annotations
@@ -40,20 +40,21 @@ _FILES = "files.json"
 
 
 class FileRecord(BaseModel):
-    """What a checkpoint's file must look like."""
+    """Size and digest of one file of a checkpoint."""
 
     bytes: int
     blake2b: str
+    """Hexadecimal BLAKE2b digest of 16 bytes."""
 
 
 class FileList(BaseModel):
-    """Every other file of a checkpoint, by name."""
+    """Content of ``files.json``: every other file of the checkpoint, by name."""
 
     files: dict[str, FileRecord]
 
 
 class TrainingState(BaseModel):
-    """Where a run stands, beside its parameters and optimizer state."""
+    """Content of ``state.json``: the state of a run apart from parameters, optimizer and random state."""
 
     step: int
     consumed_pairs: int
@@ -72,33 +73,46 @@ def save(
     device: Device,
     keep: int | None,
 ) -> Path:
-    """Write ``root/iter_<step>`` and remove the oldest beyond ``keep``.
+    """Write the checkpoint ``root/iter_<step>`` and remove the oldest ones; a collective of the world.
+
+    Args:
+        root: Folder of the run's checkpoints.
+        state: Content of ``state.json``.
+        models: Pipeline chunks, wrapped or not.
+        stepper: Optimizer and learning-rate schedule.
+        groups: Process groups of this rank.
+        device: Its random state is written.
+        keep: Number of newest checkpoints that remain; None keeps all.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
-        CheckpointError: on every rank, where any rank cannot write; older checkpoints stay as they are.
+        CheckpointError: on every rank, where a rank cannot write; older checkpoints are not changed.
     """
     final = root / f"iter_{state.step:07d}"
     temporary = root / f".{final.name}.incomplete"
     rank = groups.world.rank()
-    with fail_together(groups.world), _naming(temporary):
+    with fail_together(groups.world), _checkpoint_errors(temporary):
         if rank == 0:
             for left_over in root.glob(".iter_*"):
                 shutil.rmtree(left_over)
             temporary.mkdir(parents=True)
-    # not together: the ranks meet inside, where one that fails cannot wait for the others; it ends and they lose it
-    with _naming(temporary), _quiet_megatron():
+    # no fail_together: the call has collectives inside; where one rank raises before such a collective, the other
+    # ranks do not reach the collective of fail_together
+    with _checkpoint_errors(temporary), _quiet_megatron():
         dist_checkpointing.save(_sharded_state(models, stepper), str(temporary))
-    with fail_together(groups.world), _naming(temporary):
+    with fail_together(groups.world), _checkpoint_errors(temporary):
         torch.save(_rng_state(device), temporary / f"rng_{rank}.pt")
-    with fail_together(groups.world), _naming(temporary):
+    with fail_together(groups.world), _checkpoint_errors(temporary):
         if rank == 0:
-            _complete(temporary, final, state)
-            for old in complete(root)[: -keep or None] if keep else []:
+            _finalise(temporary, final, state)
+            for old in list_checkpoints(root)[: -keep or None] if keep else []:
                 _remove(old)
     return final
 
 
-def _complete(temporary: Path, final: Path, state: TrainingState) -> None:
+def _finalise(temporary: Path, final: Path, state: TrainingState) -> None:
     (temporary / _STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
     files = FileList(files={path.name: _record(path) for path in sorted(temporary.iterdir())})
     (temporary / _FILES).write_text(files.model_dump_json(indent=1), encoding="utf-8")
@@ -112,14 +126,14 @@ def _complete(temporary: Path, final: Path, state: TrainingState) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Take a checkpoint away: a kill on the way leaves no half of it under its name."""
+    """Delete a checkpoint; if the run is killed meanwhile, no incomplete folder has the name of a checkpoint."""
     hidden = folder.with_name(f".{folder.name}.removed")
     folder.rename(hidden)
     shutil.rmtree(hidden)
 
 
-def complete(root: Path) -> list[Path]:
-    """Checkpoints of a folder that were written to their end, oldest first."""
+def list_checkpoints(root: Path) -> list[Path]:
+    """The completely written checkpoints in a folder, oldest first; empty where the folder does not exist."""
     found = [path for path in root.glob("iter_*") if _NAME.fullmatch(path.name)] if root.is_dir() else []
     return sorted(found, key=_step)
 
@@ -130,14 +144,17 @@ def _step(folder: Path) -> int:
 
 
 def find(load: str) -> tuple[Path, TrainingState]:
-    """The checkpoint that ``load`` means, verified file by file.
+    """Find the checkpoint that the key ``load`` names, and verify the size and digest of every file.
 
     Args:
-        load: One ``iter_*`` folder, a folder of them (the newest is meant), or a run's output folder.
+        load: An ``iter_*`` folder; or a folder of such folders or the output folder of a run, for the newest one.
+
+    Returns:
+        Folder and state of the checkpoint.
 
     Raises:
-        CheckpointError: where there is none, or it is half-written or damaged; names what is wrong with it and the
-            newest whole one before it.
+        CheckpointError: where there is no checkpoint, or it is incomplete or damaged; the message names the defect and
+            the newest valid checkpoint before it.
     """
     given = Path(load)
     if not given.is_dir():
@@ -146,43 +163,47 @@ def find(load: str) -> tuple[Path, TrainingState]:
         chosen = given
     else:
         root = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-        candidates = complete(root)
+        candidates = list_checkpoints(root)
         if not candidates:
             raise CheckpointError(f"load: no checkpoint (iter_*) in {root}; remove `load` to start anew")
         chosen = candidates[-1]
-    problem = _problem(chosen)
+    problem = _find_problem(chosen)
     if problem is None:
         return chosen, read_state(chosen)
-    before = [path for path in complete(chosen.parent) if _step(path) < _step(chosen)]
-    earlier = [path for path in before if _problem(path) is None]
+    before = [path for path in list_checkpoints(chosen.parent) if _step(path) < _step(chosen)]
+    earlier = [path for path in before if _find_problem(path) is None]
     advice = f"the newest whole one before it is {earlier[-1]}" if earlier else "there is no whole one before it"
     raise CheckpointError(f"load: {chosen} cannot be used: {problem}; {advice}")
 
 
 def read_state(folder: Path) -> TrainingState:
-    """What ``state.json`` says."""
+    """Read ``state.json`` of a checkpoint.
+
+    Raises:
+        ValueError: where the content does not fit :class:`TrainingState`.
+    """
     return TrainingState.model_validate_json((folder / _STATE).read_text(encoding="utf-8"))
 
 
 def load(
     folder: Path, models: Sequence[torch.nn.Module], stepper: Stepper | None, groups: Groups, device: Device
 ) -> None:
-    """Fill models, optimizer and random state from a verified checkpoint, whatever the layout it was written with.
+    """Load models, optimizer and random state from a verified checkpoint of any layout; a collective of the world.
 
     Args:
-        folder: What :func:`find` returned.
+        folder: Folder that :func:`find` returned.
         models: Pipeline chunks, wrapped or not.
-        stepper: None reads the parameters alone.
-        groups: Says which rank this is.
-        device: Its random state is restored where the checkpoint was written by as many ranks.
+        stepper: Optimizer and learning-rate schedule; None loads only the parameters.
+        groups: Process groups of this rank.
+        device: Its random state is restored where the checkpoint was written by the same number of ranks.
 
     Raises:
         CheckpointError: where the checkpoint does not fit the model.
     """
     hint = "; is it a checkpoint of this model?"
-    with _naming(folder, hint), _quiet_megatron():  # not together: see save
+    with _checkpoint_errors(folder, hint), _quiet_megatron():  # no fail_together: see save
         loaded = dist_checkpointing.load(_sharded_state(models, stepper, is_loading=True), str(folder))
-    with fail_together(groups.world), _naming(folder, hint):
+    with fail_together(groups.world), _checkpoint_errors(folder, hint):
         for key, model in _chunks(models):
             model.load_parameters(loaded[key])
         if stepper is not None:
@@ -226,14 +247,15 @@ def _set_rng_state(state: dict[str, Any], device: Device) -> None:
 
 
 @contextmanager
-def _naming(folder: Path, hint: str = "") -> Iterator[None]:
+def _checkpoint_errors(folder: Path, hint: str = "") -> Iterator[None]:
+    """Raise the errors of reading and writing as :class:`CheckpointError`; errors of lost peers are not changed."""
     try:
         yield
     except (OSError, RuntimeError, KeyError, ValueError, CheckpointingException) as error:
         if is_peer_failure(error):
             raise
         raise CheckpointError(f"{folder}: {type(error).__name__}: {error}{hint}") from error
-    except CheckpointException as error:  # not an Exception: what each rank's part of the work raised
+    except CheckpointException as error:  # a BaseException of torch that collects the exceptions of all ranks
         cause = next((failure[0] for failure in error.failures.values()), error)
         if is_peer_failure(cause):
             raise cause from error
@@ -242,7 +264,7 @@ def _naming(folder: Path, hint: str = "") -> Iterator[None]:
 
 @contextmanager
 def _quiet_megatron() -> Iterator[None]:
-    # its checkpoints go through functions of torch that torch deprecates or calls unstable
+    # megatron-core's checkpoints use functions that torch deprecates or marks as unstable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)
@@ -257,7 +279,7 @@ def _record(path: Path) -> FileRecord:
     return FileRecord(bytes=path.stat().st_size, blake2b=digest.hexdigest())
 
 
-def _problem(folder: Path) -> str | None:
+def _find_problem(folder: Path) -> str | None:
     if not (folder / _FILES).is_file():
         return f"half-written: it has no {_FILES}, which is written last"
     try:

@@ -1,4 +1,4 @@
-"""How much memory a rank will need, from shapes alone."""
+"""Estimate of the memory of each rank, from shapes alone."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 
 _FP32 = 4
 _SCORES = 3
-"""Tensors of the size of a block's scores that are there at once where these have a soft cap."""
+"""Tensors of the size of a block's scores that exist at the same time where the scores have a soft cap."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank of a pipeline stage."""
+    """Bytes on one rank; ``stage`` is its pipeline rank."""
 
     stage: int
     parameters: int
     gradients: int
     optimizer: int
     activations: int
-    """What autograd keeps for the backward, the head's share left out."""
+    """Tensors that autograd saves for the backward, without those of the head."""
     head: int
-    """Logits and what belongs to them, for the moment that they exist."""
+    """Logits and the tensors computed from them, while these exist."""
     backward: int
-    """Gradients inside of a layer while its backward runs; no longer at the same time as ``head``."""
+    """Gradients inside of a layer during the layer's backward; they do not exist at the same time as ``head``."""
 
     @property
     def total(self) -> int:
-        """The most at one time; libraries, communication buffers and fragmentation come on top."""
+        """Peak bytes, without libraries, communication buffers and fragmentation."""
         lasting = self.parameters + self.gradients + self.optimizer + self.activations
         return lasting + max(self.head, self.backward)
 
@@ -44,7 +44,7 @@ class MemoryEstimate:
 def estimate_memory(
     model: ModelDescription, config: Config, layout: Layout, largest: LargestPass, device: DeviceName
 ) -> list[MemoryEstimate]:
-    """Memory of one rank of each pipeline stage, bytes.
+    """Memory, in bytes, of the first tensor-parallel rank of each pipeline rank.
 
     With P parameters on the rank, b bytes of the compute dtype (2 in bf16, else 4), t tensor ranks, d data ranks:
 
@@ -52,40 +52,42 @@ def estimate_memory(
     - optimizer ``8 P`` (Adam's moments), and ``4 P`` more for the fp32 parameters of bf16; divided by the data and
       context ranks with ``use_distributed_optimizer``;
     - activations ``n (layers a + b hidden) s``: n tokens of a pass on this context rank, s passes in flight
-      (``stages - stage``, with virtual stages as many as megatron-core's interleaved schedule warms up, at most
-      all of them), and a what one layer keeps for a token, ``b (4 hidden + 3 ffn / t)``, ``b hidden`` for each norm
-      after a block, and the attention's (``_Run.attention_bytes``); ``hidden`` over t too with ``sequence_parallel``.
-      A recomputed layer keeps ``b hidden``; one group of layers is whole while it is recomputed. Rotary tables, the
-      masks of windows and, on CPUs, the mask of branches are kept once;
-    - head, on the last stage: of r response tokens the states ``2 b r hidden`` and the logits, ``8 r vocabulary / t``
-      whole, or with ``fused_logprob`` ``(4, in bf16 8) vocabulary / t`` of at most ``logprob_chunk_tokens`` of them;
-    - backward ``4 b n ffn / t``: what SwiGLU's makes while its layer is still there; or where scores have a soft cap
-      those of one block of queries, three times, if that is more.
+      (``pipeline ranks - pipeline rank``; with virtual pipeline ranks the number of warm-up passes of megatron-core's
+      interleaved schedule, at most all passes), and a the bytes that one layer saves for a token:
+      ``b (4 hidden + 3 ffn / t)``, ``b hidden`` for each norm after a block, and those of the attention
+      (``_PassMemory.attention_bytes``); with ``sequence_parallel`` ``hidden`` is divided by t too. A recomputed layer
+      saves ``b hidden``; during the recomputation one group of layers saves all its tensors. Rotary tables, masks of
+      windows and, on CPUs, the mask of suffixes are stored once;
+    - head, on the last pipeline rank: for r response tokens the states ``2 b r hidden`` and the logits,
+      ``8 r vocabulary / t``, or with ``fused_logprob`` ``(4, in bf16 8) vocabulary / t`` for each of at most
+      ``logprob_chunk_tokens`` tokens;
+    - backward ``4 b n ffn / t``: the gradients of SwiGLU while the layer's saved tensors still exist; or, where larger,
+      three tensors of the scores of one block of queries if the scores have a soft cap.
 
     Args:
-        model: Whose layers count each for itself.
+        model: The description; layers may differ.
         config: Batch, precision and recompute options.
-        layout: Degrees of the axes.
-        largest: Of the run.
-        device: Whose attention runs.
+        layout: Degrees of the parallel axes.
+        largest: The largest pass of the run.
+        device: The device whose attention kernel runs.
 
     Returns:
-        One estimate a stage, first to last.
+        One estimate for each pipeline rank, in order.
     """
     chunks = pipeline_chunks(model, layout.pipeline, config.virtual_pipeline_size(model.num_layers) or 1)
-    stages = [[chunk for chunk in chunks if chunk.pipeline_rank == stage] for stage in range(layout.pipeline)]
-    run = _Run(model, config, layout, largest, device)
-    return [run.stage(stage) for stage in stages]
+    by_rank = [[chunk for chunk in chunks if chunk.pipeline_rank == rank] for rank in range(layout.pipeline)]
+    run = _PassMemory(model, config, layout, largest, device)
+    return [run.estimate(chunks) for chunks in by_rank]
 
 
 def count_parameters(model: ModelDescription, chunks: Sequence[Chunk], tensor_ranks: int = 1) -> int:
-    """Parameters of the chunks on the first of ``tensor_ranks`` ranks, padding included where these do not divide."""
+    """Number of parameters of the chunks on the first of ``tensor_ranks`` tensor-parallel ranks, padding included."""
     return sum(math.prod(slot.shape(0, tensor_ranks)) for chunk in chunks for slot in chunk.slots(model))
 
 
 @dataclass(frozen=True)
-class _Run:
-    """The shapes that every formula takes."""
+class _PassMemory:
+    """The formulas of :func:`estimate_memory` and their inputs."""
 
     model: ModelDescription
     config: Config
@@ -105,7 +107,7 @@ class _Run:
 
     @property
     def tokens(self) -> int:
-        """Of the largest pass, on one context rank."""
+        """Tokens of the largest pass on one context-parallel rank."""
         return self.batch.tokens // self.layout.context
 
     @property
@@ -113,7 +115,8 @@ class _Run:
         """Values of the residual stream of one token on this rank."""
         return self.model.hidden_size // (self.layout.tensor if self.config.sequence_parallel else 1)
 
-    def stage(self, chunks: Sequence[Chunk]) -> MemoryEstimate:
+    def estimate(self, chunks: Sequence[Chunk]) -> MemoryEstimate:
+        """Memory of one pipeline rank, which has these chunks."""
         count = count_parameters(self.model, chunks, self.layout.tensor)
         shards = self.layout.data * self.layout.context if self.config.use_distributed_optimizer else 1
         return MemoryEstimate(
@@ -127,20 +130,20 @@ class _Run:
         )
 
     def activation_bytes(self, chunks: Sequence[Chunk]) -> int:
-        """What all micro-batches in flight keep, and one group of layers more where it is recomputed."""
+        """Saved tensors of all micro-batches in flight, and those of one group of layers during recomputation."""
         kept, recomputed = zip(*(self.chunk_bytes(chunk) for chunk in chunks), strict=True)
         stages, number = self.layout.pipeline, len(chunks)
         behind = stages - chunks[0].pipeline_rank - 1
         if number == 1:
             tokens = self.largest.in_flight[behind]
             return int(kept[0] * tokens // self.batch.tokens + recomputed[0])
-        # virtual stages pad all micro-batches of a step alike
+        # with virtual pipeline ranks all micro-batches of a step are padded to one length
         warm_up = 2 * behind + (number - 1) * stages
         in_flight = min(self.largest.passes * number, warm_up + 1)
         return int(sum(kept) * in_flight // number + max(recomputed))
 
     def chunk_bytes(self, chunk: Chunk) -> tuple[int, int]:
-        """What the layers of a chunk keep of one micro-batch, and what comes to it while some are recomputed."""
+        """Saved tensors of a chunk's layers for one micro-batch, and the additional ones during recomputation."""
         residual = self.width * self.tokens * self.hidden
         layers = chunk.layers(self.model)
         wholes = [self.layer_bytes(layer) for layer in layers]
@@ -160,7 +163,7 @@ class _Run:
         return tables + sum(wholes) + residual, 0
 
     def layer_bytes(self, layer: Layer) -> int:
-        """What one layer keeps that is not recomputed."""
+        """Saved tensors of one layer without recomputation."""
         residual = self.width * self.tokens * self.hidden
         whole = 4 * residual + 3 * self.width * self.tokens * layer.mlp.width // self.layout.tensor
         norms_after = sum(norm is not None for norm in (layer.norm_after_attention, layer.norm_after_mlp))
@@ -172,7 +175,7 @@ class _Run:
         return attention.share(0, self.layout.tensor)
 
     def blockwise(self, attention: Attention) -> bool:
-        """Whether it is computed in blocks, which keep queries, keys and values alone."""
+        """Whether the attention is computed in blocks of queries, which saves only queries, keys and values."""
         if self.device == "npu":
             return False
         longest = self.config.seq_length
@@ -181,14 +184,15 @@ class _Run:
         return attention.softcap is not None or (attention.window or longest) < longest
 
     def attention_bytes(self, attention: Attention, *, recomputed: bool) -> int:
-        """What the attention of one layer keeps between its two products with weights.
+        """Saved tensors of one layer's attention, between the QKV projection and the output projection.
 
-        With q values of queries and k of keys a token: rotated queries and keys and the undivided projection, of which
-        values are a view, ``2 q + 3 k``; the result, ``q``, again where documents' results are joined; a number or
-        more a head for the softmax, unless it is computed in blocks. Context ranks hold the gathered keys and values
-        instead, ``2 k`` a token of all; branches their prefixes' and their own, ``2 k``. Where heads share keys, the
-        kernel of CPUs takes copies of them: ``2 q`` in the place of ``3 k`` and of each ``2 k``. Ranks that share a
-        key-value head hold its gathered keys and values besides, ``2 k``.
+        With q query values and k key values a token: rotated queries and keys, and the output of the QKV projection, of
+        which the values are a view, ``2 q + 3 k``; the result, ``q``, a second time where the results of documents are
+        concatenated; one or more softmax statistics a head, unless the attention is computed in blocks. Context ranks
+        save the gathered keys and values instead, ``2 k`` for each token of all ranks; suffixes save the keys and
+        values of prefix and suffix, ``2 k``. Where query heads share a key-value head, the CPU's kernel takes expanded
+        copies: ``2 q`` in place of ``3 k`` and of each ``2 k``. Tensor ranks that share a key-value head also save its
+        gathered keys and values, ``2 k``.
         """
         batch, context, share = self.batch, self.layout.context, self.share(attention)
         queries, keys = share.padded_queries * attention.head_dim, share.kv_heads * attention.head_dim
@@ -196,7 +200,7 @@ class _Run:
         joined = gathered or self.config.batching_in_use != "padded"
         shared = share.queries > share.kv_heads
         normed = attention.qk_norm is not None
-        # queries of several groups do not lie end to end in the projection: the norm keeps a copy
+        # queries of several groups are not contiguous in the projection's output: the norm saves a copy
         queries_again = queries if normed and shared and share.kv_heads > 1 else 0
         blockwise = self.blockwise(attention)
         mixed = queries + (2 * keys if share.kv_parts == 1 else 2 * keys // share.kv_parts + 2 * keys)
@@ -208,7 +212,7 @@ class _Run:
         copied = shared and self.device == "cpu" and not blockwise
         if copied:
             seen = self.tokens - batch.branch_tokens + branch_keys
-            if gathered:  # two chunks, each with copies of the keys up to its end
+            if gathered:  # two chunks, each with copies of the keys up to the chunk's end
                 seen = self.tokens * (2 * context + 1) // 2
             values += 2 * queries * seen + (self.tokens * (mixed + queries_again) if normed else 0)
         elif gathered:
@@ -217,14 +221,14 @@ class _Run:
             values += self.tokens * (keys + mixed) + 2 * keys * branch_keys
         if not copied:
             values += self.tokens * queries_again
-        # npu_fusion_attention keeps a maximum and a sum, eight times each
+        # npu_fusion_attention saves the maximum and the sum of each row eight times
         softmax = self.tokens * share.queries * _FP32 * (16 if self.device == "npu" else 1)
         norms = self.tokens * (share.queries + share.kv_heads) * _FP32 if normed else 0
         order = 8 * batch.tokens // batch.rows if gathered else 0
         return self.width * values + (0 if blockwise else softmax) + norms + order
 
     def backward_bytes(self, layer: Layer) -> int:
-        """The most that the backward of one layer makes besides what is kept."""
+        """Peak of the tensors that the backward of one layer allocates."""
         mlp = 4 * self.width * self.tokens * layer.mlp.width // self.layout.tensor
         attention, share = layer.attention, self.share(layer.attention)
         if attention.softcap is None or not self.blockwise(attention):
@@ -236,7 +240,7 @@ class _Run:
         return max(mlp, _SCORES * _FP32 * rows * share.queries * queries * keys)
 
     def mask_bytes(self) -> int:
-        """The floating-point masks: of each window in use, and of the branches on CPUs."""
+        """Floating-point masks: one for each window in use and, on CPUs, one for the suffixes."""
         attentions = dict.fromkeys(layer.attention for layer in self.model.layers)
         blocks = {
             (block_size(each.window, each.softcap), each.window or 0, _FP32 if each.softcap else self.width)
@@ -249,7 +253,7 @@ class _Run:
         return masks + int(self.width * (1 << (self.batch.longest_branch - 1).bit_length()) ** 2)
 
     def head_bytes(self) -> int:
-        """The most that exists at once behind the last layer."""
+        """Peak of the tensors that the head allocates."""
         scored = self.batch.scored // self.layout.context
         states = 2 * self.width * scored * self.model.hidden_size
         vocabulary = self.model.vocab_size // self.layout.tensor

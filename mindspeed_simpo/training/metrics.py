@@ -1,4 +1,4 @@
-"""Exact metrics: sums over pairs, reduced once over all ranks, and the files they are written to."""
+"""Metrics from sums over pairs, all-reduced once, and the files and services that metrics are written to."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ from mindspeed_simpo.parallel import Groups
 
 
 class Totals(NamedTuple):
-    """What the sums of all ranks say."""
+    """Metrics of all ranks' pairs, on the host."""
 
     means: dict[str, float]
     """Mean over pairs of every metric."""
     pairs: float
+    """Number of pairs."""
     tokens: float
+    """Tokens of both sequences of all pairs, prompts included, padding excluded."""
 
 
 @dataclass(frozen=True)
 class MetricSums:
-    """A vector of sums over pairs, ``Float[Tensor, "size"]``: every metric, then pairs, then tokens."""
+    """Sums over pairs as one vector ``Float[Tensor, "size"]``: every metric, then the pairs, then the tokens."""
 
     objective: Objective
     groups: Groups
@@ -51,7 +53,7 @@ class MetricSums:
         return len(self.names) + 2
 
     def local(self, scored: Sequence[ScoredBatch]) -> Tensor:
-        """Sums of this rank's pairs; zero on ranks that only hold copies of the numbers."""
+        """Sums of this rank's pairs; 0 on ranks that hold replicas of another rank's values."""
         total = torch.zeros(self.size, dtype=self.device.reduction_dtype, device=self.device.torch_device)
         if self.groups.contributes_loss:
             for item in scored:
@@ -59,12 +61,12 @@ class MetricSums:
         return total
 
     def reduce(self, sums: Tensor) -> Tensor:
-        """The sums of all ranks, on every rank: one all-reduce of ``size`` numbers."""
+        """All-reduce ``sums`` over the world, in place."""
         dist.all_reduce(sums, group=self.groups.world)
         return sums
 
     def totals(self, sums: Tensor) -> Totals:
-        """Reduced sums on the host; waits for the device."""
+        """Reduced sums as totals on the host; forces a host synchronisation."""
         *values, pairs, tokens = sums.tolist()
         return Totals({name: value / pairs for name, value in zip(self.names, values, strict=True)}, pairs, tokens)
 
@@ -77,15 +79,18 @@ class MetricSums:
 
 
 class MetricsWriter:
-    """Appends metrics to ``metrics.jsonl`` and ``tensorboard/``, and to wandb or swanlab where asked for."""
+    """Appends metrics to ``metrics.jsonl`` and ``tensorboard/``, and to wandb or swanlab where configured."""
 
     def __init__(self, options: OutputOptions, resolved: Mapping[str, Any], resumed_step: int | None = None) -> None:
         """Open the files of ``options.output_dir``.
 
         Args:
-            options: Where to write, and what mirrors the metrics.
-            resolved: Every key of the run with its value, for the mirrors.
-            resumed_step: Lines after this step are dropped, for they come again.
+            options: The output folder, and the projects of wandb and swanlab.
+            resolved: Every key of the run with its value, for wandb and swanlab.
+            resumed_step: Step of the loaded checkpoint; lines of later steps are deleted. None starts a new file.
+
+        Raises:
+            ConfigError: where wandb or swanlab is configured but not installed.
         """
         from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -99,7 +104,14 @@ class MetricsWriter:
         self._mirrors = _open_mirrors(options, resolved)
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Write one line; ``values`` has ``step`` and ``split`` (train or eval)."""
+        """Write one metrics line.
+
+        Args:
+            values: Name -> value, with ``step`` and ``split`` (train or eval).
+
+        Raises:
+            OSError: where a file cannot be written.
+        """
         line = {name: _json_number(value) for name, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
         step, split = int(values["step"]), str(values["split"])
@@ -130,12 +142,12 @@ def _lines_until(path: Path, step: int) -> list[str]:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
-            break  # a line that was being written when the run was killed
+            break  # an incomplete line: the run was killed while writing it
     return kept
 
 
 def _json_number(value: Any) -> Any:
-    # JSON has no NaN: a line must stay readable by any parser
+    # JSON has no NaN and no infinity
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

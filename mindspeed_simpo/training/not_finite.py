@@ -1,4 +1,4 @@
-"""Which pairs and ranks a loss that is not finite comes from, for the file that a stopped run leaves."""
+"""Pairs and ranks whose loss is not finite, and the file that records them when a run stops."""
 
 from __future__ import annotations
 
@@ -19,36 +19,52 @@ from mindspeed_simpo.parallel import Groups
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank says of the batch."""
+    """The pairs of one rank that are recorded."""
 
     rank: int
     has_bad_loss: bool
-    rows: list[int]
-    """Rows of the dataset: those of micro-batches with a bad loss, or all where no loss is bad but the gradient is."""
+    """Whether a loss of this rank is not finite."""
+    examples: list[int]
+    """Indices in the dataset, of the micro-batches with a loss that is not finite, else of all micro-batches."""
 
 
 def gather(micro_batches: Sequence[PairBatch], scored: Sequence[ScoredBatch], groups: Groups) -> list[RankReport]:
-    """The reports of the ranks whose loss is not finite, else of all that have pairs; the same on every rank.
+    """The reports of the ranks with a loss that is not finite, else of all ranks with pairs; a collective of the world.
 
-    A collective.
+    Args:
+        micro_batches: This rank's micro-batches of the global batch.
+        scored: Their records; empty except on the last pipeline rank.
+        groups: Process groups of this rank.
+
+    Returns:
+        The same reports on every rank.
     """
     bad = [item.batch for item in scored if not bool(torch.isfinite(item.output.loss).all())]
-    rows = [row for batch in bad or micro_batches for row in batch.pair_ids.tolist() if row >= 0]
-    mine = RankReport(groups.world.rank(), has_bad_loss=bool(bad), rows=rows if groups.contributes_loss else [])
+    examples = [index for batch in bad or micro_batches for index in batch.pair_ids.tolist() if index >= 0]
+    listed = examples if groups.contributes_loss else []
+    mine = RankReport(groups.world.rank(), has_bad_loss=bool(bad), examples=listed)
     reports: list[RankReport | None] = [None] * groups.world.size()
     dist.all_gather_object(reports, mine, group=groups.world)
     found = [report for report in reports if report is not None]
-    return [report for report in found if report.has_bad_loss] or [report for report in found if report.rows]
+    return [report for report in found if report.has_bad_loss] or [report for report in found if report.examples]
 
 
 def write_pairs(path: Path, step: int, reports: Sequence[RankReport], data: PairDataset) -> None:
-    """Write the pairs' token ids and where they come from as JSON.
+    """Write the token ids and the source of each reported pair as JSON.
+
+    Args:
+        path: File to write.
+        step: The step that stopped.
+        reports: From :func:`gather`.
+        data: The dataset of the pairs.
 
     Raises:
         TrainingError: where the file cannot be written.
     """
     pairs = [
-        {"rank": report.rank, "row": row, **vars(data[row])} for report in reports for row in sorted(set(report.rows))
+        {"rank": report.rank, "row": index, **vars(data[index])}
+        for report in reports
+        for index in sorted(set(report.examples))
     ]
     try:
         path.write_text(json.dumps({"step": step, "pairs": pairs}, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -24,7 +24,13 @@ from mindspeed_simpo.device import Device
 def wrap_for_training(
     models: Sequence[torch.nn.Module], parallel: ParallelOptions, *, bf16: bool
 ) -> list[torch.nn.Module]:
-    """Wrap pipeline chunks for bf16 inputs and for gradients that are accumulated and reduced in fp32."""
+    """Wrap pipeline chunks in DDP, with gradients accumulated and reduced in fp32, and in ``Float16Module`` for bf16.
+
+    Args:
+        models: Pipeline chunks of this rank.
+        parallel: ``overlap_grad_reduce`` and ``use_distributed_optimizer``.
+        bf16: Whether parameters and activations are bf16.
+    """
     wrapped = []
     for index, model in enumerate(wrap_precision(models, bf16=bf16)):
         transformer_config = get_model_config(model)
@@ -43,7 +49,7 @@ def wrap_for_training(
 
 
 def wrap_precision(models: Sequence[torch.nn.Module], *, bf16: bool) -> list[torch.nn.Module]:
-    """Wrap pipeline chunks for bf16 inputs, where configured; enough for scoring without gradients."""
+    """Wrap pipeline chunks in ``Float16Module`` for bf16; sufficient for a forward without gradients."""
     if not bf16:
         return list(models)
     return [Float16Module(get_model_config(model), model) for model in models]
@@ -51,41 +57,47 @@ def wrap_precision(models: Sequence[torch.nn.Module], *, bf16: bool) -> list[tor
 
 @dataclass(frozen=True)
 class Stepper:
-    """Adam with clipping by the true global norm, and its learning-rate schedule; no call waits for the device."""
+    """Adam with clipping by the global gradient norm, and the learning-rate schedule; without host synchronisation."""
 
     optimizer: Any
+    """The optimizer of megatron-core."""
     scheduler: OptimizerParamScheduler
     clip_grad: float
-    """Largest norm of the gradient; 0 does not clip."""
-    wide: torch.dtype
-    """Widest floating type of the device."""
+    """Maximum norm of the gradient; 0 disables clipping."""
+    norm_dtype: torch.dtype
+    """The dtype in which the clipping coefficient is computed."""
 
     @torch.no_grad()
     def squared_norm(self) -> Float[Tensor, " one"]:
-        """The squared global L2 norm of the reduced gradient, before clipping, on every rank; a collective.
+        """The squared global L2 norm ``[1]`` of the reduced gradient, before clipping, on every rank; a collective.
 
-        Call it once between the backward and :meth:`update`: it hands the reduced gradients to the optimizer.
+        Call this method exactly once between the backward and :meth:`update`, because it copies the reduced gradients
+        to the optimizer's parameters.
         """
         self.optimizer.prepare_grads()
         grads = [grad for part in _parts(self.optimizer) for grad in part.get_main_grads_for_grad_norm()]
         norms = [torch.linalg.vector_norm(grad) for grad in grads]
         device = torch.cuda.current_device()
-        whole = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=device)
-        squared = whole.reshape(1).square()
+        local_norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=device)
+        squared = local_norm.reshape(1).square()
         dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
         return squared
 
     @torch.no_grad()
     def update(self, squared_norm: Float[Tensor, " one"]) -> float:
-        """Clip to ``clip_grad``, move the parameters, advance the schedule; returns the learning rate that was used.
+        """Clip the gradient to ``clip_grad``, update the parameters and advance the learning-rate schedule.
 
         Args:
-            squared_norm: Of :meth:`squared_norm`. Where it is not finite the parameters would be worthless: look first.
+            squared_norm: From :meth:`squared_norm`. The caller checks that the norm is finite; with a norm that is not,
+                the parameters become NaN.
+
+        Returns:
+            The learning rate of this update.
         """
         learning_rate = self.learning_rate
         if self.clip_grad > 0:
             # the 1e-6 is megatron-core's and torch's guard against a zero norm
-            coefficient = self.clip_grad / (squared_norm.to(self.wide).sqrt() + 1e-6)
+            coefficient = self.clip_grad / (squared_norm.to(self.norm_dtype).sqrt() + 1e-6)
             coefficient = coefficient.clamp(max=1.0).float().squeeze()
             for part in _parts(self.optimizer):
                 grads = [parameter.grad for parameter in part.get_parameters() if parameter.grad is not None]
@@ -96,7 +108,7 @@ class Stepper:
         return learning_rate
 
     def resume_schedule_at(self, step: int) -> None:
-        """Put the learning-rate schedule where it stands after ``step`` updates."""
+        """Set the learning-rate schedule to its state after ``step`` updates."""
         self.scheduler.num_steps = step
         self.scheduler.step(increment=0)
 
@@ -118,14 +130,14 @@ def build_stepper(
     device: Device,
     train_iters: int,
 ) -> Stepper:
-    """Set up the optimizer over the wrapped chunks.
+    """Set up the optimizer and the learning-rate schedule.
 
     Args:
-        models: What :func:`wrap_for_training` returned.
+        models: Wrapped pipeline chunks from :func:`wrap_for_training`.
         training: ``lr*``, ``adam_*``, ``weight_decay``, ``clip_grad``, ``bf16``.
         parallel: ``use_distributed_optimizer``.
-        device: gloo groups are asked for only where the device itself is not gloo.
-        train_iters: Steps that the schedule decays over.
+        device: The device of the models; additional gloo groups are used only where its backend is not gloo.
+        train_iters: Steps over which the learning rate decays.
     """
     optimizer = get_megatron_optimizer(
         OptimizerConfig(

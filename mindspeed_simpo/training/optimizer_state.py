@@ -1,7 +1,7 @@
-"""Adam's state by parameter, in the parameter's shape, whatever optimizer holds it and however it is divided.
+"""Adam's state of each parameter, in the shape of the parameter, independent of how the optimizer shards the state.
 
-A checkpoint in this form can be read at any other layout, with the distributed optimizer or without it, and by either
-line of megatron-core.
+A checkpoint in this form can be loaded in any other layout, with or without the distributed optimizer, and by both
+supported versions of megatron-core.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _MAIN = "main"
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """What this rank's optimizer holds of a parameter: elements ``start`` to ``stop`` of it, flattened."""
+class _Shard:
+    """This rank's shard of the optimizer state of a parameter: elements ``start`` to ``stop`` of the flat parameter."""
 
     state: dict[str, Any]
-    """torch Adam's; empty before the first update."""
+    """State of torch's Adam; empty before the first update."""
     main: Tensor
-    """fp32; the parameter itself, or a view of it, where that is fp32."""
+    """fp32 main parameter; for an fp32 parameter the parameter or a view of it."""
     start: int
     stop: int
 
@@ -38,13 +38,15 @@ class _Piece:
 def sharded_optimizer_state(
     optimizer: Any, models: Sequence[torch.nn.Module], model_state: dict[str, Any], *, is_loading: bool
 ) -> dict[str, Any]:
-    """The state for ``dist_checkpointing``, ``{parameter: {moment: whole tensor}}`` in host memory; a collective.
+    """The state for ``dist_checkpointing``: ``{parameter: {moment: tensor}}`` in host memory; a collective.
+
+    Each tensor has the shape of the parameter on this tensor-parallel rank.
 
     Args:
-        optimizer: megatron-core's.
+        optimizer: Optimizer of megatron-core.
         models: Pipeline chunks, unwrapped.
-        model_state: The chunks' ``sharded_state_dict``; says how each parameter is divided.
-        is_loading: Leave the tensors unfilled.
+        model_state: ``sharded_state_dict`` of the chunks, which describes how each parameter is sharded.
+        is_loading: Whether the tensors are only buffers for loading; they then have zeros.
     """
     entries = {
         id(entry.data): entry
@@ -53,11 +55,11 @@ def sharded_optimizer_state(
     }
     state: dict[str, Any] = {}
     for name, parameter in _parameters(models):
-        piece = _piece(optimizer, parameter)
+        shard = _shard(optimizer, parameter)
         state[name] = {
             key: make_sharded_optimizer_tensor(
                 entries[id(parameter)],
-                torch.zeros(parameter.shape) if is_loading else _whole(optimizer, parameter, piece, key),
+                torch.zeros(parameter.shape) if is_loading else _gathered(optimizer, parameter, shard, key),
                 f"optimizer.{key}",
             )
             for key in _keys(parameter)
@@ -69,25 +71,25 @@ def sharded_optimizer_state(
 def load_optimizer_state(
     optimizer: Any, models: Sequence[torch.nn.Module], state: dict[str, dict[str, Tensor]], num_updates: int
 ) -> None:
-    """Fill the optimizer from the whole tensors that :func:`sharded_optimizer_state` describes.
+    """Load the optimizer from the tensors that :func:`sharded_optimizer_state` describes.
 
     Args:
-        optimizer: megatron-core's, of the parameters of ``models``.
+        optimizer: Optimizer of megatron-core over the parameters of ``models``.
         models: Pipeline chunks, unwrapped.
         state: Loaded tensors.
-        num_updates: Updates that the moments have seen; Adam's bias correction needs it.
+        num_updates: Number of updates so far, for Adam's bias correction.
     """
     for name, parameter in _parameters(models):
-        piece = _piece(optimizer, parameter)
-        if piece is None:
+        shard = _shard(optimizer, parameter)
+        if shard is None:
             continue
         for key in _keys(parameter):
-            part = state[name][key].view(-1)[piece.start : piece.stop]
+            part = state[name][key].view(-1)[shard.start : shard.stop]
             if key == _MAIN:
-                piece.main.copy_(part.view_as(piece.main))
+                shard.main.copy_(part.view_as(shard.main))
             else:
-                piece.state[key] = part.view_as(piece.main).to(piece.main.device, copy=True)
-        piece.state["step"] = torch.tensor(float(num_updates))
+                shard.state[key] = part.view_as(shard.main).to(shard.main.device, copy=True)
+        shard.state["step"] = torch.tensor(float(num_updates))
 
 
 def _parameters(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -101,29 +103,29 @@ def _keys(parameter: torch.nn.Parameter) -> tuple[str, ...]:
     return _MOMENTS if parameter.dtype == torch.float32 else (*_MOMENTS, _MAIN)
 
 
-def _piece(optimizer: Any, parameter: torch.nn.Parameter) -> _Piece | None:
-    """None where other data-parallel ranks hold all of the parameter's state."""
+def _shard(optimizer: Any, parameter: torch.nn.Parameter) -> _Shard | None:
+    """This rank's shard; None where the other data-parallel ranks hold all of the parameter's state."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     for part in chained:
         if not isinstance(part, DistributedOptimizer):
             main = getattr(parameter, "main_param", parameter)
-            return _Piece(part.optimizer.state[main], main, 0, parameter.numel())
+            return _Shard(part.optimizer.state[main], main, 0, parameter.numel())
         place = part.model_param_group_index_map.get(parameter)
         if place is not None:
             group, index = place
             main = part.optimizer.param_groups[group]["params"][index]
             held = part._get_model_param_range_map(parameter)["param"]
-            return _Piece(part.optimizer.state[main], main, held.start, held.end)
+            return _Shard(part.optimizer.state[main], main, held.start, held.end)
     return None
 
 
-def _whole(optimizer: Any, parameter: torch.nn.Parameter, piece: _Piece | None, key: str) -> Tensor:
+def _gathered(optimizer: Any, parameter: torch.nn.Parameter, shard: _Shard | None, key: str) -> Tensor:
     flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-    if piece is not None:
-        part = piece.main if key == _MAIN else piece.state.get(key)
+    if shard is not None:
+        part = shard.main if key == _MAIN else shard.state.get(key)
         if part is not None:
-            flat[piece.start : piece.stop] = part.detach().view(-1)
+            flat[shard.start : shard.stop] = part.detach().view(-1)
     if any(isinstance(part, DistributedOptimizer) for part in getattr(optimizer, "chained_optimizers", [optimizer])):
-        # every element is held by one rank: the sum puts the pieces together, bit by bit
+        # exactly one rank has each element, the others have 0: the sum is exact
         dist.all_reduce(flat, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return flat.view(parameter.shape).cpu()

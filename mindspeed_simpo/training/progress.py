@@ -1,4 +1,4 @@
-"""What the main rank shows while it works: a live line on a terminal, plain log lines elsewhere."""
+"""Logging and progress display: a progress bar on a terminal, plain log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
-# stdout is for results that another program reads
+# stdout is reserved for results that another program reads
 console = Console(stderr=True)
 
 
 def set_up_logging(*, is_main: bool) -> None:
-    """Show this package's messages on stderr: all of them on the main rank, warnings and worse on the others."""
+    """Log this package's messages to stderr: from level INFO on the main rank, from WARNING on the other ranks."""
     package = logging.getLogger("mindspeed_simpo")
     package.setLevel(logging.INFO if is_main else logging.WARNING)
     if not package.handlers:
@@ -38,7 +38,7 @@ def _to_terminal() -> logging.Handler:
 
 
 def _to_file_or_pipe() -> logging.Handler:
-    # one line a message: rich would wrap at 80 columns
+    # one line for each message: rich wraps at 80 columns where stderr is not a terminal
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(_FORMAT, "%H:%M:%S"))
     return handler
@@ -46,13 +46,18 @@ def _to_file_or_pipe() -> logging.Handler:
 
 class _RunLog(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - logging's name
-        # logging itself would print a traceback and go on
+        # the default of logging is to print a traceback and continue
         raise TrainingError(f"{self.baseFilename}: cannot be written: {sys.exc_info()[1]}") from None
 
 
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Copy this package's messages to a file, appending; one that cannot be written is a :class:`TrainingError`."""
+    """Append this package's messages to a file.
+
+    Raises:
+        OSError: where the file cannot be opened.
+        TrainingError: where a message cannot be written, from the logging call.
+    """
     handler = _RunLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FORMAT))
     package = logging.getLogger("mindspeed_simpo")
@@ -66,17 +71,31 @@ def log_to_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def counting(description: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar; the body calls what it is given once for each of ``total`` parts."""
+    """A progress bar for the body.
+
+    Args:
+        description: Text before the bar.
+        total: Number of parts.
+        shown: Whether to show the bar, on a terminal.
+
+    Yields:
+        A function that the body calls after each part.
+    """
     with progress.Progress(console=console, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)
 
 
 class Progress:
-    """Training progress: a bar with the newest numbers, or one log line per report where stderr is no terminal."""
+    """Training progress: a bar with the latest metrics, or a log line for each metrics line off a terminal."""
 
     def __init__(self, total_steps: int, first_step: int) -> None:
-        """Show ``first_step`` of ``total_steps``."""
+        """Prepare the bar; entering the context shows it.
+
+        Args:
+            total_steps: Steps of the run.
+            first_step: Steps completed so far.
+        """
         self._bar = progress.Progress(
             progress.TextColumn("step {task.completed}/{task.total}"),
             progress.BarColumn(),
@@ -89,7 +108,7 @@ class Progress:
         self._total = total_steps
 
     def show(self, line: Mapping[str, Any]) -> None:
-        """Show a metrics line."""
+        """Show a metrics line, which has ``step``, ``split``, ``loss`` and the ``rewards/*`` metrics."""
         numbers = _numbers(line)
         if line["split"] == "train":
             self._bar.update(self._task, completed=line["step"], numbers=numbers)

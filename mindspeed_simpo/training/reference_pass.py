@@ -1,4 +1,4 @@
-"""The reference pass: every pair scored once, forward only, before training, and kept on disk."""
+"""The reference pass: log-probability sums under the reference model, computed once before training and cached."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_simpo.batch import LossInputs, LossOutput, PairBatch
+from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.options import ModelOptions
+from mindspeed_simpo.data.cache import cache_folder
 from mindspeed_simpo.data.dataset import PairDataset
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ModelError
@@ -30,15 +32,18 @@ from mindspeed_simpo.training.session import Session
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceModel:
-    """What the reference is, and where its sums are kept."""
+    """The reference model, and the cache of its log-probability sums."""
 
     path: str | None
-    """``ref_model``; None means the weights that training starts from."""
+    """``ref_model``; None for the weights that training starts from."""
     start: ModelOptions
-    """Where training starts from."""
+    """The model that training starts from."""
     seed: int
+    """Seed of random weights."""
     bf16: bool
+    """Whether the model computes in bf16."""
     cache: Path
+    """Folder of the cache."""
 
     def fingerprint(self, policy: ModelDescription) -> str:
         """Digest of the reference's weights.
@@ -56,12 +61,32 @@ class ReferenceModel:
         return reference.model_fingerprint(folder, self.seed if random else None)
 
 
+def configured_tables(
+    session: Session, config: Config, datasets: Sequence[PairDataset | None]
+) -> Sequence[ReferenceTable | None]:
+    """:func:`reference_tables` of the configured reference model; None for every dataset without a reference model."""
+    if not config.objective.needs_reference:
+        return [None for _ in datasets]
+    cache = cache_folder(config.data_cache_dir)
+    model = ReferenceModel(config.ref_model, config, config.seed, config.bf16, cache)
+    return reference_tables(session, model, datasets)
+
+
 def reference_tables(
     session: Session, model: ReferenceModel, datasets: Sequence[PairDataset | None]
 ) -> list[ReferenceTable | None]:
-    """Sums under the reference model of each data set, from the cache or from a forward-only pass.
+    """Log-probability sums of each dataset under the reference model, from the cache or from a forward-only pass.
 
-    Leaves the session's model with its starting weights: while training, no second model is in memory.
+    The pass loads the reference weights into the session's model and restores the starting weights afterwards, so
+    there is never a second model in memory. A collective of the world.
+
+    Args:
+        session: The run's session; its model has the starting weights.
+        model: The reference model.
+        datasets: The datasets; None for a dataset that the run does not have.
+
+    Returns:
+        One table for each dataset; None for None.
 
     Raises:
         ModelError: on every rank, where ``ref_model`` cannot be read or has another tokenizer or shape.
@@ -95,7 +120,7 @@ def reference_tables(
 
 def _cached(path: Path, data: PairDataset, session: Session) -> ReferenceTable | None:
     table = reference.read_cached(path, len(data), session.device)
-    # a cache that only some ranks see must not split them
+    # the cache may exist on some hosts only, but all ranks must agree on whether to compute
     seen = torch.tensor([table is not None], dtype=torch.int32, device=session.device.torch_device)
     dist.all_reduce(seen, op=dist.ReduceOp.MIN, group=session.groups.world)
     return table if bool(seen.item()) else None
@@ -116,14 +141,14 @@ def compute(
     device: Device,
     on_step: Callable[[], None],
 ) -> ReferenceTable:
-    """Score every pair with the model as it stands.
+    """Log-probability sums of every pair under the current weights; a collective of the world.
 
     Args:
-        schedule: Holds the reference weights; its loss is not computed.
-        steps: This rank's micro-batches, global batch by global batch, that cover the dataset.
-        num_pairs: Rows of the dataset.
-        groups: The sums are put together over ``groups.world``.
-        device: Where the table lives.
+        schedule: Its models have the reference weights; its loss is not computed.
+        steps: This rank's micro-batches of each global batch; all ranks' micro-batches cover the dataset.
+        num_pairs: Pairs of the dataset.
+        groups: The sums are all-reduced over ``groups.world``.
+        device: The device of the table.
         on_step: Called after each global batch, for progress.
     """
     schedule = dataclasses.replace(schedule, scorer=PairScorer(_no_loss))

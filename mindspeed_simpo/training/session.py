@@ -1,4 +1,4 @@
-"""What every command that runs the model sets up first: device, ranks, tokenizer, data, model."""
+"""The session of every command that runs the model: process groups, tokenizer, data, model with starting weights."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from mindspeed_simpo.data.loader import PairLoader
 from mindspeed_simpo.data.paths import Part
 from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import Device, open_device
+from mindspeed_simpo.errors import SimpoError
 from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.loss.pair_loss import PairLoss
 from mindspeed_simpo.loss.reference import ReferenceTable
@@ -49,29 +50,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Session:
-    """One rank's view of a run, before anything is trained: the parts that the configuration asks for."""
+    """The configured parts of a run on one rank, before training."""
 
     device: Device
     groups: Groups
     description: ModelDescription
     tokenizer: PreTrainedTokenizerBase
     models: Sequence[torch.nn.Module]
-    """Pipeline chunks, with the weights that ``init_from`` asks for."""
+    """Pipeline chunks, with the weights that ``init_from`` selects."""
     metric_sums: MetricSums
     running: RunningTracker
-    """Statistics that the objective tracks over the global batches."""
+    """Running statistics of the objective's tracked value over the global batches."""
     prepare: Callable[[Part], PairDataset]
-    """Reads and tokenises a part of the data, a collective; fails on every rank or on none."""
+    """Reads and tokenises the train or eval part of the data; a collective that raises on every rank or on none."""
     loader: Callable[[PairDataset], PairLoader]
-    """This rank's share of a data set."""
+    """Makes the loader of this rank's micro-batches of a dataset."""
     schedule: Callable[[list[torch.nn.Module], ReferenceTable | None], PairSchedule]
-    """The configured objective, head and pair schedule over pipeline chunks, wrapped or not."""
+    """Makes the configured pair schedule over pipeline chunks, wrapped or not."""
     export: Callable[[Path], None]
-    """Writes the model as it stands as a Hugging Face folder, a collective; fails on every rank or on none."""
+    """Writes the current weights as a Hugging Face folder; a collective that raises on every rank or on none."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and talks to the user."""
+        """Whether this rank is rank 0 of the world, which writes files and messages."""
         return self.groups.world.rank() == 0
 
 
@@ -84,16 +85,16 @@ def build_schedule(
     models: list[torch.nn.Module],
     table: ReferenceTable | None,
 ) -> PairSchedule:
-    """The configured objective, head and pair schedule over pipeline chunks.
+    """The pair schedule with the configured objective and head.
 
     Args:
-        config: The objective's keys, ``pair_schedule`` and the head's options.
-        description: Of the model.
-        groups: Of the layout that the models were built with.
-        device: Of the models.
-        running: Statistics of the objective's tracked value.
-        models: Wrapped or not.
-        table: Sums under the reference model, where the objective needs them.
+        config: The objective's keys, ``pair_schedule`` and the options of the head.
+        description: Description of the model.
+        groups: Process groups of the layout that the models were built with.
+        device: The device of the models.
+        running: Returns the statistics of the objective's tracked value.
+        models: Pipeline chunks, wrapped or not.
+        table: Sums under the reference model; None where the objective has no reference model.
     """
     head = ResponseHead(
         groups.tensor,
@@ -110,15 +111,15 @@ def build_schedule(
 
 
 def export_checkpoint(load: str, output: Path) -> None:
-    """Write a training checkpoint as a Hugging Face folder, in one process, whatever layout trained it.
+    """Write a training checkpoint of any layout as a Hugging Face folder, in one process.
 
     Args:
-        load: As :func:`~mindspeed_simpo.training.checkpoint.find` takes it.
+        load: The checkpoint, as for :func:`~mindspeed_simpo.training.checkpoint.find`.
         output: Folder to write.
 
     Raises:
-        CheckpointError: where the checkpoint is absent, half-written or damaged.
-        ModelError: where ``output`` cannot be written, or the model that training started from is gone.
+        CheckpointError: where the checkpoint is absent, incomplete or damaged.
+        ModelError: where ``output`` cannot be written, or the model that training started from cannot be read.
     """
     folder, state = checkpoint.find(load)
     one_rank: dict[str, Any] = {
@@ -136,11 +137,11 @@ def export_checkpoint(load: str, output: Path) -> None:
 
 @contextmanager
 def open_session(config: Config, device: Device) -> Iterator[Session]:
-    """Join the ranks, build the model with its starting weights, and leave the ranks at the end.
+    """Set up the process groups and the model with its starting weights; destroy the process groups at the end.
 
     Args:
-        config: Validated.
-        device: Opened before this module was imported, for it imports megatron-core.
+        config: A validated configuration.
+        device: The device, opened before this module was imported, because this module imports megatron-core.
 
     Raises:
         SimpoError: on every rank.
@@ -155,8 +156,19 @@ def open_session(config: Config, device: Device) -> Iterator[Session]:
         shutdown()
 
 
+def on_every_rank(error: SimpoError) -> SimpoError:
+    """Mark an error that every rank raises, so that only rank 0 prints the message."""
+    error.everywhere = True
+    return error
+
+
 def build_session(config: Config, device: Device, groups: Groups) -> Session:
-    """Read the model and the tokenizer, and bind what the commands call to the options that it needs.
+    """Read tokenizer and model, fill the starting weights, and bind the session's functions to their options.
+
+    Args:
+        config: A validated configuration.
+        device: The device of this rank.
+        groups: Process groups of this rank.
 
     Raises:
         SimpoError: on every rank.
@@ -197,7 +209,7 @@ def build_session(config: Config, device: Device, groups: Groups) -> Session:
 def _prepare(
     options: DataOptions, tokenizer: PreTrainedTokenizerBase, world: dist.ProcessGroup, part: Part
 ) -> PairDataset:
-    """The first rank of each host tokenises; the others read its cache."""
+    """Local rank 0 of each host tokenises; the other ranks of the host read its cache."""
     dataset = None
     with fail_together(world):
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:

@@ -1,9 +1,8 @@
-"""The loop: batches in, updates, evaluations, checkpoints and metrics out."""
+"""The training loop: updates, evaluations, checkpoints and metrics lines."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,30 +16,33 @@ from torch import Tensor
 from mindspeed_simpo.batch import PairBatch
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.options import OutputOptions
-from mindspeed_simpo.data.cache import cache_folder
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data
-from mindspeed_simpo.data.loader import PairLoader, PreparedAhead
+from mindspeed_simpo.data.loader import PreparedAhead
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import CheckpointError, ConfigError, TrainingError
 from mindspeed_simpo.loss.reference import ReferenceTable
 from mindspeed_simpo.loss.scoring import ScoredBatch
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.training import checkpoint, not_finite
+from mindspeed_simpo.training.evaluation import mean_metrics
 from mindspeed_simpo.training.metrics import MetricsWriter
-from mindspeed_simpo.training.optimizer import Stepper, build_stepper, wrap_for_training, wrap_precision
+from mindspeed_simpo.training.optimizer import Stepper, build_stepper, wrap_for_training
 from mindspeed_simpo.training.progress import Progress, log_to_file
-from mindspeed_simpo.training.reference_pass import ReferenceModel, reference_tables
-from mindspeed_simpo.training.schedule.runner import PairSchedule
-from mindspeed_simpo.training.session import Session, open_session
+from mindspeed_simpo.training.reference_pass import configured_tables
+from mindspeed_simpo.training.session import Session, on_every_rank, open_session
 
 logger = logging.getLogger(__name__)
 
 
 def train(config: Config, device: Device) -> None:
-    """Train as ``config`` says and leave its metrics, checkpoints and model in ``output_dir``.
+    """Train, and write metrics, checkpoints and the model to ``output_dir``.
+
+    Args:
+        config: A validated configuration.
+        device: The opened device of this rank.
 
     Raises:
-        SimpoError: on every rank; what was written before stays whole.
+        SimpoError: on every rank; files that are already complete remain valid.
     """
     with open_session(config, device) as session, ExitStack() as stack:
         with fail_together(session.groups.world):
@@ -51,7 +53,7 @@ def train(config: Config, device: Device) -> None:
                 resumed = checkpoint.find(config.load)
         train_data = session.prepare("train")
         eval_data = session.prepare("eval") if has_eval_data(config) and config.eval_iters != 0 else None
-        tables = _tables(session, config, [train_data, eval_data])
+        tables = configured_tables(session, config, [train_data, eval_data])
         models = wrap_for_training(session.models, config, bf16=config.bf16)
         train_iters = config.train_iters
         if train_iters is None:
@@ -66,30 +68,8 @@ def train(config: Config, device: Device) -> None:
         run.fit()
 
 
-def evaluate(config: Config, device: Device) -> dict[str, float]:
-    """Score all held-out pairs with the starting weights, or with those of ``load``.
-
-    Returns:
-        Mean over pairs of every metric, the same on every rank.
-    """
-    with open_session(config, device) as session:
-        data = session.prepare("eval")
-        [table] = _tables(session, config, [data])
-        if config.load is not None:
-            with fail_together(session.groups.world):
-                folder, state = checkpoint.find(config.load)
-            checkpoint.load(folder, session.models, None, session.groups, device)
-            session.running.load(state.running)
-        schedule = session.schedule(wrap_precision(session.models, bf16=config.bf16), table)
-        values = _evaluate(session, schedule, session.loader(data), None)
-    if not math.isfinite(values["loss"]):
-        weights = config.load or config.model_name_or_path
-        raise _everywhere(TrainingError(f"the loss of the held-out pairs is not finite: see the weights of {weights}"))
-    return values
-
-
 class Run:
-    """A training run between its first and its last step."""
+    """A training run: its parts, and the current step."""
 
     def __init__(
         self,
@@ -102,7 +82,7 @@ class Run:
         tables: Sequence[ReferenceTable | None],
         train_iters: int,
     ) -> None:
-        """Put the parts together; nothing runs yet. ``config`` is what its checkpoints record."""
+        """Assemble the run. ``config`` is recorded in the checkpoints and in ``config.yaml``."""
         self.session, self.recorded = session, config
         self.options: OutputOptions = config
         self.models, self.stepper, self.train_data = models, stepper, train_data
@@ -119,21 +99,25 @@ class Run:
 
     @property
     def consumed_pairs(self) -> int:
-        """Pairs of all steps so far."""
+        """Number of pairs of all steps so far."""
         return self.step * self.global_batch_size
 
     def resume(self, folder: Path, state: checkpoint.TrainingState) -> None:
-        """Go on from a verified checkpoint."""
+        """Continue from a verified checkpoint.
+
+        Raises:
+            CheckpointError: on every rank, where data, seed, ``bf16`` or model differ from those of the checkpoint.
+        """
         ours = self.recorded
         if state.data_fingerprint != self.train_data.fingerprint or state.config.seed != ours.seed:
-            raise _everywhere(
+            raise on_every_rank(
                 CheckpointError(
                     f"load: {folder} was written by a run on other data or another seed; the order of the pairs would "
                     "not go on where it stopped. Give the same data, tokenizer, seq_length and seed"
                 )
             )
         if state.config.bf16 != ours.bf16:
-            raise _everywhere(
+            raise on_every_rank(
                 CheckpointError(f"load: {folder} was written with bf16: {state.config.bf16}; go on with the same")
             )
         checkpoint.load(folder, self.models, self.stepper, self.session.groups, self.session.device)
@@ -142,7 +126,15 @@ class Run:
         logger.info("resumed from %s at step %d", folder, self.step)
 
     def open_outputs(self, stack: ExitStack, resumed_step: int | None) -> None:
-        """Open the files and the display of the main rank."""
+        """Open the output files and the progress display; on the main rank only.
+
+        Args:
+            stack: Closes the files and the display.
+            resumed_step: Step of the loaded checkpoint; None for a new run.
+
+        Raises:
+            ConfigError: where a file cannot be written.
+        """
         resolved = self.recorded.model_dump()
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
         try:
@@ -154,7 +146,7 @@ class Run:
         self.progress = stack.enter_context(Progress(self.train_iters, self.step))
 
     def fit(self) -> None:
-        """Train from the current step to the last one."""
+        """Train from the current step to ``train_iters``, with evaluations, checkpoints and the export."""
         options = self.options
         if self.step >= self.train_iters:
             logger.warning("nothing to train: the checkpoint is at step %d of %d", self.step, self.train_iters)
@@ -171,7 +163,14 @@ class Run:
             self.session.export(self.root / "hf")
 
     def train_step(self, *, logged: bool) -> None:
-        """One update, and its metrics line where it is ``logged``; only then does the host wait for the device."""
+        """Run one update.
+
+        Args:
+            logged: Whether to write a metrics line, which forces a host synchronisation.
+
+        Raises:
+            TrainingError: where the loss or the gradient norm is not finite; the parameters are then not changed.
+        """
         begin = time.perf_counter()
         session = self.session
         micro_batches = self.train_loader.train_step(self.consumed_pairs)
@@ -205,7 +204,10 @@ class Run:
             )
 
     def _is_finite(self, *numbers: Tensor, logged: bool) -> bool:
-        """Whether the step may change the parameters; without a wait for the device unless the step is ``logged``."""
+        """Whether all numbers are finite; only a ``logged`` step forces a host synchronisation.
+
+        Without one the result is True, and the device itself stops before it updates the parameters.
+        """
         finite = torch.stack([number.isfinite() for number in numbers]).all()
         if logged:
             return bool(finite)
@@ -215,18 +217,18 @@ class Run:
                 f"step {self.step + 1}: the loss or the gradient norm is not finite; resume from the last checkpoint "
                 "with a lower lr, and with log_interval: 1 to have the pairs of that step written",
             )
-        except RuntimeError:  # a CPU asserts at once
+        except RuntimeError:  # on a CPU the assertion raises immediately
             return False
         return True
 
     def evaluate(self) -> None:
-        """Score the held-out pairs and write the line."""
+        """Evaluate the held-out pairs, where there are any, and write a metrics line."""
         if self.eval_loader is None:
             return
         begin = time.perf_counter()
         for model in self.models:
             model.eval()
-        values = _evaluate(self.session, self.eval_schedule, self.eval_loader, self.options.eval_iters)
+        values = mean_metrics(self.session, self.eval_schedule, self.eval_loader, self.options.eval_iters)
         for model in self.models:
             model.train()
         line = {"step": self.step, "split": "eval", **values, "consumed_pairs": self.consumed_pairs}
@@ -254,7 +256,11 @@ class Run:
         logger.info("saved %s", folder)
 
     def report(self, line: dict[str, Any]) -> None:
-        """Show and write a metrics line, on the main rank."""
+        """Show and write a metrics line; does nothing except on the main rank.
+
+        Raises:
+            TrainingError: where the line cannot be written.
+        """
         if self.writer is None or self.progress is None:
             return
         try:
@@ -266,7 +272,7 @@ class Run:
         self.progress.show(line)
 
     def stop_not_finite(self, what: str, micro_batches: Sequence[PairBatch], scored: Sequence[ScoredBatch]) -> None:
-        """Save the pairs of the batch to a file and stop all ranks.
+        """Write the pairs of the batch to a file and raise on all ranks.
 
         Raises:
             TrainingError: always, on every rank.
@@ -278,7 +284,7 @@ class Run:
             if self.session.is_main:
                 not_finite.write_pairs(path, step, reports, self.train_data)
         ranks = ", ".join(str(report.rank) for report in reports)
-        raise _everywhere(
+        raise on_every_rank(
             TrainingError(
                 f"step {step}: {what} is not finite on rank {ranks}; the pairs of that batch are in {path}. Nothing of "
                 "this step was saved: resume from the last checkpoint with a lower lr, or without these pairs"
@@ -286,28 +292,9 @@ class Run:
         )
 
 
-def _evaluate(
-    session: Session, schedule: PairSchedule, loader: PairLoader, max_batches: int | None
-) -> dict[str, float]:
-    total = session.metric_sums.local([])
-    for micro_batches in loader.eval_steps(max_batches):
-        total += session.metric_sums.local(schedule.forward(micro_batches))
-    return session.metric_sums.totals(session.metric_sums.reduce(total)).means
-
-
-def _tables(
-    session: Session, config: Config, datasets: Sequence[PairDataset | None]
-) -> Sequence[ReferenceTable | None]:
-    if not config.objective.needs_reference:
-        return [None for _ in datasets]
-    cache = cache_folder(config.data_cache_dir)
-    model = ReferenceModel(config.ref_model, config, config.seed, config.bf16, cache)
-    return reference_tables(session, model, datasets)
-
-
 def _claim_output(config: Config, *, is_main: bool) -> None:
     root = Path(config.output_dir)
-    earlier = checkpoint.complete(root / "checkpoints")
+    earlier = checkpoint.list_checkpoints(root / "checkpoints")
     if earlier and config.load is None:
         raise ConfigError(
             f"output_dir: {root} holds checkpoints of another run (newest {earlier[-1].name}); set load: {root} to go "
@@ -318,8 +305,3 @@ def _claim_output(config: Config, *, is_main: bool) -> None:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir: cannot make {root}: {error}") from None
-
-
-def _everywhere(error: Any) -> Any:
-    error.everywhere = True
-    return error

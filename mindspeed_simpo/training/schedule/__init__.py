@@ -1,1 +1,1 @@
-"""One optimizer step's micro-batches of pairs -> gradients, through megatron-core's forward-backward schedules."""
+"""From the micro-batches of one optimizer step to gradients, by megatron-core's forward-backward schedules."""

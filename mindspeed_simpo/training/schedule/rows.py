@@ -1,4 +1,4 @@
-"""Sequences without their pairing: what one forward of the model takes."""
+"""The input rows of one forward, their slices on context-parallel ranks, and the halves of ``two_pass``."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from mindspeed_simpo.parallel.context import positions_of
 
 @dataclass(frozen=True)
 class RowShard:
-    """What the model of one context-parallel rank takes."""
+    """The slice of :class:`Rows` on one context-parallel rank; ``local`` = this rank's positions."""
 
-    tokens: Int[Tensor, "row held"]
-    position_ids: Int[Tensor, " held"]
-    """Place of each token in its sequence."""
+    tokens: Int[Tensor, "row local"]
+    position_ids: Int[Tensor, " local"]
+    """int64 position of each token in its sequence."""
     documents: Documents
-    """What attends to what."""
+    """Attention pattern of the full row."""
     scored: ScoredTokens
+    """The response tokens that this rank's positions predict."""
     lengths: Int[Tensor, " row"] | None = None
-    """int64 tokens of each padded row on all context-parallel ranks, padding left out; None for a packed row."""
+    """int64 tokens of each full padded row without its padding; None for a packed row."""
 
     def to(self, device: torch.device) -> RowShard:
-        """On ``device``."""
+        """A copy with the tensors on ``device``."""
         tokens, position_ids = to_device(self.tokens, device), to_device(self.position_ids, device)
         lengths = to_device(self.lengths, device) if self.lengths is not None else None
         return RowShard(tokens, position_ids, self.documents, self.scored.to(device), lengths)
@@ -43,7 +44,7 @@ class RowShard:
 
 @dataclass(frozen=True)
 class Rows:
-    """Right-padded sequences, or one row that packs them, and their targets, as in ``batch.PairBatch``."""
+    """Right-padded rows or one packed row, with targets, as in :class:`~mindspeed_simpo.batch.PairBatch`."""
 
     tokens: Int[Tensor, "row seq"]
     targets: Int[Tensor, "target_row seq"]
@@ -53,37 +54,42 @@ class Rows:
 
     @classmethod
     def of(cls, batch: PairBatch) -> Rows:
-        """All sequences: chosen, then rejected."""
+        """The rows of all sequences of ``batch``: chosen, then rejected."""
         return cls(batch.tokens, batch.targets, batch.packing, batch.lengths if batch.packing is None else None)
 
     def shard_of(self, context_rank: int, context_size: int) -> RowShard:
-        """What one context-parallel rank holds of them."""
-        held = positions_of(context_rank, context_size, self.tokens.shape[1], self.tokens.device)
+        """The slice on one context-parallel rank.
+
+        Args:
+            context_rank: The rank.
+            context_size: Number of context-parallel ranks; divides the row into ``2 * context_size`` chunks.
+        """
+        local = positions_of(context_rank, context_size, self.tokens.shape[1], self.tokens.device)
         return RowShard(
-            tokens=self.tokens[:, held],
-            position_ids=self.packing.positions[held] if self.packing is not None else held,
+            tokens=self.tokens[:, local],
+            position_ids=self.packing.positions[local] if self.packing is not None else local,
             documents=self.packing.documents if self.packing is not None else UNPACKED,
-            scored=ScoredTokens.of(self.targets[:, held], self.packing),
+            scored=ScoredTokens.of(self.targets[:, local], self.packing),
             lengths=self.lengths,
         )
 
     def halves(self) -> tuple[Rows, Rows]:
-        """Chosen rows, rejected rows; of padded rows only."""
-        assert self.packing is None, "packed rows are cut by two_pass_halves"
+        """The chosen rows and the rejected rows; for padded rows only."""
+        assert self.packing is None, "packed rows are divided by two_pass_halves"
         assert self.lengths is not None, "padded rows have lengths"
         parts = zip(self.tokens.chunk(2), self.targets.chunk(2), self.lengths.chunk(2), strict=True)
         chosen, rejected = (Rows(tokens, targets, lengths=lengths) for tokens, targets, lengths in parts)
         return chosen, rejected
 
     def two_pass_halves(self, lengths: Int[Tensor, " sequence"], multiple_of: int) -> tuple[Half, Half]:
-        """One sequence of each pair, then the other, each half without the padding that only the other one needs.
+        """Two halves for ``two_pass``, one sequence of each pair in each, trimmed to the longest row of the half.
 
-        Padded rows pass chosen before rejected. Of a packed row the sides are mixed, so that both halves have about
-        equally many tokens.
+        The first half of padded rows is chosen, the second is rejected. The halves of a packed row have chosen and
+        rejected sequences, so that both have about the same number of tokens.
 
         Args:
             lengths: Tokens of each sequence without padding.
-            multiple_of: What the length of a half must be a multiple of; the length of ``self`` is.
+            multiple_of: The row length of each half is a multiple of this number, as that of ``self``.
         """
         chosen, rejected = lengths.view(2, -1).tolist()
         number = len(chosen)
@@ -101,7 +107,7 @@ class Rows:
 
     def _packed_half(self, sequences: list[int], spans: list[tuple[int, int]], multiple_of: int) -> Half:
         assert self.packing is not None
-        assert not self.packing.documents.branches, "what shares a prompt cannot pass one after the other"
+        assert not self.packing.documents.branches, "two_pass cannot divide sequences that share a prefix"
         number = self.packing.num_pairs
         wholes = [spans[sequence][1] for sequence in sequences]
         kept = torch.cat([torch.arange(start, start + length) for start, length in (spans[each] for each in sequences)])
@@ -124,7 +130,7 @@ class Rows:
         return Rows(self.tokens[:, :length], self.targets[:, :length], lengths=self.lengths)
 
     def padded_to(self, length: int) -> Rows:
-        """Padded rows with more padding, to ``length`` positions."""
+        """Padded rows, padded further to ``length`` positions."""
         missing = length - self.tokens.shape[1]
         return Rows(
             torch.nn.functional.pad(self.tokens, (0, missing)),
@@ -135,11 +141,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Half:
-    """One sequence of each pair."""
+    """Rows with one sequence of each pair."""
 
     rows: Rows
     sequences: Int[Tensor, " pair"]
-    """int64 number of each in the whole, in the order of the pairs."""
+    """int64 index of the sequence in the micro-batch (chosen 0..P-1, then rejected P..2P-1), for each pair."""
 
 
 def _rounded(length: int, multiple_of: int) -> int:

@@ -1,4 +1,4 @@
-"""The three pair schedules, as passes of rows through megatron-core's forward-backward schedules."""
+"""The three pair schedules, run as micro-batches of megatron-core's forward-backward schedules."""
 
 from __future__ import annotations
 
@@ -26,31 +26,32 @@ LossOfPass = Callable[[Float[Tensor, " sequence"]], tuple[Tensor, Any]]
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward, and where gradients are wanted one backward, of some rows through the whole pipeline."""
+    """One micro-batch of megatron-core's schedule: a forward and, with gradients, a backward on all pipeline ranks."""
 
     rows: Rows
     loss: LossOfPass
-    """On the last stage: the sequences' log-probability sums -> what the backward starts from, and a record."""
+    """``loss(logprob_sums)`` -> scalar loss of the backward, and a record; called on the last pipeline rank."""
 
 
 @dataclass(frozen=True)
 class PairSchedule:
     """Runs micro-batches through the model, forward only or with gradients.
 
-    The loss is ``sum over pairs / num_pairs`` of the global batch: its gradient is the same whatever the micro-batch
-    size, the data-parallel degree and the way of the pairs through the model:
+    The loss is ``sum over pairs / num_pairs`` of the global batch. Its gradient does not depend on the micro-batch
+    size, the data-parallel degree or the pair schedule:
 
     - ``concat``: one forward of all rows, one backward.
-    - ``split``: a forward of the chosen rows, a forward of the rejected rows, one joint backward. Both graphs live
-      until then, so it stores what ``concat`` stores.
-    - ``two_pass``: one sequence of each pair, the rejected one of padded rows, once without a graph; then a forward of
-      the others, the loss, their backward, and forward and backward of the first ones. Half the stored activations for
-      one more forward of half the rows. Each half is a micro-batch of its own to megatron-core, whose accumulation,
-      pipelining and gradient synchronisation then hold as they are. Without dropout both forwards are the same.
+    - ``split``: one forward of the chosen rows, one forward of the rejected rows, one backward of both. Both graphs
+      exist until the backward, so ``split`` stores as many activations as ``concat``.
+    - ``two_pass``: each micro-batch is divided into two halves with one sequence of each pair. A forward of the second
+      half without a graph gives its sums; then follow forward, loss and backward of the first half, and forward and
+      backward of the second half. ``two_pass`` stores half the activations and computes one more forward of half the
+      rows. To megatron-core each half is a micro-batch, so gradient accumulation, pipelining and gradient
+      synchronisation need no change. Without dropout both forwards of the second half are equal.
     """
 
     models: Sequence[torch.nn.Module]
-    """Pipeline chunks of this rank, wrapped in DDP where gradients are wanted."""
+    """Pipeline chunks of this rank, wrapped in DDP for :meth:`forward_backward`."""
     scorer: PairScorer
     head: ResponseHead
     groups: Groups
@@ -58,11 +59,14 @@ class PairSchedule:
     pair_schedule: PairScheduleName = "concat"
 
     def forward_backward(self, micro_batches: Sequence[PairBatch], num_pairs: int) -> list[ScoredBatch]:
-        """Leave the gradient of the global batch's mean loss in ``main_grad``, reduced over all ranks.
+        """Accumulate the gradient of the global batch's mean loss in ``main_grad``, reduced over all ranks.
 
         Args:
-            micro_batches: This rank's share of the global batch.
-            num_pairs: Pairs of the whole global batch, over all ranks.
+            micro_batches: This rank's micro-batches of the global batch, in host memory.
+            num_pairs: Pairs of the global batch, over all ranks.
+
+        Returns:
+            The detached records of the micro-batches; empty except on the last pipeline rank.
 
         Raises:
             ConfigError: see :meth:`PairScorer.gradients`; ``two_pass`` only.
@@ -75,7 +79,7 @@ class PairSchedule:
 
     @torch.no_grad()
     def forward(self, micro_batches: Sequence[PairBatch]) -> list[ScoredBatch]:
-        """Score micro-batches without gradients."""
+        """Evaluate micro-batches without gradients; returns as :meth:`forward_backward`."""
         return self._run(self._joint_passes(micro_batches, 1.0), forward_only=True)
 
     def _joint_passes(self, micro_batches: Sequence[PairBatch], weight: float) -> list[Pass]:
@@ -90,12 +94,13 @@ class PairSchedule:
     def _two_pass(self, micro_batches: Sequence[PairBatch], weight: float) -> list[ScoredBatch]:
         halves = [Rows.of(batch).two_pass_halves(batch.lengths, self._sequence_multiple) for batch in micro_batches]
         with torch.no_grad():
-            # the schedule returns the sums on the last pipeline rank, and nothing on the others
-            swept = self._run([Pass(second.rows, _record) for _, second in halves], forward_only=True)
+            # the schedule returns an empty list except on the last pipeline rank
+            second_sums = self._run([Pass(second.rows, _record) for _, second in halves], forward_only=True)
         passes = []
         for index, (batch, (first, second)) in enumerate(zip(micro_batches, halves, strict=True)):
             order = to_device(torch.cat([first.sequences, second.sequences]), self.device)
-            loss = TwoPassLoss(partial(self._gradients, batch), weight, order, swept[index] if swept else None)
+            sums = second_sums[index] if second_sums else None
+            loss = TwoPassLoss(partial(self._gradients, batch), weight, order, sums)
             passes += [Pass(first.rows, loss.first_half), Pass(second.rows, loss.second_half)]
         return self._run(passes, forward_only=False)[::2]
 
@@ -106,11 +111,11 @@ class PairSchedule:
 
     def _run(self, passes: Sequence[Pass], *, forward_only: bool) -> list[Any]:
         if len(self.models) > 1:
-            # the interleaved schedule exchanges tensors of one shape
+            # the interleaved schedule sends tensors of one shape
             longest = max(each.rows.tokens.shape[1] for each in passes)
             passes = [dataclasses.replace(each, rows=each.rows.padded_to(longest)) for each in passes]
         # response tokens are searched on the host: nonzero() on the device forces a host synchronisation
-        steps = [(self._held(each.rows, forward_only), each.loss) for each in passes]
+        steps = [(self._shards(each.rows, forward_only), each.loss) for each in passes]
         return get_forward_backward_func()(  # type: ignore[no-any-return]
             forward_step_func=partial(self._forward_step, len(passes)),
             data_iterator=[iter(steps) for _ in self.models],
@@ -121,43 +126,43 @@ class PairSchedule:
             forward_only=forward_only,
         )
 
-    def _held(self, rows: Rows, forward_only: bool) -> list[RowShard]:
-        """What this rank's forwards of one pass take: one forward, or one of each half."""
+    def _shards(self, rows: Rows, forward_only: bool) -> list[RowShard]:
+        """This context-parallel rank's inputs of the forwards of one pass: one, or two for ``split``."""
         context = self.groups.context
-        apart = self.pair_schedule == "split" and not forward_only
-        return [part.shard_of(context.rank(), context.size()) for part in (rows.halves() if apart else (rows,))]
+        split = self.pair_schedule == "split" and not forward_only
+        return [part.shard_of(context.rank(), context.size()) for part in (rows.halves() if split else (rows,))]
 
     def _forward_step(
         self, num_passes: int, steps: Iterator[tuple[list[RowShard], LossOfPass]], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:
         parts, loss_of_pass = next(steps)
         parts = [part.to(self.device) for part in parts]
-        output = self._score(model, parts[0]) if len(parts) == 1 else self._score_apart(model, parts)
+        output = self._forward(model, parts[0]) if len(parts) == 1 else self._split_forward(model, parts)
 
         def loss(logprobs: Float[Tensor, " sequence"]) -> tuple[Tensor, Any]:
             value, record = loss_of_pass(logprobs)
-            # the schedule divides each loss by their number
+            # megatron-core's schedule divides each loss by the number of micro-batches
             return value * num_passes, record
 
         return output, loss
 
-    def _score(self, model: torch.nn.Module, rows: RowShard) -> Tensor:
-        """Log-probability sums of the sequences on the last stage, hidden states ``[seq, row, hidden]`` before it."""
+    def _forward(self, model: torch.nn.Module, rows: RowShard) -> Tensor:
+        """Log-probability sums on the last pipeline rank, hidden states ``[seq, row, hidden]`` on the others."""
         head = partial(self.head, scored=rows.scored)
         output: Tensor = model(
             rows.tokens, position_ids=rows.position_ids, documents=rows.documents, lengths=rows.lengths, head=head
         )
         return output
 
-    def _score_apart(self, model: torch.nn.Module, parts: Sequence[RowShard]) -> Tensor:
-        """:meth:`_score` of each part; what travels between stages is laid together as one forward's would be."""
+    def _split_forward(self, model: torch.nn.Module, parts: Sequence[RowShard]) -> Tensor:
+        """:meth:`_forward` of each part; pipeline ranks exchange the concatenation along the row axis."""
         received = get_attr_wrapped_model(model, "decoder").input_tensor
         inputs = [None] * len(parts) if received is None else received.chunk(len(parts), dim=1)
         outputs = []
         for part, hidden in zip(parts, inputs, strict=True):
             if hidden is not None:
                 get_attr_wrapped_model(model, "set_input_tensor")(hidden.contiguous())
-            outputs.append(self._score(model, part))
+            outputs.append(self._forward(model, part))
         return torch.cat(outputs, dim=outputs[0].dim() // 2)
 
     @property

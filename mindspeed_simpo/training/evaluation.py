@@ -1,0 +1,64 @@
+"""Evaluation on held-out pairs."""
+
+from __future__ import annotations
+
+import math
+
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.data.loader import PairLoader
+from mindspeed_simpo.device import Device
+from mindspeed_simpo.errors import TrainingError
+from mindspeed_simpo.parallel.collectives import fail_together
+from mindspeed_simpo.training import checkpoint
+from mindspeed_simpo.training.optimizer import wrap_precision
+from mindspeed_simpo.training.reference_pass import configured_tables
+from mindspeed_simpo.training.schedule.runner import PairSchedule
+from mindspeed_simpo.training.session import Session, on_every_rank, open_session
+
+
+def evaluate(config: Config, device: Device) -> dict[str, float]:
+    """Evaluate all held-out pairs with the starting weights, or with those of ``load``.
+
+    Args:
+        config: A validated configuration.
+        device: The opened device of this rank.
+
+    Returns:
+        Mean over pairs of every metric, the same on every rank.
+
+    Raises:
+        SimpoError: on every rank.
+    """
+    with open_session(config, device) as session:
+        data = session.prepare("eval")
+        [table] = configured_tables(session, config, [data])
+        if config.load is not None:
+            with fail_together(session.groups.world):
+                folder, state = checkpoint.find(config.load)
+            checkpoint.load(folder, session.models, None, session.groups, device)
+            session.running.load(state.running)
+        schedule = session.schedule(wrap_precision(session.models, bf16=config.bf16), table)
+        values = mean_metrics(session, schedule, session.loader(data), None)
+    if not math.isfinite(values["loss"]):
+        weights = config.load or config.model_name_or_path
+        raise on_every_rank(
+            TrainingError(f"the loss of the held-out pairs is not finite: see the weights of {weights}")
+        )
+    return values
+
+
+def mean_metrics(
+    session: Session, schedule: PairSchedule, loader: PairLoader, max_batches: int | None
+) -> dict[str, float]:
+    """Mean over pairs of every metric; a collective of the world.
+
+    Args:
+        session: The run's session.
+        schedule: Evaluates the micro-batches.
+        loader: The held-out pairs.
+        max_batches: Number of global batches; None for all.
+    """
+    total = session.metric_sums.local([])
+    for micro_batches in loader.eval_steps(max_batches):
+        total += session.metric_sums.local(schedule.forward(micro_batches))
+    return session.metric_sums.totals(session.metric_sums.reduce(total)).means

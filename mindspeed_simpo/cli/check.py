@@ -248,7 +248,7 @@ def _print_layout(
         soft_wrap=True,
     )
     console.print(_memory_options(config), soft_wrap=True)
-    table = Table("GiB per rank", *(f"pipeline rank {estimate.stage}" for estimate in estimates))
+    table = Table("GiB per rank", *(f"pipeline rank {estimate.pipeline_rank}" for estimate in estimates))
     for name in ("parameters", "gradients", "optimizer", "activations", "head", "backward", "total"):
         table.add_row(name, *(_gib(getattr(estimate, name)) for estimate in estimates))
     console.print(table)

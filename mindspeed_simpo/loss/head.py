@@ -143,9 +143,9 @@ class ResponseHead:
         logits[:, self.existing_rows(weight) :] = float("-inf")
 
     def uncap_grad_(self, grad: Float[Tensor, "token shard"], logits: Float[Tensor, "token shard"]) -> None:
-        """Multiply ``grad`` in place by the softcap's derivative ``1 - tanh(z / softcap)^2``; ``logits`` are ``z``."""
+        """Multiply ``grad`` in place by the softcap's derivative ``1 - tanh(z / softcap)^2``; overwrites the logits z."""
         if self.softcap is not None:
-            grad.mul_(1 - torch.tanh(logits / self.softcap).square_())
+            grad.mul_(logits.div_(self.softcap).tanh_().square_().neg_().add_(1))
 
 
 def sequence_sums(

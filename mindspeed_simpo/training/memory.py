@@ -21,9 +21,9 @@ _SCORES = 3
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank; ``stage`` is its pipeline rank."""
+    """Bytes on one rank."""
 
-    stage: int
+    pipeline_rank: int
     parameters: int
     gradients: int
     optimizer: int
@@ -60,7 +60,7 @@ def estimate_memory(
       windows and, on CPUs, the mask of suffixes are stored once;
     - head, on the last pipeline rank: for r response tokens the states ``2 b r hidden`` and the logits,
       ``8 r vocabulary / t``, or with ``fused_logprob`` ``(4, in bf16 8) vocabulary / t`` for each of at most
-      ``logprob_chunk_tokens`` tokens;
+      ``logprob_chunk_tokens`` tokens; with a softcap of the logits ``4 vocabulary / t`` more for each of them;
     - backward ``4 b n ffn / t``: the gradients of SwiGLU while the layer's saved tensors still exist; or, where larger,
       three tensors of the scores of one block of queries if the scores have a soft cap.
 
@@ -120,7 +120,7 @@ class _PassMemory:
         count = count_parameters(self.model, chunks, self.layout.tensor)
         shards = self.layout.data * self.layout.context if self.config.use_distributed_optimizer else 1
         return MemoryEstimate(
-            stage=chunks[0].pipeline_rank,
+            pipeline_rank=chunks[0].pipeline_rank,
             parameters=self.width * count,
             gradients=_FP32 * count,
             optimizer=(12 if self.config.bf16 else 8) * count // shards,
@@ -257,7 +257,8 @@ class _PassMemory:
         scored = self.batch.scored // self.layout.context
         states = 2 * self.width * scored * self.model.hidden_size
         vocabulary = self.model.vocab_size // self.layout.tensor
+        capped = 0 if self.model.logit_softcap is None else _FP32
         if self.config.fused_logprob:
             chunk = min(scored, self.config.logprob_chunk_tokens)
-            return states + chunk * vocabulary * (8 if self.config.bf16 else 4)
-        return states + scored * vocabulary * 8
+            return states + chunk * vocabulary * ((8 if self.config.bf16 else 4) + capped)
+        return states + scored * vocabulary * (8 + capped)

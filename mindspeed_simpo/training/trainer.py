@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -96,6 +97,8 @@ class Run:
         self.writer: MetricsWriter | None = None
         self.progress: Progress | None = None
         self.step = 0
+        self.unlogged_seconds: list[float] = []
+        """Host time of each step since the last metrics line."""
 
     @property
     def consumed_pairs(self) -> int:
@@ -185,9 +188,12 @@ class Run:
         learning_rate = self.stepper.update(squared_norm)
         session.running.update(scored)
         self.step += 1
-        if logged:
-            totals = session.metric_sums.totals(sums)
-            seconds = time.perf_counter() - begin
+        totals = session.metric_sums.totals(sums) if logged else None
+        self.unlogged_seconds.append(time.perf_counter() - begin)
+        if totals is not None:
+            # the wait of this step includes the queued device work of the unlogged steps before it
+            seconds = statistics.fmean(self.unlogged_seconds)
+            self.unlogged_seconds.clear()
             self.report(
                 {
                     "step": self.step,

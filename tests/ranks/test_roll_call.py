@@ -1,4 +1,4 @@
-"""After a failed collective the ranks find out who is missing."""
+"""After a failed collective the ranks determine which ranks are missing."""
 
 import time
 

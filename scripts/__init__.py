@@ -1,1 +1,1 @@
-"""Programs that measure, prove and draw; the tests import some of them."""
+"""Programs for benchmarks, the parity matrix, generated documentation and figures; the tests import some of these."""

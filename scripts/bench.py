@@ -1,6 +1,6 @@
 """Pairs per second, memory and arithmetic rate of every way to run a step, and of other trainers, side by side.
 
-Every variant is a process of its own that goes in through the tool's front door (`mindspeed-simpo train`, TRL's
+Every variant is a separate process that runs the tool's public entry point (`mindspeed-simpo train`, TRL's
 `CPOTrainer`, `llamafactory-cli train`) with the same model, pairs, order, precision and threads. Variants take turns;
 the first steps of a run are left out.
 

@@ -1,7 +1,7 @@
 """The output layer with SimPO's loss, alone: this package's heads, a plain one, and Liger's, on the same tensors.
 
-Every variant is a process of its own: seconds of a forward and backward (median), growth of its resident memory above
-what the inputs take, and the loss and gradients, which must agree.
+Every variant is a separate process. The report has the seconds of a forward and backward (median), the growth of
+resident memory above that of the inputs, and the loss and gradients, which must agree.
 
     python -m scripts.bench_head                            # ours and the plain one
     python -m scripts.bench_head --liger-python PATH        # and Liger's, which that interpreter can import

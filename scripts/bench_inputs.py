@@ -1,4 +1,4 @@
-"""What every variant of the benchmark gets: one model folder, one tokenizer, one file of pairs, one order."""
+"""The inputs of every variant of the benchmark: one model folder, one tokenizer, one file of pairs, one order."""
 
 from __future__ import annotations
 

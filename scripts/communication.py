@@ -1,6 +1,6 @@
-"""What one optimizer step sends, by axis: formulas, and their sum for a model and a layout at stated link speeds.
+"""Bytes that one optimizer step sends, by axis: formulas, and their sum for a model and a layout at stated link speeds.
 
-The formulas are held to what the engine really sends by tests/ranks/test_communication.py, which counts it.
+tests/ranks/test_communication.py compares the formulas with the bytes that the engine sends.
 
     python scripts/communication.py              # the table of docs/parallelism.md
     python scripts/communication.py --write-docs

@@ -1,4 +1,4 @@
-"""The engine without data and output: what measurements and tests run steps of."""
+"""The training engine without data loading and output, for measurements and tests."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Write configs/quickstart: preference pairs, a small tokenizer and the shape of a small model, all made here.
 
-The pairs ask small facts. The chosen answer is friendly, whole and right; the rejected one is curt, rude, evasive, or
-friendly and wrong. A held-out prompt is a combination of fact, question and opening words that training never shows.
-The same files come out of every run.
+The pairs ask small facts. The chosen answer is friendly, complete and right; the rejected answer is curt, rude,
+evasive, or friendly and wrong. A held-out prompt is a combination of fact, question and opening words that training
+never shows. The same files come out of every run.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m scripts.measure_memory                  # measure, print, write docs/benchmarks/memory.json
     python -m scripts.measure_memory --write-docs     # and put the tables into docs/memory.md
 
-Repetitions of the compared variants take turns, and every ratio is of medians of the same run. Beside wall time stands
-the CPU time of the process, which other programs on the machine disturb less.
+Repetitions of the compared variants take turns, and every ratio is of medians of the same run. Wall time is reported
+with the CPU time of the process, which depends less on other programs on the machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The parity matrix: the engine at every layout that it claims, against a dense fp64 oracle, by every objective.
+"""The parity matrix: the engine at every claimed layout against a dense fp64 oracle, for every objective.
 
 Prints, for each row, the relative error of the loss, the worst relative L2 error of a parameter's gradient and the same
-of the parameters after one optimizer step. Exit code 1 where any of them is out of the contract.
+of the parameters after one optimizer step. Exit code 1 where an error exceeds its bound.
 
     bash scripts/parity.sh                     # makes an environment, then runs all rows on both lines of megatron-core
     python -m scripts.parity --quick           # what continuous integration runs, on the installed line

@@ -1,4 +1,4 @@
-"""Bytes of tensors, counted: what autograd keeps for a backward, and what a computation makes at its peak."""
+"""Counted bytes of tensors: those that autograd saves for a backward, and the peak of a computation."""
 
 from __future__ import annotations
 

@@ -8,7 +8,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from mindspeed_simpo.data.problems import ExampleError, as_text, found, malformed, quoted
-from mindspeed_simpo.data.turns import Message, Tags, a, check_prompt, read_message, read_messages, read_tools
+from mindspeed_simpo.data.turns import (
+    Message,
+    Tags,
+    check_prompt,
+    read_message,
+    read_messages,
+    read_tools,
+    with_article,
+)
 from mindspeed_simpo.errors import ConfigError
 
 _DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -245,7 +253,7 @@ def _history(value: Any, column: str) -> list[Message]:
 def _split_answer(name: str, prompt: list[Message] | None, turns: list[Message]) -> tuple[list[Message], Message]:
     """The turns before the last assistant turn, and that turn."""
     if turns[-1].role != "assistant":
-        raise malformed(f"{name}: the last turn must be an assistant turn, found {a(turns[-1].role)} turn")
+        raise malformed(f"{name}: the last turn must be an assistant turn, found {with_article(turns[-1].role)} turn")
     if prompt is None:
         return turns[:-1], turns[-1]
     if len(turns) > 1 and turns[:-1] != prompt:

@@ -46,7 +46,7 @@ class PairEncoder:
     Args:
         tokenizer: With a chat template.
         seq_length: Longest sequence, tokens.
-        prompt_limit: Where the prompt is cut no further, tokens.
+        prompt_limit: Length below which truncation does not cut the prompt, tokens.
         truncation: ``error`` and ``drop`` both raise for a pair that is too long; the caller tells them apart.
 
     Raises:
@@ -76,22 +76,22 @@ class PairEncoder:
                 of kind ``identical`` where chosen and rejected are the same tokens.
         """
         if isinstance(pair, TokenizedPair):
-            return self._taken(pair)
+            return self._encode_tokenised(pair)
         text = self._format.render(pair)
         encoded = EncodedPair(
             self._tokenise(text.prompt),
             self._response_ids("chosen", text.chosen),
             self._response_ids("rejected", text.rejected),
         )
-        return self._fitted(encoded, text.before_header)
+        return self._truncate_if_long(encoded, text.before_header)
 
-    def _taken(self, pair: TokenizedPair) -> EncodedPair:
+    def _encode_tokenised(self, pair: TokenizedPair) -> EncodedPair:
         highest = max((*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids))
         if highest >= len(self._tokenizer):
             raise malformed(f"id {highest} is not one of the tokenizer's {len(self._tokenizer)}: tokenised by another")
-        return self._fitted(EncodedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids), None)
+        return self._truncate_if_long(EncodedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids), None)
 
-    def _fitted(self, encoded: EncodedPair, before_header: str | None) -> EncodedPair:
+    def _truncate_if_long(self, encoded: EncodedPair, before_header: str | None) -> EncodedPair:
         if encoded.chosen_ids == encoded.rejected_ids:
             raise ExampleError("identical", "chosen and rejected are the same tokens")
         longest = len(encoded.prompt_ids) + max(len(encoded.chosen_ids), len(encoded.rejected_ids))
@@ -105,7 +105,7 @@ class PairEncoder:
             raise ExampleError("too_long", f"{longest} tokens ({lengths}), seq_length is {self._seq_length}")
         room = self._seq_length - max(len(chosen), len(rejected))
         keep = min(len(prompt), max(room, self._prompt_limit))
-        head, header = self._untouchable(prompt, before_header)
+        head, header = self._uncut_lengths(prompt, before_header)
         keep = max(keep, head + header)
         if keep >= self._seq_length:
             raise ExampleError(
@@ -133,7 +133,7 @@ class PairEncoder:
             return prompt[:head] + prompt[len(prompt) - (keep - head) :]
         return prompt[: keep - header] + prompt[len(prompt) - header :]
 
-    def _untouchable(self, prompt: list[int], before_header: str | None) -> tuple[int, int]:
+    def _uncut_lengths(self, prompt: list[int], before_header: str | None) -> tuple[int, int]:
         """Tokens at the start (BOS) and at the end (assistant header) of the prompt that no truncation cuts."""
         head = int(bool(prompt) and prompt[0] == self._tokenizer.bos_token_id)
         if before_header is None:  # a tokenised pair: the start of its assistant header is unknown

@@ -121,7 +121,7 @@ class PairStream:
         return self._last_order[1]
 
 
-class PreparedAhead:
+class PrefetchingLoader:
     """Prefetching around a loader: a thread builds the micro-batches of step ``n + 1`` while step ``n`` is computed.
 
     The micro-batches are those of :meth:`PairLoader.train_step`, a function of ``consumed_pairs``.

@@ -1,4 +1,4 @@
-"""How many examples were kept, cut or refused and why, and what the options let pass."""
+"""The data report: numbers of kept, truncated and refused examples with reasons, and the check against the options."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class ChatFormat:
 
         Raises:
             ExampleError: where the template refuses or leaves out a turn, where a text contains a special token (which
-                would be tokenised as such), or where the prompt is no prefix of the whole.
+                would be tokenised as such), or where the rendered prompt is no prefix of the rendered conversation.
         """
         self._check_texts(pair)
         tools = json.loads(pair.tools) if pair.tools is not None else None

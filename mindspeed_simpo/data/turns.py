@@ -57,7 +57,7 @@ class Tags:
         }
 
 
-def a(role: str) -> str:
+def with_article(role: str) -> str:
     """The role with its article."""
     return f"{'an' if role[:1] in 'aeiou' and role != 'user' else 'a'} {role}"
 
@@ -96,7 +96,7 @@ def read_message(value: Any, where: str, tags: Tags) -> Message:
     if role == "function":
         return Message("assistant", "", tool_calls=_calls_of_text(content, f"{where}.{content_key}"))
     if calls and role != "assistant":
-        raise malformed(f"{where}: only an assistant turn can have `tool_calls`, this is {a(role)} turn")
+        raise malformed(f"{where}: only an assistant turn can have `tool_calls`, this is {with_article(role)} turn")
     extras = {key: as_text(value[key], f"{where}.{key}") for key in _EXTRA_KEYS if key in value}
     tool_calls = _dump(_checked_calls(calls, f"{where}.tool_calls"), f"{where}.tool_calls") if calls else None
     return Message(role, content, tool_calls, extras)  # type: ignore[arg-type]
@@ -175,12 +175,12 @@ def check_prompt(messages: Sequence[Message]) -> None:
         if message.role not in _NEXT[state]:
             before = "at the start" if state == "start" else f"after turn {number - 1} ({messages[number - 2].role})"
             raise malformed(
-                f"turn {number} is {a(message.role)} turn {before}; expected {' or '.join(_NEXT[state])}: "
+                f"turn {number} is {with_article(message.role)} turn {before}; expected {' or '.join(_NEXT[state])}: "
                 "turns alternate, and a system turn comes first"
             )
         if message.role in ("user", "assistant") and not message.content.strip() and message.tool_calls is None:
             raise ExampleError("empty", f"turn {number} ({message.role}) of the prompt has no text")
         state = "call" if message.tool_calls is not None else message.role
     if state not in ("user", "tool"):
-        last = "nothing" if state == "start" else f"{a(messages[-1].role)} turn"
+        last = "nothing" if state == "start" else f"{with_article(messages[-1].role)} turn"
         raise malformed(f"the prompt must end with a user turn, it ends with {last}")

@@ -76,7 +76,7 @@ def encode_examples(
         results: Iterator[PlacedResult] = (_encode(example, encoder) for example in chain(first, examples))
     else:
         results = _parallel(chain(first, examples), encoder, workers)
-    return results if total is None else _shown(results, total)
+    return results if total is None else _with_progress_bar(results, total)
 
 
 def _encode(example: PlacedExample, encoder: PairEncoder) -> PlacedResult:
@@ -138,7 +138,7 @@ def _encode_chunk(examples: list[PlacedExample]) -> list[PlacedResult]:
     return [_encode(example, _worker_encoder) for example in examples]
 
 
-def _shown(results: Iterator[PlacedResult], total: int) -> Iterator[PlacedResult]:
+def _with_progress_bar(results: Iterator[PlacedResult], total: int) -> Iterator[PlacedResult]:
     columns = (
         TextColumn("Tokenising"),
         BarColumn(),

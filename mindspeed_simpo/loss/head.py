@@ -143,7 +143,7 @@ class ResponseHead:
         logits[:, self.existing_rows(weight) :] = float("-inf")
 
     def uncap_grad_(self, grad: Float[Tensor, "token shard"], logits: Float[Tensor, "token shard"]) -> None:
-        """Multiply ``grad`` in place by the softcap's derivative ``1 - tanh(z / softcap)^2``; overwrites the logits z."""
+        """Multiply ``grad`` in place by the softcap's slope ``1 - tanh(z / softcap)^2``; overwrites the logits z."""
         if self.softcap is not None:
             grad.mul_(logits.div_(self.softcap).tanh_().square_().neg_().add_(1))
 

@@ -18,7 +18,7 @@ from mindspeed_simpo.batch import PairBatch
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.options import OutputOptions
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data
-from mindspeed_simpo.data.loader import PreparedAhead
+from mindspeed_simpo.data.loader import PrefetchingLoader
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import CheckpointError, ConfigError, TrainingError
 from mindspeed_simpo.loss.reference import ReferenceTable
@@ -90,7 +90,7 @@ class Run:
         self.train_iters = train_iters
         self.schedule = session.schedule(models, tables[0])
         self.eval_schedule = session.schedule(models, tables[1])
-        self.train_loader = PreparedAhead(session.loader(train_data))
+        self.train_loader = PrefetchingLoader(session.loader(train_data))
         self.eval_loader = session.loader(eval_data) if eval_data is not None else None
         self.global_batch_size = config.global_batch_size
         self.root = Path(config.output_dir)

@@ -1,4 +1,4 @@
-"""kill -9 at any point, resume, and the same bits as a run that nobody stopped; damaged checkpoints are refused."""
+"""kill -9 at any point, resume, and results bit-identical to an uninterrupted run; damaged checkpoints are refused."""
 
 import json
 import os

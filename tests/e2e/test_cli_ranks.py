@@ -1,4 +1,4 @@
-"""Ranks that `--nproc-per-node` starts: one message, the right exit code, and nobody left behind."""
+"""Ranks that `--nproc-per-node` starts: one message, the right exit code, and no process left."""
 
 import os
 import signal

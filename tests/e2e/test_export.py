@@ -1,4 +1,4 @@
-"""What training leaves for transformers: a model that loads, answers, and speaks the same template."""
+"""What training leaves for transformers: a model that loads, generates, and has the same chat template."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The rows of the parity matrix: layouts and options, chosen so that they hold every claim of ``config.supported``."""
+"""The rows of the parity matrix: layouts and options, chosen so that they cover every claim of ``config.supported``."""
 
 from __future__ import annotations
 

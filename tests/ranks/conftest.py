@@ -1,4 +1,4 @@
-"""One matrix for all tests of the ranks: checkpoints are written, and the oracle asked, once."""
+"""One matrix for all tests of the ranks: checkpoints are written, and the oracle is evaluated, once."""
 
 import pytest
 

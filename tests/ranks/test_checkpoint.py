@@ -1,4 +1,4 @@
-"""A checkpoint written at one layout is read at any other: parameters, optimizer state and the curve go on."""
+"""A checkpoint of one layout loads at any other, with equal parameters and optimizer state and equal later losses."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the loss path sends is what the mathematics needs: counted from the process groups, held to the formula."""
+"""The communication of the loss path, counted at the process groups, equals the formula."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""No micro-batch makes the host wait for the device: nothing that a step runs asks for a value of a tensor."""
+"""No micro-batch causes a host synchronisation: no operation of a step reads a device tensor on the host."""
 
 import pytest
 import torch

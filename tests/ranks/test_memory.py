@@ -1,4 +1,4 @@
-"""``check``'s estimate of the activations against the bytes that a step keeps and makes, counted."""
+"""``check``'s estimate of the activations against the counted bytes that a step saves and allocates."""
 
 import pytest
 

@@ -1,6 +1,7 @@
 """Windows, soft caps and rotations that depend on the length, in every form of a batch, against transformers.
 
-transformers sees each sequence alone, so that nothing of padding, packing, sharing or slicing can reach it.
+transformers computes each sequence by itself, so that its result does not depend on padding, packing, shared prompts
+or shards.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Defects that have shipped elsewhere, put back: the matrix must catch each, or its silence proves nothing."""
+"""Defects that have shipped elsewhere, reintroduced: the parity matrix must detect each."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""A whole update of a run: what waits for the device, and what a gradient that is not finite leaves."""
+"""A complete optimizer step: host synchronisations, and the state after a gradient that is not finite."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Counts what crosses process groups, as torch's dispatcher sees it."""
+"""Counts the communication of process groups through torch's dispatcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts what makes the host wait for the device, as torch's dispatcher sees it."""
+"""Counts host synchronisations with the device through torch's dispatcher."""
 
 import traceback
 

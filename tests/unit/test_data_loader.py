@@ -11,7 +11,7 @@ import torch
 from mindspeed_simpo.batch import FILLER_PAIR, IGNORE_INDEX, TokenizedPair
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.collate import collate_padded
-from mindspeed_simpo.data.loader import PairLoader, PreparedAhead
+from mindspeed_simpo.data.loader import PairLoader, PrefetchingLoader
 from mindspeed_simpo.errors import DataError
 
 N = IGNORE_INDEX
@@ -100,7 +100,7 @@ class Watched(Numbers):
 def prepared(dataset):
     batching = Batching("padded", 2, max_tokens=0)
     common = {"seed": None, "batching": batching, "data_parallel_rank": 0, "data_parallel_size": 1}
-    return PreparedAhead(PairLoader(dataset, global_batch_size=4, **common))
+    return PrefetchingLoader(PairLoader(dataset, global_batch_size=4, **common))
 
 
 def test_the_next_batch_is_prepared_while_this_one_is_trained_on():

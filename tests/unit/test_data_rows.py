@@ -1,4 +1,4 @@
-"""Row forms: what is recognised, what it turns into, and what is reported with which words."""
+"""Forms of examples: which are recognised, the resulting conversations, and the error messages."""
 
 from __future__ import annotations
 

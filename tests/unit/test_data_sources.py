@@ -1,4 +1,4 @@
-"""Files, folders and saved datasets: where rows lie, and every way in which a file can be broken."""
+"""Files, folders and saved datasets: the places of examples, and every way in which a file can be broken."""
 
 from __future__ import annotations
 

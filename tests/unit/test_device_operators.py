@@ -1,4 +1,4 @@
-"""The operators between the products, the engine's own and the NPU's (by a stand-in), against their formulas."""
+"""The element-wise operators of the engine and of the NPU (through a stand-in), against their formulas."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""What the schedules keep for the backward, and what the fused head makes, counted from the tensors themselves."""
+"""Bytes that the schedules save for the backward and that the fused head allocates, counted from the tensors."""
 
 import pytest
 import torch

@@ -22,7 +22,7 @@ def _one_hangs(hanging):
     begin = time.monotonic()
     with pytest.raises(RuntimeError):
         dist.all_reduce(torch.ones(1), group=group)
-    silent = unresponsive_ranks(grace_s=2)
+    silent = unresponsive_ranks(grace_s=2.0)
     return silent, time.monotonic() - begin
 
 

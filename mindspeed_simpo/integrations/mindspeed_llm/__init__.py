@@ -1,1 +1,1 @@
-"""The objectives of this package inside an installed MindSpeed-LLM: two features, one patch, one wrapped function."""
+"""The plug-in for an installed MindSpeed-LLM: two features of MindSpeed, one patch, one wrapped function."""

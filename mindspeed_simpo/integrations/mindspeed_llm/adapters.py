@@ -1,4 +1,4 @@
-"""LoRA under recomputation of whole layers: adapters that train, whatever the method."""
+"""LoRA with full recomputation: gradients for the adapters with every recompute method."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from torch import Tensor
 
 
 def keep_gradients(model: Any, args: Namespace) -> None:
-    """Let the output of the first stage's embedding require a gradient where LoRA has frozen it.
+    """Make the output of the embedding require a gradient where LoRA has frozen the embedding.
 
-    A recomputed layer whose input requires none returns an output that requires none: its adapters get no gradient, and
-    neither do those of the layers after it, without a word. MindSpeed-LLM 2.2.0, 2.3.0 and 26.0.0 see to it with
-    ``--recompute-method block`` only.
+    The output of a recomputed layer requires no gradient where the layer's input requires none. Then the adapters of
+    this layer and of all following layers silently get no gradient. MindSpeed-LLM 2.2.0, 2.3.0 and 26.0.0 prevent this
+    with ``--recompute-method block`` only.
+
+    Args:
+        model: A pipeline chunk; without an embedding nothing is changed.
+        args: Arguments of MindSpeed-LLM.
     """
     embedding = getattr(model, "embedding", None)
     if embedding is not None and getattr(args, "lora_target_modules", None) and args.recompute_granularity == "full":

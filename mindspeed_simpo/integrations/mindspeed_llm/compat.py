@@ -1,7 +1,7 @@
-"""What this package relies on in MindSpeed-LLM, MindSpeed and Megatron-LM, probed by structure.
+"""Checks that MindSpeed-LLM, MindSpeed and Megatron-LM have the classes and functions that the plug-in uses.
 
-Versions cannot tell: MindSpeed-LLM 26.0.0, 26.1.0 and master all call themselves 26.0.0dev0. Modules that must not be
-imported yet are read, not imported.
+Version numbers do not suffice: MindSpeed-LLM 26.0.0, 26.1.0 and master all have the version 26.0.0dev0. The source of
+modules that must not be imported yet is parsed instead.
 """
 
 from __future__ import annotations

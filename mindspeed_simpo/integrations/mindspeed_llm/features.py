@@ -47,7 +47,7 @@ class SimpoArguments(MindSpeedFeature):  # type: ignore[misc]
 
 
 class SimpoSchedule(MindSpeedFeature):  # type: ignore[misc]
-    """Tells the pipeline schedules that a pair is more than one row."""
+    """Multiplies the micro-batch size of the pipeline schedules by the number of rows of a pair."""
 
     def __init__(self) -> None:
         super().__init__("mindspeed_simpo_schedule", optimization_level=0)
@@ -61,10 +61,10 @@ class SimpoSchedule(MindSpeedFeature):  # type: ignore[misc]
 
 
 def insert() -> None:
-    """Put both features into MindSpeed's list.
+    """Insert both features into MindSpeed's list.
 
-    The flags go right after the feature that declares ``--stage``: a later one parses the command line from inside its
-    ``register_args``. The patch goes last, so that it is the outermost wrapper.
+    The feature with the flags follows the feature that declares ``--stage``, because the ``register_args`` of a later
+    feature parses the command line. The feature with the patch is the last, so that its wrapper is the outermost.
     """
     features = MindSpeedFeaturesManager.FEATURES_LIST
     names = [type(feature).__name__ for feature in features]
@@ -73,13 +73,13 @@ def insert() -> None:
 
 
 def _add(group: _ArgumentGroup, key: str, **options: Any) -> None:
-    # the same parser is given to this feature more than once
+    # MindSpeed calls register_args more than once with the same parser
     if stages.flag(key) not in group._option_string_actions:
         group.add_argument(stages.flag(key), **options)
 
 
 def _argument(field: FieldInfo) -> dict[str, Any]:
-    """What argparse needs to know of an option: its type, choices, default and help."""
+    """Arguments of ``add_argument`` for an option: type, choices, default and help."""
     bounds = describe_range(field)
     text = f"{field.description} ({bounds})" if bounds else str(field.description)
     known: dict[str, Any] = {"default": field.default, "help": text.replace("%", "%%")}

@@ -1,4 +1,4 @@
-"""Log-probabilities in the place of logits: upstream's output layer with ``--fused-logprob``."""
+"""``--fused-logprob``: upstream's output layer returns log-probability sums instead of logits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mindspeed_simpo.loss.head import ResponseHead
 
 
 class OutputLayerHead:
-    """Scores ``targets`` with the weight of the output layer whose forward it replaces; logits are never stored.
+    """Replaces the forward of an output layer by a :class:`ResponseHead` with the layer's weight, for ``targets``.
 
-    The layer stays where it is, so that checkpoints, initialisation and tied weights are upstream's.
+    The layer itself remains in the model, so checkpoints, initialisation and tied weights are those of upstream.
     """
 
     def __init__(self, head: ResponseHead) -> None:
@@ -23,10 +23,10 @@ class OutputLayerHead:
         self._head = head
 
     def replace(self, output_layer: Any) -> None:
-        """Take the place of ``output_layer.forward``.
+        """Replace ``output_layer.forward``.
 
         Raises:
-            ConfigError: the layer is not the plain column-parallel one.
+            ConfigError: where the layer is not a ``ColumnParallelLinear`` without bias.
         """
         if type(output_layer).__name__ != "ColumnParallelLinear" or getattr(output_layer, "bias", None) is not None:
             raise ConfigError(f"--fused-logprob: the output layer is {type(output_layer).__name__}; remove the flag")
@@ -37,7 +37,7 @@ class OutputLayerHead:
             assert self.targets is not None
             weight = output_layer.weight if weight is None else weight
             sums = self._head(hidden, weight, ScoredTokens.of(self.targets))
-            # the model goes on to swap the first two dimensions, as of logits
+            # the model then transposes the first two dimensions, as it does with logits
             return sums[None], None
 
         output_layer.forward = forward

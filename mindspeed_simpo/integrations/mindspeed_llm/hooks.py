@@ -1,8 +1,8 @@
-"""The two moments of MindSpeed-LLM's start at which this package steps in. Imports nothing heavy.
+"""Import hooks that add the flags and the trainers to MindSpeed-LLM. This module imports neither torch nor megatron.
 
-MindSpeed-LLM parses the command line while ``mindspeed_llm`` is being imported, so the flags must be there before; and
-importing its trainers any earlier than it does itself would leave them without its patches. Hence hooks that run right
-after two of its modules, whoever imports them.
+MindSpeed-LLM parses the command line while ``mindspeed_llm`` is being imported, so the flags must be added during that
+import. Its trainers must not be imported before MindSpeed-LLM imports them, because they would lack its patches.
+Therefore the hooks run immediately after two modules of MindSpeed-LLM have been executed.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class _AfterImport(MetaPathFinder):
 
 
 def install() -> None:
-    """Step into MindSpeed-LLM's start-up; call before ``mindspeed_llm`` is imported. A second call does nothing.
+    """Install the import hooks; call before ``mindspeed_llm`` is imported. A second call has no effect.
 
     Raises:
-        ConfigError: where ``mindspeed_llm`` has been imported already, or runs on a backend without Megatron.
+        ConfigError: where ``mindspeed_llm`` has already been imported, or its backend is not Megatron.
     """
     if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         return

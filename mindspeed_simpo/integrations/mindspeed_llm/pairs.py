@@ -1,4 +1,4 @@
-"""From upstream's batches to this package's records: targets, log-probability sums, pairs."""
+"""From upstream's batches to the inputs of an objective: shifted targets, log-probability sums, pairs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from mindspeed_simpo.parallel.collectives import sum_over
 
 
 class NextTokenLabels(Iterator[Mapping[str, Any]]):
-    """Upstream's batches with ``labels[:, t]`` the id that position t predicts.
+    """Upstream's batches with shifted labels: ``labels[:, t]`` is the id that position t predicts.
 
-    Shifting here, on the whole sequence, lets upstream's ``get_batch`` slice the labels as it slices the tokens: no
-    context-parallel rank loses or mismatches a label at the edge of its slice.
+    The labels are shifted on the full sequence, before upstream's ``get_batch`` slices labels and tokens over
+    context-parallel ranks. Hence no label at the edge of a slice is lost or mismatched.
     """
 
     def __init__(self, batches: Iterator[Mapping[str, Any]]) -> None:
@@ -39,7 +39,7 @@ class NextTokenLabels(Iterator[Mapping[str, Any]]):
 
 
 def pair_loss(args: Namespace) -> PairLoss:
-    """The loss that the command line asks this package for."""
+    """The loss of the objective that the command line selects."""
     objective = stages.objective_of(args)
     assert objective is not None, "--stage is upstream's own"
     return PairLoss.of(stages.task_options(args, objective))
@@ -60,10 +60,9 @@ def upstream_groups() -> Groups:
 def row_logprobs(
     logits: Float[Tensor, "row seq shard"], targets: Int[Tensor, "row seq"], groups: Groups
 ) -> Float[Tensor, " row"]:
-    """``sum_t log softmax(logits_t)[y_t]`` over the response tokens of each row, on all context-parallel ranks; nats.
+    """``sum_t log softmax(logits_t)[y_t]`` over the response tokens of each row, all-reduced over context ranks; nats.
 
-    The softmax runs over all rows of the output weight, padding of the vocabulary included, as in upstream's own
-    stages.
+    The softmax includes the padding of the vocabulary, as in upstream's own stages.
     """
     scored, sum_dtype = ScoredTokens.of(targets), reduction_dtype(logits.device)
     selected = logits[scored.sequence, scored.position].float()
@@ -72,7 +71,7 @@ def row_logprobs(
 
 
 def row_tokens(targets: Int[Tensor, "row seq"], groups: Groups) -> Int[Tensor, " row"]:
-    """Response tokens of each row, on all context-parallel ranks."""
+    """int64 response tokens of each row, all-reduced over context-parallel ranks."""
     return sum_over((targets != IGNORE_INDEX).sum(dim=1), groups.context)
 
 

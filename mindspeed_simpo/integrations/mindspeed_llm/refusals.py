@@ -1,4 +1,4 @@
-"""Combinations of flags that cannot be exact, refused before the model is built. Imports neither torch nor upstream."""
+"""Combinations of flags that are refused before the model is built. This module imports neither torch nor upstream."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _REFUSED: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     ("async_log_allreduce", bool, "it takes the metrics in another form; remove it"),
     ("num_experts", bool, "mixture-of-experts models are not in the parity matrix; use a dense model"),
 )
-"""Name of the argument, when it is refused, why and what to do."""
+"""Name of the argument, predicate of the refused values, and the reason with what to do."""
 
 _EXACT_CP_ALGORITHMS = ("megatron_cp_algo", "ulysses_cp_algo")
 
 
 def check(args: Namespace) -> None:
-    """Refuse what cannot work with this package's trainers; other stages are left alone.
+    """Refuse flags that this package's trainers do not support; the arguments of upstream's own stages are not checked.
 
     Raises:
         ConfigError: one message with every reason and what to change.
@@ -67,7 +67,7 @@ def _options_in_use(args: Namespace) -> Iterator[str]:
 
 
 def _unread_keys(args: Namespace, read: Container[str]) -> Iterator[str]:
-    """Flags of this package that are set and that nothing reads."""
+    """Flags of objectives' keys that are set, but are not among the keys that are read."""
     for objective in OBJECTIVES.values():
         for key, field in objective.keys.model_fields.items():
             if key not in read and key not in stages.UPSTREAM_KEYS and getattr(args, key) != field.default:
@@ -90,7 +90,7 @@ def _refused_flags(args: Namespace) -> Iterator[str]:
             shown = "" if value is True else f" {value}"
             yield f"--{name.replace('_', '-')}{shown}: {reason}"
     if getattr(args, "lora_target_modules", None) and getattr(args, "transformer_impl", "") == "transformer_engine":
-        # peft adapts megatron-core's own layers only, and stops in the middle of the model's construction
+        # the LoRA of MindSpeed-LLM adapts megatron-core's own layers only, and raises while the model is built
         yield (
             "--lora-target-modules: MindSpeed-LLM's LoRA does not know the layers of --transformer-impl "
             "transformer_engine; add --transformer-impl local"
@@ -117,7 +117,7 @@ def _refused_parallelism(args: Namespace) -> Iterator[str]:
 
 
 def _pads_to_need(args: Namespace) -> bool:
-    # 2.2.0 has only --variable-seq-lengths; later versions set it themselves, and pad by the other flag
+    # 2.2.0 has only --variable-seq-lengths; later versions derive it and have --no-pad-to-seq-lengths
     return bool(getattr(args, "no_pad_to_seq_lengths", args.variable_seq_lengths))
 
 
@@ -128,7 +128,7 @@ def _next_multiple(value: int, of: int) -> int:
 def _refused_schedule(args: Namespace, objective: Objective) -> Iterator[str]:
     two_pass = args.pair_schedule == "two_pass"
     if objective.needs_reference:
-        # upstream's trainer runs policy and reference in one forward step, and returns the logits of both
+        # upstream's forward step runs the policy and the reference model, and returns the logits of both
         without = f"only for stages without a reference model ({', '.join(stages.SUPPORTED)}); remove it"
         if two_pass:
             yield f"--pair-schedule two_pass: {without}"
@@ -136,7 +136,7 @@ def _refused_schedule(args: Namespace, objective: Objective) -> Iterator[str]:
             yield f"--fused-logprob: {without}"
     virtual_stages = getattr(args, "num_layers_per_virtual_pipeline_stage", None)
     if two_pass and virtual_stages and not hasattr(args, "no_pad_to_seq_lengths"):
-        # 2.2.0's own wrapper of this schedule knows micro-batches of whole pairs only
+        # 2.2.0's own wrapper of the interleaved schedule supports only micro-batches of complete pairs
         yield "--pair-schedule two_pass: not with virtual stages here; remove --num-layers-per-virtual-pipeline-stage"
     if two_pass and (args.attention_dropout or args.hidden_dropout):
         yield (

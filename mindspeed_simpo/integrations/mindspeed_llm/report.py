@@ -1,4 +1,4 @@
-"""Loss and metrics of pairs, as upstream's loop, log and tensorboard take them, and a line with all metrics."""
+"""Loss and metrics in the form of upstream's loop, log and tensorboard, and a log line with all metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UPSTREAM_NAMES = {"loss": "lm loss"}
 """Upstream's key of the training loss, which its tools parse."""
 
 Metrics = dict[str, list[Tensor]]
-"""Metric -> [sum over pairs, number of pairs]: upstream divides after adding up micro-batches."""
+"""Metric -> [sum over pairs, number of pairs]; upstream adds up micro-batches and divides afterwards."""
 
 
 def joint_loss(
@@ -26,21 +26,21 @@ def joint_loss(
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """Mean loss of a micro-batch's pairs with its graph, and their metrics.
 
-    The schedule goes on to the mean over micro-batches and ranks.
+    Megatron-LM's schedule then takes the mean over micro-batches and data-parallel ranks.
     """
     total, scored = score(objective, inputs)
     return total / inputs.chosen_tokens.numel(), reduced_metrics(scored, data_group)
 
 
 def reduced_metrics(scored: ScoredPairs, data_group: dist.ProcessGroup) -> Metrics:
-    """Sums over the pairs of one micro-batch on all data-parallel ranks, with their number.
+    """Sums over the pairs of one micro-batch on all data-parallel ranks, and the number of these pairs; a collective.
 
     Args:
         scored: This rank's pairs.
-        data_group: Ranks that hold other pairs, without the context-parallel ones.
+        data_group: Data-parallel ranks, without the context-parallel ranks, which have the same pairs.
 
     Raises:
-        TrainingError: a loss that is not a number.
+        TrainingError: where a loss is NaN.
     """
     if scored.output.loss.isnan().any():
         raise TrainingError(
@@ -62,7 +62,11 @@ class IterationReport:
         self._totals: Metrics = {}
 
     def add(self, micro_batches: Sequence[Metrics]) -> None:
-        """Take what the schedule returned for one iteration; empty on ranks without the last pipeline stage."""
+        """Add the metrics of one iteration, and print them where the iteration is logged.
+
+        Args:
+            micro_batches: Metrics that the schedule returned; empty except on the last pipeline rank.
+        """
         from megatron.training import get_args
         from megatron.training.utils import print_rank_last
 

@@ -1,4 +1,4 @@
-"""The one patch: a micro-batch of n pairs has 2n rows (4n with a reference model), and its metrics are exact."""
+"""The patch of the pipeline schedules: a micro-batch of n pairs has 2n rows, or 4n rows with a reference model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Schedule = Callable[..., Any]
 
 
 def pair_rows_wrapper(get_forward_backward_func: Callable[..., Schedule]) -> Callable[..., Schedule]:
-    """Wrap megatron's ``get_forward_backward_func`` so that the schedule it returns knows the rows of a micro-batch.
+    """Wrap ``get_forward_backward_func``: its schedules then take ``micro_batch_size`` in pairs, and report metrics.
 
-    ``args.micro_batch_size`` stays the number of pairs: samplers, learning-rate schedule and consumed samples count it.
-    The name ends as MindSpeed's patch manager wants a wrapper's name to end.
+    ``args.micro_batch_size`` remains the number of pairs, which samplers, learning-rate schedule and consumed samples
+    count. MindSpeed's patch manager requires that the name of a wrapper ends with ``wrapper``.
     """
     report = IterationReport()
 

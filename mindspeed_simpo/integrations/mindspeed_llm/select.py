@@ -1,4 +1,4 @@
-"""Which trainer serves a stage, and what is said once at start."""
+"""The trainer of a stage, and the notes that are printed once at start."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mindspeed_simpo.integrations.mindspeed_llm import stages
 from mindspeed_simpo.objectives import Objective
 
 _OTHER_DEFAULTS = {"gamma_beta_ratio": (1.4, "which is the SimPO authors' older gamma, not its ratio to beta")}
-"""Key -> MindSpeed-LLM's default where it had another one than the objective declares, and what is wrong with it."""
+"""Key -> MindSpeed-LLM's default where that differs from the objective's default, and the reason for the difference."""
 
 
 def trainer() -> object | None:
-    """This package's trainer for ``args.stage``, or None where upstream's own serves it."""
+    """This package's trainer for ``args.stage``; None for the stages of upstream's own trainers."""
     args = get_args()
     objective = stages.objective_of(args)
     for line in _upstream_warnings(args) if objective is None else _notes(args, objective):

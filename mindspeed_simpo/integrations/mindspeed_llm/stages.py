@@ -1,4 +1,4 @@
-"""Which stages this package trains inside MindSpeed-LLM, read from the registry of objectives. Imports no torch."""
+"""The stages that the plug-in trains, from the registry of objectives. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.objectives import OBJECTIVES, Objective
 
 UPSTREAM_STAGE = "dpo"
-"""The one objective that MindSpeed-LLM itself has as a stage. Its trainer builds the reference model and puts the
-reference's rows behind the policy's: the only reference here. Without ``--dpo-exact`` the stage is upstream's own."""
+"""The only objective that is also a stage of MindSpeed-LLM, and the only stage with a reference model: the reference's
+rows follow the policy's in a batch. Without ``--dpo-exact`` upstream's own trainer runs."""
 
 UPSTREAM_KEYS = ("dpo_beta", "dpo_loss_type", "dpo_label_smoothing", "pref_ftx")
 """Keys whose flags MindSpeed-LLM declares; its scripts pass them with any stage."""
@@ -27,7 +27,7 @@ def flag(key: str) -> str:
 
 
 def objective_of(args: Namespace) -> Objective | None:
-    """The objective that ``args`` ask this package for; None where the stage is upstream's own."""
+    """The objective that ``args`` select from this package; None where upstream's own trainer runs."""
     if args.stage == UPSTREAM_STAGE and not args.dpo_exact:
         return None
     return OBJECTIVES.get(args.stage)
@@ -64,5 +64,5 @@ def task_options(args: Namespace, objective: Objective) -> TaskOptions:
 def _line(item: dict[str, object]) -> str:
     place = item["loc"]
     message = str(item["msg"]).removeprefix("Value error, ")
-    # values that do not agree with each other have no place, and their message names them
+    # an error of several values has no location, and its message names the keys
     return f"{flag(str(place[0]))} {item['input']}: {message}" if isinstance(place, tuple) and place else message

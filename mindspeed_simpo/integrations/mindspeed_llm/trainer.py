@@ -46,12 +46,11 @@ class PairTrainer(SFTTrainer):  # type: ignore[misc]
                 sum_dtype=reduction_dtype(torch.device("cpu")),
                 chunk_tokens=args.logprob_chunk_tokens,
                 sequence_parallel=args.sequence_parallel,
-                # a hook of megatron's DDP waits for the weight's gradient where it overlaps its reduction
                 weight_grad_awaited=args.overlap_grad_reduce,
             )
             self._head = OutputLayerHead(head)
         self.two_pass: TwoPass | None = None
-        """What the schedule's wrapper runs in its place."""
+        """Runs the iterations with ``--pair-schedule two_pass``; the schedule's wrapper calls it."""
         if args.pair_schedule == "two_pass":
             self.two_pass = TwoPass(self._next, self._logprobs, self._objective, self._groups)
         super().__init__()

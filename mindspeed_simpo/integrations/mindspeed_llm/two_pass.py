@@ -20,17 +20,17 @@ Forward = Callable[[Iterator[Batch], torch.nn.Module], tuple[Tensor, Tensor]]
 """``forward(data_iterator, model)``: this pipeline rank's output for the next batch, and the targets of its rows."""
 Logprobs = Callable[[Tensor, Tensor], Float[Tensor, " row"]]
 """``logprobs(output, targets)``: the rows' log-probability sums from the last pipeline rank's output; nats."""
-_Swept = tuple[Float[Tensor, " pair"], Int[Tensor, " pair"]]
+_RejectedSums = tuple[Float[Tensor, " pair"], Int[Tensor, " pair"]]
 """Log-probability sums and response tokens of the rejected rows of one micro-batch."""
 
 
 class TwoPass:
-    """Runs a schedule of megatron's twice for one iteration, with or without a pipeline.
+    """Runs a schedule of Megatron-LM twice for one iteration, with or without pipeline parallelism.
 
-    The first run takes the rejected rows forward only. In the second, chosen and rejected rows follow each other as
-    micro-batches of their own, each with its part of the loss's gradient: megatron's accumulation, pipelining and
-    gradient synchronisation then hold as they are. A pipeline rank stores the activations of half the rows, for one
-    more forward of half the rows.
+    The first run is forward only, over the rejected rows. In the second run the chosen and the rejected rows of a
+    micro-batch are two micro-batches, each with its loss from :class:`TwoPassLoss`, so gradient accumulation,
+    pipelining and gradient synchronisation of Megatron-LM need no change. A pipeline rank stores the activations of
+    half the rows, and computes one more forward of half the rows.
     """
 
     def __init__(self, forward: Forward, logprobs: Logprobs, objective: LossOfPairs, groups: Groups) -> None:
@@ -38,22 +38,22 @@ class TwoPass:
         self._logprobs = logprobs
         self._objective = objective
         self._groups = groups
-        self._swept: list[_Swept] = []
-        self._begun: TwoPassLoss[ScoredPairs] | None = None
+        self._rejected_sums: list[_RejectedSums] = []
+        self._pending: TwoPassLoss[ScoredPairs] | None = None
 
     def run(self, schedule: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """One iteration's gradients.
 
         Args:
-            schedule: One of megatron's.
-            arguments: What to call it with; ``micro_batch_size`` in rows of whole micro-batches.
+            schedule: A forward-backward schedule of Megatron-LM.
+            arguments: Keyword arguments of ``schedule``; ``micro_batch_size`` counts chosen and rejected rows.
 
         Returns:
             The micro-batches' metrics, on the last pipeline rank.
         """
         number, rows = arguments["num_microbatches"], arguments["micro_batch_size"]
         iterators = arguments["data_iterator"]
-        # one iterator for each virtual pipeline chunk
+        # one iterator for each virtual pipeline rank
         each = iterators if isinstance(iterators, list) else [iterators]
         batches = [None if iterator is None else [next(iterator) for _ in range(number)] for iterator in each]
 
@@ -62,17 +62,17 @@ class TwoPass:
             return replayed if isinstance(iterators, list) else replayed[0]
 
         halved = arguments | {"micro_batch_size": rows // 2}
-        sweep = {"forward_step_func": self._sweep_step, "data_iterator": replay(1), "forward_only": True}
+        forward_only = {"forward_step_func": self._rejected_step, "data_iterator": replay(1), "forward_only": True}
         with torch.no_grad():
-            self._swept = list(schedule(**halved | sweep))
+            self._rejected_sums = list(schedule(**halved | forward_only))
         training = {"forward_step_func": self._training_step, "data_iterator": replay(0, 1)}
         return schedule(**halved | training | {"num_microbatches": 2 * number})[::2]
 
-    def _sweep_step(self, data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    def _rejected_step(self, data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         output, targets = self._forward(data_iterator, model)
-        return output, partial(self._sweep_sums, targets)
+        return output, partial(self._sums_of_rejected, targets)
 
-    def _sweep_sums(self, targets: Int[Tensor, "row seq"], output: Tensor) -> tuple[Tensor, _Swept]:
+    def _sums_of_rejected(self, targets: Int[Tensor, "row seq"], output: Tensor) -> tuple[Tensor, _RejectedSums]:
         sums = self._logprobs(output, targets)
         return sums.sum(), (sums, row_tokens(targets, self._groups))
 
@@ -82,19 +82,19 @@ class TwoPass:
 
     def _half_loss(self, targets: Int[Tensor, "row seq"], output: Tensor) -> tuple[Tensor, Metrics]:
         sums = self._logprobs(output, targets)
-        if self._begun is not None:
-            begun, self._begun = self._begun, None
-            return begun.second_half(sums)[0], {}
-        rejected, rejected_tokens = self._swept.pop(0)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            return pending.second_half(sums)[0], {}
+        rejected, rejected_tokens = self._rejected_sums.pop(0)
         tokens = torch.cat([row_tokens(targets, self._groups), rejected_tokens])
-        self._begun = TwoPassLoss(
+        self._pending = TwoPassLoss(
             partial(self._gradients, tokens),
-            # a mean over pairs, where the schedule takes the mean over twice as many micro-batches
+            # the mean over pairs, times 2 because the schedule takes the mean over twice as many micro-batches
             weight=2 / len(sums),
             order=torch.arange(len(tokens), device=tokens.device),
             second=rejected,
         )
-        loss, scored = self._begun.first_half(sums)
+        loss, scored = self._pending.first_half(sums)
         return loss, reduced_metrics(scored, self._groups.data)
 
     def _gradients(

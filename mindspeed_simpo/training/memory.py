@@ -132,13 +132,13 @@ class _PassMemory:
     def activation_bytes(self, chunks: Sequence[Chunk]) -> int:
         """Saved tensors of all micro-batches in flight, and those of one group of layers during recomputation."""
         kept, recomputed = zip(*(self.chunk_bytes(chunk) for chunk in chunks), strict=True)
-        stages, number = self.layout.pipeline, len(chunks)
-        behind = stages - chunks[0].pipeline_rank - 1
+        pipeline_size, number = self.layout.pipeline, len(chunks)
+        behind = pipeline_size - chunks[0].pipeline_rank - 1
         if number == 1:
             tokens = self.largest.in_flight[behind]
             return int(kept[0] * tokens // self.batch.tokens + recomputed[0])
         # with virtual pipeline ranks all micro-batches of a step are padded to one length
-        warm_up = 2 * behind + (number - 1) * stages
+        warm_up = 2 * behind + (number - 1) * pipeline_size
         in_flight = min(self.largest.passes * number, warm_up + 1)
         return int(sum(kept) * in_flight // number + max(recomputed))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mindspeed_simpo.model.description import Layer, ModelDescription, TensorNames
+from collections.abc import Sequence
+
+from mindspeed_simpo.model.description import Attention, Layer, ModelDescription, Norm, TensorNames
 from mindspeed_simpo.model.settings import Family, Settings
 
 NAMES = TensorNames(
@@ -22,11 +24,23 @@ def check_direction(settings: Settings) -> None:
         raise settings.error("use_bidirectional_attention is not supported: a preference is scored left to right")
 
 
+def gemma_model(settings: Settings, norm: Norm, attentions: Sequence[Attention]) -> ModelDescription:
+    """Layers with a norm on both sides of each block and GeGLU, embeddings scaled by ``sqrt(hidden_size)``."""
+    hf = settings.hf
+    mlp = settings.mlp(key="hidden_activation", expected="gelu_pytorch_tanh")
+    return settings.model(
+        [Layer(norm, attention, norm, mlp, norm, norm) for attention in attentions],
+        norm,
+        names=NAMES,
+        embedding_scale=hf.hidden_size**0.5,
+        logit_softcap=hf.final_logit_softcapping,
+    )
+
+
 def describe(settings: Settings) -> ModelDescription:
     """The description of a Gemma 2 model; layers differ in windows, and checkpoints store norm weights minus 1."""
     check_direction(settings)
     hf, norm, rotation = settings.hf, settings.norm(weight_offset=1.0), settings.rotation()
-    mlp = settings.mlp(key="hidden_activation", expected="gelu_pytorch_tanh")
     bias = bool(settings.raw.get("attention_bias"))
     windows = settings.windows(settings.layer_types(lambda index: index % 2 == 0))
     attentions = [
@@ -40,14 +54,7 @@ def describe(settings: Settings) -> ModelDescription:
         )
         for window in windows
     ]
-    layers = [Layer(norm, attention, norm, mlp, norm, norm) for attention in attentions]
-    return settings.model(
-        layers,
-        norm,
-        names=NAMES,
-        embedding_scale=hf.hidden_size**0.5,
-        logit_softcap=hf.final_logit_softcapping,
-    )
+    return gemma_model(settings, norm, attentions)
 
 
 FAMILY = Family("gemma2", "Gemma2ForCausalLM", describe)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mindspeed_simpo.model.description import Layer, ModelDescription
-from mindspeed_simpo.model.families.gemma2 import NAMES, check_direction
+from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.families.gemma2 import check_direction, gemma_model
 from mindspeed_simpo.model.settings import Family, Settings
 
 
@@ -20,7 +20,6 @@ def describe(settings: Settings) -> ModelDescription:
         layer_type="sliding_attention", theta=raw.get("rope_local_base_freq", 10_000.0), scaled=False
     )
     everywhere = settings.rotation(layer_type="full_attention", theta=raw.get("rope_theta", 1_000_000.0))
-    mlp = settings.mlp(key="hidden_activation", expected="gelu_pytorch_tanh")
     bias = bool(raw.get("attention_bias"))
     period = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
     windows = settings.windows(settings.layer_types(lambda index: (index + 1) % period != 0))
@@ -35,14 +34,7 @@ def describe(settings: Settings) -> ModelDescription:
         )
         for window in windows
     ]
-    layers = [Layer(norm, attention, norm, mlp, norm, norm) for attention in attentions]
-    return settings.model(
-        layers,
-        norm,
-        names=NAMES,
-        embedding_scale=hf.hidden_size**0.5,
-        logit_softcap=hf.final_logit_softcapping,
-    )
+    return gemma_model(settings, norm, attentions)
 
 
 FAMILY = Family(

@@ -6,6 +6,8 @@ import torch
 from mindspeed_simpo.batch import IGNORE_INDEX, ScoredTokens
 from tests.ranks.launcher import run_ranks
 
+pytestmark = pytest.mark.newest_core
+
 HIDDEN, SEQ, ROWS = 12, 9, 6
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from tests.ranks.launcher import run_ranks
 
+pytestmark = pytest.mark.newest_core
+
 
 def _one_hangs(hanging):
     import datetime

@@ -17,6 +17,8 @@ from tests.ranks.launcher import run_ranks
 from tests.ranks.model_helpers import engine_model, make_checkpoint
 from tests.ranks.parity import engine_steps, worst_error
 
+pytestmark = pytest.mark.newest_core
+
 VOCAB = 131
 LONGROPE = {
     "rope_type": "longrope",

@@ -136,6 +136,7 @@ def _assert_equal(results, logits, gradients):
         assert error < 1e-5, f"{name}: {error}"
 
 
+@pytest.mark.newest_core
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_equal_transformers(checkpoint, name):
     folder, logits, gradients = checkpoint(name)

@@ -6,6 +6,8 @@ from tests import oracle
 from tests.hf import make_checkpoint, make_token_pairs
 from tests.ranks.parity import engine_steps, worst_error
 
+pytestmark = pytest.mark.newest_core
+
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 
 

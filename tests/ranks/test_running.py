@@ -10,6 +10,8 @@ from tests import oracle
 from tests.hf import make_checkpoint, make_token_pairs
 from tests.ranks.parity import Run, engine_runs, engine_steps, worst_error
 
+pytestmark = pytest.mark.newest_core
+
 TP, PP, CP, DP = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",

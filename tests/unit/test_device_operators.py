@@ -24,7 +24,7 @@ def tolerance(request, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "torch_npu"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch_npu", importlib.import_module("torch_npu.operators"))
-    monkeypatch.setattr(npu, "holds", lambda _: True)
+    monkeypatch.setattr(npu, "is_on_npu", lambda _: True)
     return {"rtol": 1e-5, "atol": 1e-6}
 
 

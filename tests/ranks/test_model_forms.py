@@ -12,9 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.validation import make_layout
+from mindspeed_simpo.errors import ConfigError
+from mindspeed_simpo.model.hf_config import read_description
 from tests.hf import make_token_pairs
-from tests.ranks.launcher import run_ranks
-from tests.ranks.model_helpers import engine_model, make_checkpoint
+from tests.ranks.model_helpers import make_checkpoint
 from tests.ranks.parity import engine_steps, worst_error
 
 pytestmark = pytest.mark.newest_core
@@ -103,21 +106,13 @@ def test_gradients(model, name, form):
     assert error < 1e-5, worst
 
 
-def _refusal(folder, options):
-    from mindspeed_simpo.errors import ConfigError
-
-    try:
-        engine_model(folder, (1, 1, 1), **options)
-    except ConfigError as error:
-        return str(error)
-    return None
-
-
 def test_a_prompt_is_not_shared_where_each_sequence_rotates_its_own(model):
     folder, _ = model("dynamic")
-    (message,) = run_ranks(_refusal, 1, folder, SHARED)
-    assert "depends on the length of each sequence beyond 16 tokens: set batching: packed" in message
-    assert run_ranks(_refusal, 1, folder, SHARED | {"seq_length": 16}) == [None]
+    options = {"model_name_or_path": str(folder), "data_path": "unused", "output_dir": "unused", **SHARED}
+    description = read_description(folder)
+    with pytest.raises(ConfigError, match=r"depends on the length of each sequence.*set batching: packed"):
+        make_layout(Config(**options, seq_length=17), 1, description)
+    make_layout(Config(**options, seq_length=16), 1, description)
 
 
 def test_every_sequence_is_longer_than_the_window_of_some_layer():

@@ -107,7 +107,9 @@ def build_schedule(
         weight_grad_awaited=config.overlap_grad_reduce,
     )
     scorer = PairScorer(PairLoss.of(config), table, running)
-    return PairSchedule(models, scorer, head, groups, device.torch_device, config.pair_schedule)
+    return PairSchedule(
+        models, scorer, head, groups, device.torch_device, config.pair_schedule, config.sequence_multiple
+    )
 
 
 def export_checkpoint(load: str, output: Path) -> None:

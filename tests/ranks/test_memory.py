@@ -6,6 +6,8 @@ from tests.hf import Pairs, make_checkpoint, make_token_pairs
 from tests.ranks import model_helpers
 from tests.ranks.launcher import run_ranks
 
+pytestmark = pytest.mark.newest_core
+
 PAIRS = 8
 CLOSE, PROMISED = 0.1, 0.2
 """Relative."""

@@ -12,6 +12,8 @@ from mindspeed_simpo.config.layout import Layout
 from tests.ranks.matrix import GRADIENT, LOSS, Cell, Row
 from tests.ranks.parity import worst_error
 
+pytestmark = pytest.mark.newest_core
+
 OBJECTIVE = "sigmoid + ftx"
 
 

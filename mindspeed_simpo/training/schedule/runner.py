@@ -56,7 +56,9 @@ class PairSchedule:
     head: ResponseHead
     groups: Groups
     device: torch.device
-    pair_schedule: PairScheduleName = "concat"
+    pair_schedule: PairScheduleName
+    sequence_multiple: int
+    """Every row's length is a multiple of it, see :attr:`~mindspeed_simpo.config.layout.Layout.sequence_multiple`."""
 
     def forward_backward(self, micro_batches: Sequence[PairBatch], num_pairs: int) -> list[ScoredBatch]:
         """Accumulate the gradient of the global batch's mean loss in ``main_grad``, reduced over all ranks.
@@ -92,7 +94,7 @@ class PairSchedule:
         return loss * weight, scored
 
     def _two_pass(self, micro_batches: Sequence[PairBatch], weight: float) -> list[ScoredBatch]:
-        halves = [Rows.of(batch).two_pass_halves(batch.lengths, self._sequence_multiple) for batch in micro_batches]
+        halves = [Rows.of(batch).two_pass_halves(batch.lengths, self.sequence_multiple) for batch in micro_batches]
         with torch.no_grad():
             # the schedule returns an empty list except on the last pipeline rank
             second_sums = self._run([Pass(second.rows, _record) for _, second in halves], forward_only=True)
@@ -164,12 +166,6 @@ class PairSchedule:
                 get_attr_wrapped_model(model, "set_input_tensor")(hidden.contiguous())
             outputs.append(self._forward(model, part))
         return torch.cat(outputs, dim=outputs[0].dim() // 2)
-
-    @property
-    def _sequence_multiple(self) -> int:
-        tensor = self.groups.tensor.size() if self.head.sequence_parallel else 1
-        context = self.groups.context.size()
-        return tensor * (2 * context if context > 1 else 1)
 
 
 def _record(logprobs: Float[Tensor, " sequence"]) -> tuple[Tensor, Float[Tensor, " sequence"]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.cli import Ranks
+
 REPO = Path(__file__).parents[2]
 QUICKSTART = REPO / "configs" / "quickstart"
 
@@ -29,13 +31,14 @@ def run(*words, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*_8b_*.yaml")), ids=lambda path: path.stem)
 def test_configurations_of_large_models_train_a_small_one(path, tmp_path):
-    run(
-        *(sys.executable, "-m", "mindspeed_simpo", "train", path, "--device", "cpu"),
+    words = [
+        *("train", path, "--device", "cpu"),
         *("--model-name-or-path", QUICKSTART, "--init-from", "config", "--data-path", QUICKSTART / "held_out.jsonl"),
         *("--data-cache-dir", tmp_path / "cache", "--output-dir", tmp_path / "out", "--tensor-model-parallel-size", 1),
         *("--seq-length", 64, "--max-prompt-length", 32, "--global-batch-size", 2, "--train-iters", 2),
-        cwd=tmp_path,
-    )
+    ]
+    done = Ranks(tmp_path / "run", words, 1, {"HOME": str(tmp_path)}).wait()
+    assert done.code == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2]
     assert (tmp_path / "out" / "hf" / "model.safetensors").exists()

@@ -8,6 +8,9 @@ from tests.ranks.launcher import run_ranks
 from tests.ranks.waits import Waits
 
 
+pytestmark = pytest.mark.newest_core
+
+
 def _waits_of_steps(folder, token_pairs, options, modes):
     from megatron.core import tensor_parallel
 

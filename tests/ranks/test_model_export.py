@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tests.ranks.launcher import run_ranks
 from tests.ranks.model_helpers import CHAT_TEMPLATE, engine_model, make_checkpoint, make_tokenizer, stored_tensors
 
+pytestmark = pytest.mark.newest_core
+
 FAMILIES = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": None, "head_dim": 24},

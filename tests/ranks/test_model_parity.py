@@ -6,6 +6,8 @@ import pytest
 from tests.ranks.launcher import run_ranks
 from tests.ranks.model_helpers import LLAMA3_ROPE, make_checkpoint, run_engine, transformers_result, whole_logits
 
+pytestmark = pytest.mark.newest_core
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 300.0, "original_max_position_embeddings": 64}
 LONGROPE = {
     "rope_type": "longrope",
@@ -136,7 +138,6 @@ def _assert_equal(results, logits, gradients):
         assert error < 1e-5, f"{name}: {error}"
 
 
-@pytest.mark.newest_core
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_equal_transformers(checkpoint, name):
     folder, logits, gradients = checkpoint(name)

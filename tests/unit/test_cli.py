@@ -39,6 +39,23 @@ def run(*words, env=None, timeout=60) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture
+def execute(monkeypatch, capsys):
+    """Runs a command line in this process; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run_here(*words):
+        try:
+            code = cli.execute(list(map(str, words)))
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run_here
+
+
 def run_in_process(*words) -> tuple[int, list[str]]:
     """Exit code of a fresh interpreter that runs one command line, and the heavy packages that it imported."""
     program = (
@@ -109,13 +126,13 @@ def test_help_shows_groups_units_ranges_and_defaults():
         (["more"], ["more"]),
     ],
 )
-def test_wrong_flags_exit_2_with_one_message(config_file, words, expected):
-    done = run("train", config_file, *words)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
+def test_wrong_flags_exit_2_with_one_message(execute, config_file, words, expected):
+    code, stdout, stderr = execute("train", config_file, *words)
+    assert code == 2
+    assert stdout == ""
+    assert "Traceback" not in stderr
     for text in expected:
-        assert text in done.stderr
+        assert text in stderr
 
 
 @pytest.mark.parametrize(
@@ -128,11 +145,18 @@ def test_wrong_flags_exit_2_with_one_message(config_file, words, expected):
         (["export", "--output", "x"], "--checkpoint"),
     ],
 )
-def test_incomplete_command_lines_exit_2(words, expected):
-    done = run(*words)
+def test_incomplete_command_lines_exit_2(execute, words, expected):
+    code, _, stderr = execute(*words)
+    assert code == 2
+    assert expected in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_wrong_flag_of_a_process_of_its_own(config_file):
+    done = run("train", config_file, "--nproc-per-node", "0")
     assert done.returncode == 2
-    assert expected in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("error: ") == 1
 
 
 def test_a_reader_that_goes_away_is_no_traceback():

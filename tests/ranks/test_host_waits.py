@@ -7,7 +7,6 @@ from tests.hf import make_checkpoint, make_token_pairs
 from tests.ranks.launcher import run_ranks
 from tests.ranks.waits import Waits
 
-
 pytestmark = pytest.mark.newest_core
 
 

@@ -12,6 +12,7 @@ from mindspeed_simpo.cli import main as cli
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.errors import PeerLostError
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 HEAVY = ("torch", "transformers", "datasets", "megatron", "numpy", "pyarrow")
 CONFIG = "model_name_or_path: model\ndata_path: pairs.jsonl\nglobal_batch_size: 8\n"
 
@@ -24,7 +25,7 @@ def config_file(tmp_path):
 
 
 def clean_environment(**changes) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     return kept | {"COLUMNS": "200"} | changes
 
 
@@ -43,7 +44,7 @@ def run(*words, env=None, timeout=60) -> subprocess.CompletedProcess:
 def execute(monkeypatch, capsys):
     """Runs a command line in this process; returns exit code, stdout and stderr."""
     monkeypatch.setenv("COLUMNS", "200")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
 
     def run_here(*words):

@@ -11,25 +11,23 @@ def main():
     torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[6]}", rank=rank, world_size=ranks)
     import mindspeed.megatron_adaptor  # noqa: F401
 
-    from mindspeed_simpo.batch import UNPACKED
-    from mindspeed_simpo.model.megatron.attention import CausalAttention
+    from mindspeed_simpo.model.megatron.context import CONTEXT_PARALLEL_ATTENTION
     from mindspeed_simpo.parallel.context import positions_of
 
-    class Config:
-        kv_channels = 8
-
+    head_dim = 8
+    # not the reciprocal square root of the head's width, which MindSpeed's attention would take by itself
+    scores = {"scale": 0.3, "window": None, "softcap": None, "group": torch.distributed.group.WORLD}
     generator = torch.Generator().manual_seed(5)
     seq, rows = 8 * ranks, 3
-    shapes = [(seq, rows, count, Config.kv_channels) for count in (heads, groups, groups)]
+    shapes = [(seq, rows, count, head_dim) for count in (heads, groups, groups)]
     whole = [torch.randn(shape, generator=generator) for shape in shapes]
-    weight = torch.randn(seq, rows, heads * Config.kv_channels, generator=generator)
+    weight = torch.randn(seq, rows, heads * head_dim, generator=generator)
     mine = positions_of(rank, ranks, seq, torch.device("cpu"))
 
     results = []
     for algorithm in ("gathered", sys.argv[2]):
-        attention = CausalAttention(Config, 1, torch.distributed.group.WORLD, algorithm)
         query, key, value = (tensor[mine].clone().requires_grad_() for tensor in whole)
-        output = attention(query, key, value, attention_bias=UNPACKED)
+        output = CONTEXT_PARALLEL_ATTENTION[algorithm](query, key, value, **scores)
         (output * weight[mine]).sum().backward()
         results.append((output.detach(), query.grad, key.grad, value.grad))
     for expected, found in zip(*results, strict=True):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-import logging
+import math
 import os
 import signal
+import socket
+import subprocess
 import sys
-import uuid
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Sequence
 from types import FrameType
 
 from mindspeed_simpo.errors import PeerLostError
 
 _LAUNCHER_PID = "MINDSPEED_SIMPO_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
+_HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+GRACE_S = 2.0
+"""Seconds that the ranks get to end by themselves after another rank's failure."""
 _LOST_A_PEER = (PeerLostError.exit_code, PeerLostError.timeout_exit_code)
 
 
@@ -27,9 +32,9 @@ def prepare_process() -> None:
     """Set the signal handlers and parent-death signals of this process and of the processes that it forks.
 
     The kernel kills a rank that :func:`launch` started when the launcher dies, even by SIGKILL, so that no orphan
-    process writes checkpoints. A rank keeps the default action of SIGTERM, which also ends a process that is blocked in
-    a collective. A process without a launcher unwinds on SIGTERM and exits with code 143. Forked helper processes are
-    killed when their parent dies. The parent-death signal exists on Linux only.
+    process writes checkpoints. Outside training a rank keeps the default action of SIGTERM, which also ends a process
+    that is blocked in a collective. A process without a launcher unwinds on SIGTERM and exits with code 143. Forked
+    helper processes are killed when their parent dies. The parent-death signal exists on Linux only.
     """
     launcher = os.environ.get(_LAUNCHER_PID)
     if launcher is not None:
@@ -44,8 +49,9 @@ def prepare_process() -> None:
 def launch(nproc: int, argv: Sequence[str]) -> int:
     """Run ``python -m mindspeed_simpo ARGV`` on ``nproc`` ranks of this host and wait for all of them.
 
-    The ranks inherit stdout and stderr. When one rank fails, the launcher ends the others. Where ``OMP_NUM_THREADS`` is
-    not set, it becomes the number of this host's cores divided by ``nproc``.
+    The ranks inherit stdout and stderr. The launcher hands signals on to the ranks, and waits as long as the ranks then
+    take to save. When one rank fails, the others get ``GRACE_S`` to end by themselves and are then killed. Where
+    ``OMP_NUM_THREADS`` is not set, it becomes the number of this host's cores divided by ``nproc``.
 
     Args:
         nproc: Number of ranks, at least 1.
@@ -55,39 +61,59 @@ def launch(nproc: int, argv: Sequence[str]) -> int:
         0, or the exit code of the rank whose failure caused the others; 128 + N where signal N killed that rank or this
         process.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // nproc))),
+        _LAUNCHER_PID: str(os.getpid()),
+    }
+    received: list[int] = []
+    ranks: list[subprocess.Popen[bytes]] = []
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    logging.disable(logging.CRITICAL)  # torch elastic resets the levels of its loggers; the ranks print the errors
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // nproc)))
-    os.environ[_LAUNCHER_PID] = str(os.getpid())
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for process in ranks:
+            process.send_signal(number)
+
+    for number in _HANDED_ON:
+        signal.signal(number, hand_on)
     try:
-        elastic_launch(config, sys.executable)("-m", "mindspeed_simpo", *argv)
-    except ChildFailedError as error:
-        return _report({rank: failure.exitcode for rank, failure in error.failures.items()})
-    except SignalException as error:
-        return 128 + error.sigval
+        for rank in range(nproc):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, "-m", "mindspeed_simpo", *argv]
+            # a session of its own: Ctrl-C of the terminal reaches a rank once, through the launcher
+            ranks.append(subprocess.Popen(command, env=os.environ | shared | own, start_new_session=True))
+        killed = _wait(ranks)
     finally:
-        os.environ.pop(_LAUNCHER_PID, None)
-        logging.disable(logging.NOTSET)
-    return 0
+        for process in ranks:
+            process.kill()
+    codes = {rank: process.wait() for rank, process in enumerate(ranks)}
+    failed = {rank: code for rank, code in codes.items() if code and rank not in killed}
+    if received and all(code in (-received[0], 128 + received[0]) for code in failed.values()):
+        return 128 + received[0]
+    return _report(failed) if failed else 0
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> set[int]:
+    """Wait for all ranks; returns those that were killed because another one had failed."""
+    deadline = math.inf
+    while any(process.poll() is None for process in ranks):
+        if deadline == math.inf and any(process.poll() for process in ranks):
+            deadline = time.monotonic() + GRACE_S
+        if time.monotonic() > deadline:
+            left = {rank for rank, process in enumerate(ranks) if process.poll() is None}
+            for rank in left:
+                ranks[rank].kill()
+            return left
+        time.sleep(0.05)
+    return set()
 
 
 def _report(exit_codes: dict[int, int]) -> int:
-    rank = min(exit_codes, key=lambda rank: (_distance_from_cause(exit_codes[rank], exit_codes.values()), rank))
+    """Name the rank whose failure caused the others, where no rank has said so; returns its exit code."""
+    rank = min(exit_codes, key=lambda rank: (_distance_from_cause(exit_codes[rank]), rank))
     code = exit_codes[rank]
     if code in _LOST_A_PEER:
         return 1
@@ -99,15 +125,17 @@ def _report(exit_codes: dict[int, int]) -> int:
     return 128 - code
 
 
-def _distance_from_cause(exit_code: int, others: Collection[int]) -> int:
-    """Order of exit codes by distance from the cause: 0 error, 1 signal, 2 lost peer, 3 ended by the launcher."""
+def _distance_from_cause(exit_code: int) -> int:
+    """Order of exit codes by distance from the cause: 0 error, 1 signal, 2 lost peer."""
     if exit_code in _LOST_A_PEER:
         return 2
-    # torch's launcher sends SIGTERM to the remaining ranks, then SIGKILL to those that do not end
-    by_launcher = {-signal.SIGTERM} | ({-signal.SIGKILL} if PeerLostError.timeout_exit_code in others else set())
-    if exit_code in by_launcher:
-        return 3
     return 1 if exit_code < 0 else 0
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _cores() -> int:

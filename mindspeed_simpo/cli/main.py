@@ -143,8 +143,7 @@ def _train(command: Any, argv: Sequence[str]) -> int:
     device = _open_device(config)
     from mindspeed_simpo.training.trainer import train
 
-    train(config, device)
-    return 0
+    return train(config, device)
 
 
 def _evaluate(command: Any, argv: Sequence[str]) -> int:

@@ -445,15 +445,21 @@ class OutputOptions(_Options):
     load: str | None = _option(
         None,
         effect="none",
-        description="Checkpoint to resume from: a checkpoints folder (the newest checkpoint) or one iter_* folder. "
-        "Default: a "
-        "run from the start.",
+        description="Checkpoint to resume from: a checkpoints folder (the newest checkpoint) or one iter_* folder; "
+        "auto: the newest whole checkpoint of output_dir, or a run from the start where there is none. Default: a run "
+        "from the start.",
     )
     save_interval: int = _option(
         0, ge=0, effect="none", description="Optimizer steps between checkpoints; 0 saves only at the end."
     )
     save_total_limit: int | None = _option(
         None, ge=1, effect="none", description="Number of checkpoints that are kept, the newest ones. Default: all."
+    )
+    async_save: bool = _option(
+        False,
+        effect="none",
+        description="Write checkpoints in the background: training goes on as soon as each rank has copied its shard "
+        "to host memory.",
     )
     log_interval: int = _option(1, ge=1, effect="none", description="Optimizer steps between lines of metrics.")
     eval_interval: int = _option(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_simpo.errors import SimpoError
+
+T = TypeVar("T")
 
 # newer versions of torch have other names for both functions
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -107,10 +109,14 @@ def sum_over(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 @contextmanager
-def fail_together(group: dist.ProcessGroup) -> Iterator[None]:
+def fail_together(group: dist.ProcessGroup | None) -> Iterator[None]:
     """Run the body on every rank of ``group``; if it raises on any rank, every rank raises. A collective.
 
     Without this, the ranks whose body succeeds would wait in the next collective for the rank whose body raised.
+
+    Args:
+        group: The ranks; ``Groups.control`` where a body may take longer than a collective of training may. None in a
+            process of its own.
 
     Raises:
         SimpoError: on every rank, the exception of the lowest failing rank. A failing rank raises an exception that is
@@ -122,11 +128,29 @@ def fail_together(group: dist.ProcessGroup) -> Iterator[None]:
     except Exception as error:
         own = error
     report = own if own is None or isinstance(own, SimpoError) else SimpoError(f"{type(own).__name__}: {own}")
-    reports: list[SimpoError | None] = [None] * group.size()
-    dist.all_gather_object(reports, report, group=group)
+    reports = of_all_ranks(report, group)
     if own is not None and not isinstance(own, SimpoError):
         raise own
     for reported in reports:
         if reported is not None:
             reported.everywhere = True
             raise reported from None
+
+
+def of_all_ranks(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """The value of each rank of ``group``, on every rank; a collective.
+
+    Args:
+        value: An object that pickle can copy.
+        group: The ranks; None in a process of its own.
+    """
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def of_first_rank(value: T, group: dist.ProcessGroup | None) -> T:
+    """The value of the first rank of ``group``, on every rank; a collective. See :func:`of_all_ranks`."""
+    return of_all_ranks(value, group)[0]

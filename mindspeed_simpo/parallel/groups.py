@@ -11,6 +11,9 @@ import torch.distributed as dist
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.device import Device
 
+_WAIT = datetime.timedelta(hours=24)
+"""Time limit of waits outside training; a lost rank ends them at once, because gloo sees its closed connection."""
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -22,6 +25,10 @@ class Groups:
     context: dist.ProcessGroup
     data: dist.ProcessGroup
     """Ranks with the same weights and other pairs; context-parallel ranks, which have the same pairs, are excluded."""
+    control: dist.ProcessGroup
+    """All ranks, over gloo and with a long time limit: for waits on a disk, the network or another rank's work."""
+    saving: dist.ProcessGroup
+    """As ``control``, for the thread that writes checkpoints."""
 
     @property
     def is_first_pipeline_rank(self) -> bool:
@@ -78,6 +85,8 @@ def initialize(layout: Layout, device: Device, timeout_minutes: float = 10.0) ->
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         context=parallel_state.get_context_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
+        control=dist.new_group(backend="gloo", timeout=_WAIT),
+        saving=dist.new_group(backend="gloo", timeout=_WAIT),
     )
 
 

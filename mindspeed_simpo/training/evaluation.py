@@ -8,7 +8,6 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.loader import PairLoader
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import TrainingError
-from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.training import checkpoint
 from mindspeed_simpo.training.optimizer import wrap_precision
 from mindspeed_simpo.training.reference_pass import configured_tables
@@ -33,8 +32,8 @@ def evaluate(config: Config, device: Device) -> dict[str, float]:
         data = session.prepare("eval")
         [table] = configured_tables(session, config, [data])
         if config.load is not None:
-            with fail_together(session.groups.world):
-                folder, state = checkpoint.find(config.load)
+            load = config.output_dir if config.load == "auto" else config.load
+            folder, state = checkpoint.find(load, session.groups.control)
             checkpoint.load(folder, session.models, None, session.groups, device)
             session.running.load(state.running)
         schedule = session.schedule(wrap_precision(session.models, bf16=config.bf16), table)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from mindspeed_simpo.batch import PairBatch
 from mindspeed_simpo.data.dataset import PairDataset
 from mindspeed_simpo.errors import TrainingError
 from mindspeed_simpo.loss.scoring import ScoredBatch
 from mindspeed_simpo.parallel import Groups
+from mindspeed_simpo.parallel.collectives import of_all_ranks
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ def gather(micro_batches: Sequence[PairBatch], scored: Sequence[ScoredBatch], gr
     examples = [index for batch in bad or micro_batches for index in batch.pair_ids.tolist() if index >= 0]
     listed = examples if groups.contributes_loss else []
     mine = RankReport(groups.world.rank(), has_bad_loss=bool(bad), examples=listed)
-    reports: list[RankReport | None] = [None] * groups.world.size()
-    dist.all_gather_object(reports, mine, group=groups.world)
-    found = [report for report in reports if report is not None]
+    found = of_all_ranks(mine, groups.control)
     return [report for report in found if report.has_bad_loss] or [report for report in found if report.examples]
 
 

@@ -92,7 +92,7 @@ def reference_tables(
         ModelError: on every rank, where ``ref_model`` cannot be read or has another tokenizer or shape.
     """
     groups = session.groups
-    with fail_together(groups.world):
+    with fail_together(groups.control):
         digest = model.fingerprint(session.description)
     present = [data for data in datasets if data is not None]
     paths = {
@@ -110,7 +110,7 @@ def reference_tables(
         schedule = session.schedule(wrap_precision(session.models, bf16=model.bf16), None)
         for data in missing:
             tables[data.fingerprint] = _scored(session, schedule, data)
-            with fail_together(groups.world):
+            with fail_together(groups.control):
                 if session.is_main:
                     reference.write_cache(paths[data.fingerprint], tables[data.fingerprint])
         if model.path is not None:

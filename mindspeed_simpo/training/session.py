@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import RunningStatistics
@@ -121,9 +120,10 @@ def export_checkpoint(load: str, output: Path) -> None:
 
     Raises:
         CheckpointError: where the checkpoint is absent, incomplete or damaged.
-        ModelError: where ``output`` cannot be written, or the model that training started from cannot be read.
+        ModelError: where ``output`` cannot be written, or config.json or the tokenizer of the model that training
+            started from cannot be read; its weights are not needed.
     """
-    folder, state = checkpoint.find(load)
+    folder, state = checkpoint.find(load, None)
     one_rank: dict[str, Any] = {
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
@@ -132,18 +132,20 @@ def export_checkpoint(load: str, output: Path) -> None:
     }
     one_rank |= {"num_layers_per_virtual_pipeline_stage": None, "sequence_parallel": False, "device": "cpu"}
     config = validate(state.config.model_dump() | one_rank, where=str(folder))
-    with open_session(config, open_device("cpu")) as session:
+    with open_session(config, open_device("cpu"), starting_weights=False) as session:
         checkpoint.load(folder, session.models, None, session.groups, session.device)
         session.export(output)
 
 
 @contextmanager
-def open_session(config: Config, device: Device) -> Iterator[Session]:
+def open_session(config: Config, device: Device, *, starting_weights: bool = True) -> Iterator[Session]:
     """Set up the process groups and the model with its starting weights; destroy the process groups at the end.
 
     Args:
         config: A validated configuration.
         device: The device, opened before this module was imported, because this module imports megatron-core.
+        starting_weights: Whether the model gets the weights that ``init_from`` selects; else a checkpoint must be
+            loaded.
 
     Raises:
         SimpoError: on every rank.
@@ -153,7 +155,7 @@ def open_session(config: Config, device: Device) -> Iterator[Session]:
         with naming_lost_ranks():
             groups = initialize(layout, device, config.distributed_timeout_minutes)
             set_up_logging(is_main=groups.world.rank() == 0)
-            yield build_session(config, device, groups)
+            yield build_session(config, device, groups, starting_weights=starting_weights)
     finally:
         shutdown()
 
@@ -164,27 +166,29 @@ def on_every_rank(error: SimpoError) -> SimpoError:
     return error
 
 
-def build_session(config: Config, device: Device, groups: Groups) -> Session:
+def build_session(config: Config, device: Device, groups: Groups, *, starting_weights: bool = True) -> Session:
     """Read tokenizer and model, fill the starting weights, and bind the session's functions to their options.
 
     Args:
         config: A validated configuration.
         device: The device of this rank.
         groups: Process groups of this rank.
+        starting_weights: See :func:`open_session`.
 
     Raises:
         SimpoError: on every rank.
     """
     device.seed(config.seed)
     seed_model_ranks(config.seed)
-    with fail_together(groups.world):
+    with fail_together(groups.control):
         description = read_description(config.model_name_or_path)
         config = resolve_batching(config, description)
         make_layout(config, groups.world.size(), description, device.name)
         tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
-    with fail_together(groups.world):
+    with fail_together(groups.control):
         models = build_model(description, config, groups, device)
-        fill_weights(models, description, config, groups, config.seed)
+        if starting_weights:
+            fill_weights(models, description, config, groups, config.seed)
     running = RunningTracker(config.objective, groups, device)
     return Session(
         device,
@@ -194,7 +198,7 @@ def build_session(config: Config, device: Device, groups: Groups) -> Session:
         models,
         MetricSums(config.objective, groups, device),
         running,
-        prepare=partial(_prepare, config, tokenizer, groups.world),
+        prepare=partial(_prepare, config, tokenizer, groups),
         loader=partial(
             PairLoader,
             seed=config.seed,
@@ -208,15 +212,13 @@ def build_session(config: Config, device: Device, groups: Groups) -> Session:
     )
 
 
-def _prepare(
-    options: DataOptions, tokenizer: PreTrainedTokenizerBase, world: dist.ProcessGroup, part: Part
-) -> PairDataset:
+def _prepare(options: DataOptions, tokenizer: PreTrainedTokenizerBase, groups: Groups, part: Part) -> PairDataset:
     """Local rank 0 of each host tokenises; the other ranks of the host read its cache."""
     dataset = None
-    with fail_together(world):
+    with fail_together(groups.control):
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            dataset = prepare_pairs(options, tokenizer, part, progress=world.rank() == 0)
-    with fail_together(world):
+            dataset = prepare_pairs(options, tokenizer, part, progress=groups.world.rank() == 0)
+    with fail_together(groups.control):
         return dataset or prepare_pairs(options, tokenizer, part, progress=False)
 
 
@@ -229,5 +231,5 @@ def _export(
     output: Path,
 ) -> None:
     folder = resolve_model(source, weights=False)
-    with fail_together(groups.world):
+    with fail_together(groups.control):
         export_hf(models, description, groups, source=folder, output=output, tokenizer=tokenizer)

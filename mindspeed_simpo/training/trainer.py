@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from mindspeed_simpo.config.options import OutputOptions
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data
 from mindspeed_simpo.data.loader import PrefetchingLoader
 from mindspeed_simpo.device import Device
-from mindspeed_simpo.errors import CheckpointError, ConfigError, TrainingError
+from mindspeed_simpo.errors import ConfigError, TrainingError
 from mindspeed_simpo.loss.reference import ReferenceTable
 from mindspeed_simpo.loss.scoring import ScoredBatch
 from mindspeed_simpo.parallel.collectives import fail_together
@@ -28,30 +29,33 @@ from mindspeed_simpo.training import checkpoint, not_finite
 from mindspeed_simpo.training.evaluation import mean_metrics
 from mindspeed_simpo.training.metrics import MetricsWriter
 from mindspeed_simpo.training.optimizer import Stepper, build_stepper, wrap_for_training
+from mindspeed_simpo.training.output import claimed
 from mindspeed_simpo.training.progress import Progress, log_to_file
 from mindspeed_simpo.training.reference_pass import configured_tables
+from mindspeed_simpo.training.resume import check_resumable, find_resumed
 from mindspeed_simpo.training.session import Session, on_every_rank, open_session
+from mindspeed_simpo.training.stop import StopRequests
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, device: Device) -> None:
+def train(config: Config, device: Device) -> int:
     """Train, and write metrics, checkpoints and the model to ``output_dir``.
 
     Args:
         config: A validated configuration.
         device: The opened device of this rank.
 
+    Returns:
+        Exit code: 0, or 128 + N where signal N stopped the run, which then has a checkpoint of its last step.
+
     Raises:
         SimpoError: on every rank; files that are already complete remain valid.
     """
     with open_session(config, device) as session, ExitStack() as stack:
-        with fail_together(session.groups.world):
-            _claim_output(config, is_main=session.is_main)
-        resumed = None
-        with fail_together(session.groups.world):
-            if config.load is not None:
-                resumed = checkpoint.find(config.load)
+        root = Path(config.output_dir)
+        stack.enter_context(claimed(root, session.groups))
+        resumed = find_resumed(root, config.load, session.groups)
         train_data = session.prepare("train")
         eval_data = session.prepare("eval") if has_eval_data(config) and config.eval_iters != 0 else None
         tables = configured_tables(session, config, [train_data, eval_data])
@@ -63,10 +67,10 @@ def train(config: Config, device: Device) -> None:
         run = Run(session, config, models, stepper, train_data, eval_data, tables, train_iters)
         if resumed is not None:
             run.resume(*resumed)
-        with fail_together(session.groups.world):
+        with fail_together(session.groups.control):
             if session.is_main:
                 run.open_outputs(stack, resumed_step=run.step if resumed else None)
-        run.fit()
+        return run.fit()
 
 
 class Run:
@@ -94,6 +98,14 @@ class Run:
         self.eval_loader = session.loader(eval_data) if eval_data is not None else None
         self.global_batch_size = config.global_batch_size
         self.root = Path(config.output_dir)
+        self.checkpoints = checkpoint.CheckpointWriter(
+            self.root / "checkpoints",
+            session.groups,
+            session.device,
+            config.save_total_limit,
+            in_background=config.async_save,
+        )
+        self.timeout_minutes = config.distributed_timeout_minutes
         self.writer: MetricsWriter | None = None
         self.progress: Progress | None = None
         self.step = 0
@@ -109,20 +121,11 @@ class Run:
         """Continue from a verified checkpoint.
 
         Raises:
-            CheckpointError: on every rank, where data, seed, ``bf16`` or model differ from those of the checkpoint.
+            CheckpointError: on every rank, where the objective, the data, the precision or the model differ from those
+                of the checkpoint.
         """
-        ours = self.recorded
-        if state.data_fingerprint != self.train_data.fingerprint or state.config.seed != ours.seed:
-            raise on_every_rank(
-                CheckpointError(
-                    f"load: {folder} was written by a run on other data or another seed; the order of the pairs would "
-                    "not go on where it stopped. Give the same data, tokenizer, seq_length and seed"
-                )
-            )
-        if state.config.bf16 != ours.bf16:
-            raise on_every_rank(
-                CheckpointError(f"load: {folder} was written with bf16: {state.config.bf16}; go on with the same")
-            )
+        with fail_together(self.session.groups.control):
+            check_resumable(folder, state, self.recorded, self.train_data.fingerprint)
         checkpoint.load(folder, self.models, self.stepper, self.session.groups, self.session.device)
         self.session.running.load(state.running)
         self.step = state.step
@@ -148,22 +151,37 @@ class Run:
             raise ConfigError(f"output_dir: cannot write in {self.root}: {error}") from None
         self.progress = stack.enter_context(Progress(self.train_iters, self.step))
 
-    def fit(self) -> None:
-        """Train from the current step to ``train_iters``, with evaluations, checkpoints and the export."""
+    def fit(self) -> int:
+        """Train from the current step to ``train_iters``, with evaluations, checkpoints and the export.
+
+        Returns:
+            Exit code: 0, or 128 + N where signal N asked to stop.
+        """
         options = self.options
         if self.step >= self.train_iters:
             logger.warning("nothing to train: the checkpoint is at step %d of %d", self.step, self.train_iters)
         if self.step == 0:
             self.evaluate()
-        while self.step < self.train_iters:
-            last = self.step + 1 == self.train_iters
-            self.train_step(logged=last or (self.step + 1) % options.log_interval == 0)
-            if last or (options.eval_interval and self.step % options.eval_interval == 0):
-                self.evaluate()
-            if last or (options.save_interval and self.step % options.save_interval == 0):
-                self.save()
+        with StopRequests(self.session.groups.control, self.timeout_minutes) as requests:
+            while self.step < self.train_iters:
+                last = self.step + 1 == self.train_iters
+                self.train_step(logged=last or (self.step + 1) % options.log_interval == 0)
+                stop = requests.agreed() if not last else None
+                if last or (options.eval_interval and self.step % options.eval_interval == 0 and stop is None):
+                    self.evaluate()
+                if last or stop or (options.save_interval and self.step % options.save_interval == 0):
+                    self.save()
+                if stop is not None:
+                    return self._stopped(stop)
+            self.checkpoints.wait()
         if options.export_hf:
             self.session.export(self.root / "hf")
+        return 0
+
+    def _stopped(self, signal: Signals) -> int:
+        self.checkpoints.wait()
+        logger.warning("stopped by %s after step %d, which is saved; load: auto goes on", signal.name, self.step)
+        return 128 + signal
 
     def train_step(self, *, logged: bool) -> None:
         """Run one update.
@@ -249,17 +267,7 @@ class Run:
             running=self.session.running.state(),
             config=self.recorded,
         )
-        session = self.session
-        folder = checkpoint.save(
-            self.root / "checkpoints",
-            state,
-            self.models,
-            self.stepper,
-            session.groups,
-            session.device,
-            self.options.save_total_limit,
-        )
-        logger.info("saved %s", folder)
+        self.checkpoints.save(state, self.models, self.stepper)
 
     def report(self, line: dict[str, Any]) -> None:
         """Show and write a metrics line; does nothing except on the main rank.
@@ -286,7 +294,7 @@ class Run:
         step, groups = self.step + 1, self.session.groups
         reports = not_finite.gather(micro_batches, scored, groups)
         path = self.root / f"not_finite_step_{step:07d}.json"
-        with fail_together(groups.world):
+        with fail_together(groups.control):
             if self.session.is_main:
                 not_finite.write_pairs(path, step, reports, self.train_data)
         ranks = ", ".join(str(report.rank) for report in reports)
@@ -296,18 +304,3 @@ class Run:
                 "this step was saved: resume from the last checkpoint with a lower lr, or without these pairs"
             )
         )
-
-
-def _claim_output(config: Config, *, is_main: bool) -> None:
-    root = Path(config.output_dir)
-    earlier = checkpoint.list_checkpoints(root / "checkpoints")
-    if earlier and config.load is None:
-        raise ConfigError(
-            f"output_dir: {root} holds checkpoints of another run (newest {earlier[-1].name}); set load: {root} to go "
-            "on with it, or another output_dir"
-        )
-    if is_main:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output_dir: cannot make {root}: {error}") from None

@@ -7,11 +7,11 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.e2e.cli import TIMEOUT_S, Program, lines_of, wait_until
 from tests.e2e.test_cli_ranks import children, is_running, wait_for
 from tests.hf import make_checkpoint
-from tests.ranks.launcher import run_ranks
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 STEPS = 6
@@ -24,24 +24,18 @@ LAYOUTS = {
 }
 
 
-def _tensors(folder):
-    from megatron.core import dist_checkpointing
-
-    return {
-        name: value.float().numpy()
-        for name, value in dist_checkpointing.load_plain_tensors(folder).items()
-        if isinstance(value, torch.Tensor)
-    }
+def tensors_of(checkpoint):
+    """Every piece of every rank's file."""
+    files = checkpoint.glob("rank_*.safetensors")
+    return {(file.name, name): tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def assert_same_bits(output, other):
-    """Parameters and Adam's moments after the last step, whatever files they are divided into."""
-    [ours], [theirs] = (
-        run_ranks(_tensors, 1, str(folder / "checkpoints" / f"iter_{STEPS:07d}")) for folder in (output, other)
-    )
+    """Parameters, Adam's moments and random states after the last step, of two runs at the same layout."""
+    ours, theirs = (tensors_of(folder / "checkpoints" / f"iter_{STEPS:07d}") for folder in (output, other))
     assert ours.keys() == theirs.keys()
-    assert any("exp_avg_sq" in name for name in ours)
-    different = [name for name in ours if not (ours[name] == theirs[name]).all()]
+    assert any("exp_avg_sq" in name for _, name in ours)
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different
 
 
@@ -167,9 +161,9 @@ def _flip(path):
 @pytest.mark.parametrize(
     ("name", "harm", "said"),
     [
-        ("__0_0.distcp", _truncate, "bytes, expected"),
-        ("__1_0.distcp", _flip, "does not match the digest"),
-        ("rng_1.pt", lambda path: path.unlink(), "is missing"),
+        ("rank_00000.safetensors", _truncate, "bytes, expected"),
+        ("rank_00001.safetensors", _flip, "does not match the digest"),
+        ("rank_00001.safetensors", lambda path: path.unlink(), "is missing"),
         ("state.json", _flip, "state.json is damaged"),
         ("files.json", _truncate, "files.json is damaged"),
         ("files.json", lambda path: path.write_text('{"files": {}}'), "does not list every file"),
@@ -178,7 +172,7 @@ def _flip(path):
 )
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(program, checkpoints, name, harm, said):
     harm(checkpoints / "iter_0000003" / name)
-    _flip(checkpoints / "iter_0000002" / "common.pt")
+    _flip(checkpoints / "iter_0000002" / "rank_00000.safetensors")
     done = program.run("export", checkpoint=checkpoints.parent, output=checkpoints.parent / "hf")
     message = done.fails(1, checkpoints / "iter_0000003", said, f"before it is {checkpoints / 'iter_0000001'}")
     assert len(message.splitlines()) == 1
@@ -192,13 +186,26 @@ def test_nothing_whole_to_offer(program, checkpoints):
     program.run("train", load=checkpoints / "absent").fails(1, "absent", "is not a folder")
 
 
-def test_a_checkpoint_of_another_model_other_data_or_type(program, checkpoints, tmp_path):
+def test_what_may_not_change(program, checkpoints, tmp_path):
     program.config |= {"load": str(checkpoints), "global_batch_size": 4}
+    newest = checkpoints / "iter_0000003"
     other = make_checkpoint(tmp_path / "other", "qwen2", tied=True, vocab_size=515, hidden=64)
-    program.run("train", 2, model_name_or_path=other).fails(1, checkpoints / "iter_0000003", "shape")
-    program.run("train", seed=3).fails(1, checkpoints / "iter_0000003", "another seed")
+    program.run("train", 2, model_name_or_path=other).fails(1, newest, "is it a checkpoint of this model?")
     program.run("train", split="50,50").fails(1, "other data")
-    program.run("train", bf16=True).fails(1, checkpoints / "iter_0000003", "bf16")
+    program.run("train", seed=3).fails(1, newest, "seed: 7 (now 3)")
+    program.run("train", bf16=True).fails(1, newest, "bf16: False (now True)")
+    program.run("train", simpo_beta=3.5, stage="simpo").fails(1, newest, "simpo_beta: 2.5 (now 3.5)")
+    program.run("train", stage="orpo").fails(1, newest, "stage: simpo (now orpo)")
+    program.run("train", global_batch_size=8).fails(1, newest, "global_batch_size: 4 (now 8)")
+
+
+def test_what_may_change_is_said(program, checkpoints):
+    program.config |= {"load": str(checkpoints), "global_batch_size": 4, "train_iters": 4, "lr": 5e-4}
+    done = program.run("train")
+    assert done.code == 0, done.stderr
+    [said] = [line for line in done.stderr.splitlines() if "options differ" in line]
+    assert "lr: 0.001 (now 0.0005)" in said
+    assert "train_iters: 3 (now 4)" in said
 
 
 def test_a_run_does_not_write_over_another_one(program, checkpoints):

@@ -75,6 +75,8 @@ def test_a_full_disk(program, tmp_path, ranks):
         done = program.run("train", ranks, output_dir=small / "out", train_iters=4, save_interval=1)
         message = done.fails(1, small / "out" / "checkpoints")
         assert len(message.splitlines()) == 1
+        assert "No space left" in message
+        assert not list((small / "out" / "checkpoints").glob(".iter_*")), "an incomplete folder keeps the disk full"
         left = {path.name for path in (small / "out" / "checkpoints").glob("iter_*")}
         for name in left:
             assert (small / "out" / "checkpoints" / name / "files.json").exists()

@@ -73,30 +73,49 @@ def engine_runs(folder, batches, runs, prepare: Callable[[], None] | None = None
 
 
 def _rank(folder, batches, runs, prepare, layout_options):
-    import torch.distributed as dist
-
-    from mindspeed_simpo.config import supported
-    from mindspeed_simpo.config.config import Config
-    from mindspeed_simpo.config.validation import make_layout
-    from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.parallel import initialize
-
-    device = open_device("cpu")
-    from megatron.core import tensor_parallel
-
     if prepare is not None:
         prepare()
-    configs = [
-        Config(
-            **{"model_name_or_path": folder, "data_path": "unused", "lr_warmup_fraction": 0},
-            **{**supported.PLAIN, "global_batch_size": len(batches[0]), **layout_options, **run.options},
-        )
-        for run in runs
-    ]
-    layout = make_layout(configs[0], dist.get_world_size())
-    groups = initialize(layout, device)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    layout_options = {"global_batch_size": len(batches[0]), **layout_options}
+    configs = [make_config(folder, **layout_options, **run.options) for run in runs]
+    groups, device = start(configs[0])
     return [_train(batches, run, config, groups, device) for run, config in zip(runs, configs, strict=True)]
+
+
+def make_config(folder, **options):
+    """A configuration with the plain values of every option whose values are claimed one by one."""
+    from mindspeed_simpo.config import supported
+    from mindspeed_simpo.config.config import Config
+
+    required = {"model_name_or_path": str(folder), "data_path": "unused", "lr_warmup_fraction": 0}
+    return Config(**{**required, **supported.PLAIN, **options})
+
+
+def start(config):
+    """Process groups and device of this rank."""
+    import torch.distributed as dist
+
+    from mindspeed_simpo.config.validation import make_layout
+    from mindspeed_simpo.device import open_device
+    from mindspeed_simpo.parallel import initialize, seed_model_ranks
+
+    device = open_device("cpu")
+    groups = initialize(make_layout(config, dist.get_world_size()), device)
+    seed_model_ranks(1)
+    return groups, device
+
+
+def build(config, groups, device, num_steps):
+    """Description, wrapped model chunks with the folder's weights, and stepper."""
+    from mindspeed_simpo.model.hf_config import read_description
+    from mindspeed_simpo.model.megatron.gpt import build_model
+    from mindspeed_simpo.model.megatron.weights import fill_weights
+    from mindspeed_simpo.training.optimizer import build_stepper, wrap_for_training
+
+    spec = read_description(config.model_name_or_path)
+    models = build_model(spec, config, groups, device)
+    fill_weights(models, spec, config, groups, config.seed)
+    wrapped = wrap_for_training(models, config, bf16=config.bf16)
+    return spec, wrapped, build_stepper(wrapped, config, config, device, num_steps)
 
 
 def _train(batches, run, config, groups, device):
@@ -104,19 +123,12 @@ def _train(batches, run, config, groups, device):
 
     from mindspeed_simpo.loss.reference import ReferenceTable
     from mindspeed_simpo.loss.running import RunningState, RunningTracker
-    from mindspeed_simpo.model.hf_config import read_description
-    from mindspeed_simpo.model.megatron.gpt import build_model
-    from mindspeed_simpo.model.megatron.weights import fill_weights, gather_hf_tensors
+    from mindspeed_simpo.model.megatron.weights import gather_hf_tensors
     from mindspeed_simpo.training import checkpoint
     from mindspeed_simpo.training.metrics import MetricSums
-    from mindspeed_simpo.training.optimizer import build_stepper, wrap_for_training
     from mindspeed_simpo.training.session import build_schedule
 
-    spec = read_description(config.model_name_or_path)
-    models = build_model(spec, config, groups, device)
-    fill_weights(models, spec, config, groups, config.seed)
-    wrapped = wrap_for_training(models, config, bf16=config.bf16)
-    stepper = build_stepper(wrapped, config, config, device, len(batches))
+    spec, wrapped, stepper = build(config, groups, device, len(batches))
     references = None if run.references is None else torch.tensor(run.references, dtype=torch.float64)
     table = None if references is None else ReferenceTable(references)
     running = RunningTracker(config.objective, groups, device)
@@ -124,9 +136,12 @@ def _train(batches, run, config, groups, device):
     metric_sums = MetricSums(config.objective, groups, device)
     if run.running is not None:
         running.load(RunningState(mean=run.running[0], deviation=run.running[1]))
+    first_step = 0
     if run.load:
         checkpoint.load(Path(run.load), wrapped, stepper, groups, device)
-        running.load(checkpoint.read_state(Path(run.load)).running)
+        loaded = checkpoint.read_state(Path(run.load))
+        first_step = loaded.step
+        running.load(loaded.running)
     result = {"losses": [], "grad_norms": []}
     for step, pairs in enumerate(batches):
         for model in wrapped:
@@ -146,13 +161,13 @@ def _train(batches, run, config, groups, device):
         result["grad_norms"].append(squared_norm.item() ** 0.5)
     if run.save:
         state = checkpoint.TrainingState(
-            step=len(batches),
+            step=first_step + len(batches),
             consumed_pairs=0,
             data_fingerprint="",
             running=running.state(),
             config=config.model_dump(),
         )
-        checkpoint.save(Path(run.save), state, wrapped, stepper, groups, device, keep=None)
+        checkpoint.CheckpointWriter(Path(run.save), groups, device).save(state, wrapped, stepper)
     state = running.state()
     result["running"] = state and (state.mean, state.deviation)
     gathered = gather_hf_tensors(wrapped, spec, groups)

@@ -50,14 +50,64 @@ def test_the_curve_goes_on_at_another_layout(run, tmp_path, written, read):
     assert error < 1e-5, name
 
 
+class GroupStepAdam(torch.optim.Optimizer):
+    """Adam that counts its updates in the parameter group, as those of MindSpeed, apex and TransformerEngine do."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **_):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = torch.as_tensor(group.get("step", 0), dtype=torch.int64) + 1
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                torch.optim._functional.adamw(
+                    *([parameter], [parameter.grad], [state["exp_avg"]], [state["exp_avg_sq"]], []),
+                    [group["step"].float()],
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+
+
+def _use_group_step_adam():
+    import megatron.core.optimizer
+
+    megatron.core.optimizer.Adam = GroupStepAdam
+
+
+@pytest.mark.parametrize("prepare", [None, _use_group_step_adam], ids=["torch's Adam", "step in the group"])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_reading_back_changes_no_bit(run, tmp_path, bf16, sharded):
+def test_reading_back_changes_no_bit(run, tmp_path, bf16, sharded, prepare):
     folder, batches, _ = run
     options = {"bf16": bf16, "use_distributed_optimizer": sharded, "data_parallel_size": 2, **TRAINING}
+    options["prepare"] = prepare
     whole = engine_steps(folder, batches * 2, **options)
     engine_steps(folder, batches, save=tmp_path, **options)
     second = engine_steps(folder, batches, load=tmp_path / "iter_0000002", **options)
     assert second["losses"] == whole["losses"][2:]
     assert second["grad_norms"] == whole["grad_norms"][2:]
     assert all(torch.equal(second["params"][name], value) for name, value in whole["params"].items())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_checkpoint_crosses_between_kinds_of_adam(run, tmp_path, sharded):
+    folder, batches, whole = run
+    options = {"use_distributed_optimizer": sharded, "data_parallel_size": 2, **TRAINING}
+    engine_steps(folder, batches, save=tmp_path / "a", **options)
+    files = {"load": tmp_path / "a" / "iter_0000002", "save": tmp_path / "b"}
+    crossed = engine_steps(folder, batches[:1], **files, prepare=_use_group_step_adam, **options)
+    back = engine_steps(folder, batches[1:], load=tmp_path / "b" / "iter_0000003", **options)
+    assert crossed["losses"] + back["losses"] == pytest.approx(whole["losses"][2:], rel=1e-6)
+    error, name = worst_error(back["params"], {name: value.double() for name, value in whole["params"].items()})
+    assert error < 1e-5, name

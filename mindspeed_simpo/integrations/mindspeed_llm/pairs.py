@@ -54,6 +54,8 @@ def upstream_groups() -> Groups:
         pipeline=mpu.get_pipeline_model_parallel_group(),
         context=mpu.get_context_parallel_group(),
         data=mpu.get_data_parallel_group(),
+        control=dist.group.WORLD,
+        saving=dist.group.WORLD,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,6 @@ from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.description import ModelDescription, Rotation
 from mindspeed_simpo.model.megatron.attention import RowContents
-from mindspeed_simpo.model.megatron.checkpoint import sharded_parameter
 from mindspeed_simpo.model.megatron.layers import block_spec, transformer_config
 from mindspeed_simpo.model.naming import Chunk, Slot, pipeline_chunks
 from mindspeed_simpo.model.packed import document_lengths
@@ -93,19 +91,6 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         }
         check_slots(self.slots, dict(self.named_parameters()), groups)
         self._mark_sharded_parameters()
-
-    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """``{name: shards}`` of all parameters for ``dist_checkpointing``, independent of the layout."""
-        return {
-            slot.parameter: sharded_parameter(slot, self.get_parameter(slot.parameter), self._groups)
-            for slot in self.slots
-        }
-
-    @torch.no_grad()
-    def load_parameters(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the values that ``dist_checkpointing`` loaded for :meth:`sharded_state_dict` into the parameters."""
-        for slot in self.slots:
-            self.get_parameter(slot.parameter).copy_(state[slot.parameter])
 
     def _mark_sharded_parameters(self) -> None:
         # the gradient norm counts unmarked parameters on one rank only, and megatron-core marks only weights that it

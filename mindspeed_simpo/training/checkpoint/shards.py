@@ -1,0 +1,73 @@
+"""What each rank holds of the state of training: fp32 parameters and Adam's moments, without a gather."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from mindspeed_simpo.model.megatron.weights import unwrap
+from mindspeed_simpo.model.naming import Slot
+from mindspeed_simpo.parallel import Groups
+
+PARAMETER = "parameter"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class OptimizerShard:
+    """This rank's part of a parameter in the optimizer: elements ``start`` to ``stop - 1`` of the flat parameter."""
+
+    state: dict[str, Any]
+    """State of Adam; empty before the first update."""
+    main: Tensor
+    """fp32 main parameter; for an fp32 parameter the parameter or a view of it."""
+    start: int
+    stop: int
+    is_copied: bool
+    """Whether every data-parallel and context-parallel rank holds the same elements."""
+
+
+def named_slots(models: Sequence[torch.nn.Module]) -> Iterator[tuple[Slot, torch.nn.Parameter]]:
+    """The slots of this rank's chunks with their parameters."""
+    for model in map(unwrap, models):
+        for slot in model.slots:
+            yield slot, model.get_parameter(slot.parameter)
+
+
+def optimizer_shard(optimizer: Any, parameter: torch.nn.Parameter) -> OptimizerShard | None:
+    """This rank's shard; None where the other data-parallel ranks hold all of the parameter's state.
+
+    Args:
+        optimizer: Optimizer of megatron-core.
+        parameter: A parameter that the optimizer updates.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not isinstance(part, DistributedOptimizer):
+            main = getattr(parameter, "main_param", parameter)
+            return OptimizerShard(part.optimizer.state[main], main, 0, parameter.numel(), is_copied=True)
+        place = part.model_param_group_index_map.get(parameter)
+        if place is not None:
+            group, index = place
+            main = part.optimizer.param_groups[group]["params"][index]
+            held = part._get_model_param_range_map(parameter)["param"]
+            return OptimizerShard(part.optimizer.state[main], main, held.start, held.end, is_copied=False)
+    return None
+
+
+def written_range(shard: OptimizerShard, groups: Groups) -> tuple[int, int]:
+    """The elements of the flat parameter that this rank writes: of copies, each rank writes an equal share.
+
+    Args:
+        shard: This rank's shard.
+        groups: Process groups of the layout.
+    """
+    if not shard.is_copied:
+        return shard.start, shard.stop
+    copies = groups.data.size() * groups.context.size()
+    copy = groups.data.rank() * groups.context.size() + groups.context.rank()
+    return shard.stop * copy // copies, shard.stop * (copy + 1) // copies

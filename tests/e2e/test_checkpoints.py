@@ -86,15 +86,38 @@ def kill_during_a_save(program, output, ranks):
     return any(saves.glob(".iter_*.incomplete"))
 
 
-def test_a_run_killed_during_a_save_goes_on_bit_by_bit(program, tmp_path):
-    program.config[TP] = 2
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_after_a_signal_to_one_rank_the_same_command_goes_on_bit_by_bit(program, tmp_path, number):
+    program.config |= {TP: 2, "load": "auto", "async_save": number == signal.SIGUSR1}
+    done = program.run("train", 2, output_dir=tmp_path / "whole")
+    assert done.code == 0, done.stderr
+
+    run = program.start("train", 2)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 1, run)
+    os.kill(run.processes[1].pid, number)
+    done = run.wait()
+    assert done.code == 128 + number, done.stderr
+    steps = len(lines_of(tmp_path / "out"))
+    assert f"stopped by {number.name} after step {steps}, which is saved" in done.stderr
+    assert (tmp_path / "out" / "checkpoints" / f"iter_{steps:07d}").exists()
+    done = program.run("train", 2)
+    assert done.code == 0, done.stderr
+    assert_same_bits(tmp_path / "out", tmp_path / "whole")
+    assert numbers_of(tmp_path / "out") == numbers_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_run_killed_during_a_save_goes_on_bit_by_bit(program, tmp_path, in_background):
+    program.config |= {TP: 2, "async_save": in_background}
     done = program.run("train", 2, output_dir=tmp_path / "whole")
     assert done.code == 0, done.stderr
     outputs = [tmp_path / f"killed{attempt}" for attempt in range(5)]
     output = next(output for output in outputs if kill_during_a_save(program, output, 2))
     [half] = (output / "checkpoints").glob(".iter_*.incomplete")
 
-    program.run("train", 2, load=half).fails(1, half.name, "half-written", output / "checkpoints" / "iter_0000002")
+    saved = sorted((output / "checkpoints").glob("iter_*"))
+    program.run("train", 2, load=half).fails(1, half.name, "half-written", saved[-1])
     done = program.run("train", 2, load=output, output_dir=output)
     assert done.code == 0, done.stderr
     assert_same_bits(output, tmp_path / "whole")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mindspeed_simpo.cli.launch import GRACE_S
+
 REPO = Path(__file__).parents[2]
 QUICKSTART = REPO / "configs" / "quickstart"
 
@@ -102,7 +104,7 @@ def test_a_killed_rank_brings_the_run_down(training):
 
 
 def test_a_rank_that_hangs_is_named_and_ends_the_run(config_file, tmp_path):
-    timeout_s, grace_s, launcher_s = 5, 5, 30  # ours, the roll call's, torch's before it kills what ignores SIGTERM
+    timeout_s, roll_call_s = 5, 5
     flags = ("--distributed-timeout-minutes", timeout_s / 60)
     launcher = start("train", config_file, "--nproc-per-node", 2, *flags)
     try:
@@ -120,7 +122,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(config_file, tmp_path):
     assert len(messages) == 1, stderr
     assert "rank 1 hangs for longer than distributed_timeout_minutes" in messages[0]
     assert "Traceback" not in stderr
-    assert seconds < timeout_s + grace_s + launcher_s + 10
+    assert seconds < timeout_s + roll_call_s + GRACE_S + 10
     wait_for(lambda: not any(map(is_running, ranks)), seconds=10)
 
 
@@ -130,16 +132,20 @@ def test_no_rank_outlives_a_killed_launcher(training):
     wait_for(lambda: not any(map(is_running, ranks)), seconds=10)
 
 
-def test_a_signal_ends_the_run_without_a_traceback(training):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_stops(training, tmp_path, number):
     launcher, ranks = training
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(number)
     _, stderr = launcher.communicate(timeout=20)
-    assert launcher.returncode == 128 + signal.SIGTERM
+    assert launcher.returncode == 128 + number, stderr
+    [saved] = (tmp_path / "out" / "checkpoints").iterdir()
+    assert int(saved.name.removeprefix("iter_")) == _steps(tmp_path / "out" / "metrics.jsonl")
+    assert f"stopped by {number.name} after step" in stderr
     assert "Traceback" not in stderr
     assert not any(map(is_running, ranks))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_a_single_process_without_a_traceback(config_file, tmp_path, number):
     process = start("train", config_file)
     try:
@@ -150,6 +156,8 @@ def test_a_signal_ends_a_single_process_without_a_traceback(config_file, tmp_pat
         process.kill()
     assert process.returncode == 128 + number
     assert "Traceback" not in stderr
+    saved = list((tmp_path / "out" / "checkpoints").glob("iter_*"))
+    assert len(saved) == (number in (signal.SIGTERM, signal.SIGUSR1))
 
 
 def test_an_error_of_all_ranks_is_said_once(config_file):

@@ -33,12 +33,12 @@ core012) core012 "${@:2}" ;;
 unit | ranks | e2e | upstream) python -m pytest "tests/$1" "${@:2}" ;;
 all)
     status=0
-    lint || status=1
-    # tests of one process and tests that wait leave a core idle: the tests of the ranks run beside them
+    # tests of one process and tests that wait leave a core idle: lint and the tests of the ranks run beside them
     others=$(mktemp)
     trap 'kill $(jobs -p) 2>/dev/null; rm -f "$others"' EXIT
     python -m pytest tests --ignore=tests/ranks >"$others" 2>&1 &
     pid=$!
+    lint || status=1
     python -m pytest tests/ranks || status=1
     core012 || status=1
     wait $pid || status=1

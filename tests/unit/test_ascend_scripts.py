@@ -270,6 +270,12 @@ def test_scripts_and_engine_set_the_same_environment(script, deterministic, upst
     assert ("--npu-deterministic" in call_["flags"]) == (deterministic and script in PLUG_IN)
 
 
+@pytest.mark.parametrize("page", ["ascend.md", "ascend.zh-CN.md"])
+def test_the_documented_environment_is_the_one_that_is_set(page):
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (\S+) \|", (REPOSITORY / "docs" / page).read_text(), re.MULTILINE)
+    assert dict(rows) == npu_environment.defaults("ascend")
+
+
 def test_the_time_outs_of_a_collective_agree(upstream_root):
     _, call_ = call(PLUG_IN[0], upstream_root, HCCL_EXEC_TIMEOUT="1800")
     assert by_flag(call_["flags"])["--distributed-timeout-minutes"] == ["33"]

@@ -1,4 +1,4 @@
-.PHONY: quickstart check lint unit ranks e2e core012 format clean
+.PHONY: quickstart check lint unit ranks e2e core012 torch271 format clean
 
 quickstart:  ## train and compare a small model on the CPU
 	bash scripts/quickstart.sh
@@ -6,7 +6,7 @@ quickstart:  ## train and compare a small model on the CPU
 check:  ## everything that continuous integration runs
 	bash scripts/test.sh
 
-lint unit ranks e2e core012:  ## one part of the checks
+lint unit ranks e2e core012 torch271:  ## one part of the checks
 	bash scripts/test.sh $@
 
 format:
@@ -14,4 +14,4 @@ format:
 	.venv/bin/ruff format .
 
 clean:
-	rm -rf .venv outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,46 +1,56 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: `setup_env FILE...` makes .venv with the packages of requirement files FILE and of this
-# project, and puts its programs first in PATH. Where nothing changed since the last time it does nothing.
+# Sourced by the other scripts: `setup_env FILE...` makes the folder VENV (default: .venv) with the packages of requirement
+# files FILE and of this project, and puts its programs first in PATH. Where nothing changed since the last time it does
+# nothing. TORCH names another version of torch than the files do, NEWEST_PYTHON a lower limit than 3.12.
+
+VENV=${VENV:-.venv}
+NEWEST_PYTHON=${NEWEST_PYTHON:-3.12}
 
 find_python() {
     local candidate
     for candidate in "${PYTHON:-}" python3 python python3.12 python3.11 python3.10; do
         if [ -n "$candidate" ] && "$candidate" -c '
 import ensurepip, sys, venv
-raise SystemExit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
+newest = tuple(map(int, sys.argv[1].split(".")))
+raise SystemExit(not (3, 10) <= sys.version_info[:2] <= newest)' "$NEWEST_PYTHON" >/dev/null 2>&1; then
             command -v "$candidate"
             return
         fi
     done
-    echo "error: found no Python 3.10, 3.11 or 3.12 with the venv module; name one with PYTHON=..." >&2
+    echo "error: found no Python from 3.10 to $NEWEST_PYTHON with the venv module; name one with PYTHON=..." >&2
     return 1
 }
 
 setup_env() {
     local wanted="" stamp file
     # A file that includes another (requirements-dev.txt) changes with it.
-    wanted="$(cat requirements.txt "$@" pyproject.toml | sha256sum | cut -d ' ' -f 1)"
-    stamp=".venv/.requirements-$wanted"
+    wanted="$( (cat requirements.txt "$@" pyproject.toml && echo "${TORCH:-}") | sha256sum | cut -d ' ' -f 1)"
+    stamp="$VENV/.requirements-$wanted"
     if [ ! -e "$stamp" ]; then
         local python
-        if ! .venv/bin/python -c 'import pip' >/dev/null 2>&1; then
+        if ! "$VENV/bin/python" -c 'import pip' >/dev/null 2>&1; then
             python="$(find_python)" || return 1
-            echo "setting up .venv with $("$python" --version)" >&2
-            rm -rf .venv
-            "$python" -m venv .venv || return 1
+            echo "setting up $VENV with $("$python" --version)" >&2
+            rm -rf "$VENV"
+            "$python" -m venv "$VENV" || return 1
         fi
         local requirements=()
-        for file in "$@"; do requirements+=(-r "$file"); done
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check "${requirements[@]}" || return 1
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . || return 1
+        if [ -n "${TORCH:-}" ]; then
+            cat requirements.txt "$@" | sed "/^-r /d; s/^torch==.*/torch==$TORCH/" >"$VENV/requirements.txt"
+            requirements=(-r "$VENV/requirements.txt")
+        else
+            for file in "$@"; do requirements+=(-r "$file"); done
+        fi
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${requirements[@]}" || return 1
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable . || return 1
         touch "$stamp"
     fi
-    export PATH="$PWD/.venv/bin:$PATH"
+    export PATH="$PWD/$VENV/bin:$PATH"
     unset PYTHONHOME PYTHONPATH
 }
 
-# The older line of megatron-core that the project supports, beside the one in .venv; its folder goes into PYTHONPATH.
-OLD_CORE=.venv/megatron-core-0.12.1
+# The older line of megatron-core that the project supports, beside the one in VENV; its folder goes into PYTHONPATH.
+OLD_CORE=$VENV/megatron-core-0.12.1
 
 setup_old_core() {
     if [ ! -e "$OLD_CORE/.complete" ]; then

@@ -6,8 +6,13 @@
 #   bash scripts/test.sh lint               style, types and import contracts
 #   bash scripts/test.sh core012            the tests of the ranks that depend on it with megatron-core 0.12.1
 #   bash scripts/test.sh unit [ARGUMENT...] one folder of tests (unit, ranks, e2e, upstream), arguments to pytest
+#   bash scripts/test.sh torch271           the tests with what an Ascend host has: Python 3.10, torch 2.7.1, megatron-core
+#                                           0.12.1, in .venv-torch271; arguments to pytest in the place of "tests"
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+if [ "${1:-}" = torch271 ]; then
+    VENV=.venv-torch271 TORCH=2.7.1 NEWEST_PYTHON=3.10
+fi
 . scripts/setup_env.sh
 setup_env requirements-dev.txt || exit 1
 
@@ -27,18 +32,25 @@ core012() {
     PYTHONPATH="$PWD/$OLD_CORE" python -m pytest tests/ranks -m "not newest_core" "$@"
 }
 
+torch271() {
+    setup_old_core || return 1
+    [ $# -gt 0 ] || set -- tests
+    PYTHONPATH="$PWD/$OLD_CORE" python -m pytest -m "not newest_core" "$@"
+}
+
 case "${1:-all}" in
 lint) lint ;;
 core012) core012 "${@:2}" ;;
+torch271) torch271 "${@:2}" ;;
 unit | ranks | e2e | upstream) python -m pytest "tests/$1" "${@:2}" ;;
 all)
     status=0
-    lint || status=1
-    # tests of one process and tests that wait leave a core idle: the tests of the ranks run beside them
+    # tests of one process and tests that wait leave a core idle: lint and the tests of the ranks run beside them
     others=$(mktemp)
     trap 'kill $(jobs -p) 2>/dev/null; rm -f "$others"' EXIT
     python -m pytest tests --ignore=tests/ranks >"$others" 2>&1 &
     pid=$!
+    lint || status=1
     python -m pytest tests/ranks || status=1
     core012 || status=1
     wait $pid || status=1
@@ -46,7 +58,7 @@ all)
     exit $status
     ;;
 *)
-    echo "error: expected lint, core012, unit, ranks, e2e, upstream or nothing, found $1" >&2
+    echo "error: expected lint, core012, torch271, unit, ranks, e2e, upstream or nothing, found $1" >&2
     exit 2
     ;;
 esac

@@ -221,7 +221,8 @@ def _open_device(config: Config) -> Device:
     """Open the device. No module may import megatron earlier, because the CPU and NPU adaptors patch megatron."""
     from mindspeed_simpo.device import open_device
 
-    return open_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return open_device(config.device, local_rank, config.distributed_timeout_minutes)
 
 
 def _parse_nproc(text: str | None) -> int:

@@ -7,6 +7,7 @@ No other package names ``torch_npu`` or patches anything. ``open_device`` must r
 from __future__ import annotations
 
 import logging
+import os
 import random
 import resource
 import sys
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from mindspeed_simpo.device import cpu, megatron_repairs, npu
+from mindspeed_simpo.device import cpu, megatron_repairs, npu, npu_adaptor, npu_environment
 from mindspeed_simpo.errors import ConfigError
 
 DeviceName = Literal["npu", "cuda", "cpu"]
@@ -100,15 +101,21 @@ def reduction_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if narrow else torch.float64
 
 
-def open_device(name: Literal["auto", "npu", "cuda", "cpu"], local_rank: int = 0) -> Device:
+def open_device(
+    name: Literal["auto", "npu", "cuda", "cpu"], local_rank: int = 0, timeout_minutes: float | None = None
+) -> Device:
     """Choose the device of this rank and prepare ``torch`` and ``megatron`` for it.
+
+    With ``DETERMINISTIC=1`` in the environment torch's deterministic algorithms are switched on.
 
     Args:
         name: ``auto`` takes the first available of npu, cuda, cpu.
         local_rank: Rank on this host; the index of the accelerator.
+        timeout_minutes: Timeout of the process groups that will be made; HCCL's follows it.
 
     Raises:
-        ConfigError: where the named device is not available, or the host has fewer devices than ranks.
+        ConfigError: where the named device is not available, the host has fewer devices than ranks, or the versions of
+            MindSpeed and megatron-core do not belong together.
     """
     # megatron-core warns on every rank, several times, that apex and TransformerEngine are not installed
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
@@ -120,7 +127,10 @@ def open_device(name: Literal["auto", "npu", "cuda", "cpu"], local_rank: int = 0
     if found == "cpu":
         cpu.install_adaptor()
     elif found == "npu":
-        npu.install_adaptor()
+        npu_environment.set_defaults(timeout_minutes)
+        npu_adaptor.install_adaptor()
+    if npu_environment.is_deterministic():
+        _use_deterministic_algorithms()
     megatron_repairs.repair()
     if found == "cpu":
         return Device("cpu", torch.device("cpu"))
@@ -141,3 +151,9 @@ def find_device() -> DeviceName:
     if npu.is_available():
         return "npu"
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _use_deterministic_algorithms() -> None:
+    # cuBLAS reads this when it makes its first handle; torch refuses to be deterministic without it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""Ascend NPUs: torch_npu as device, MindSpeed's adaptor of megatron-core, and fused operators.
+"""Ascend NPUs: torch_npu as device, and its fused operators.
 
 Each operator is called as the Ascend Extension for PyTorch documentation describes. None has been run on an NPU yet.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mindspeed_simpo.errors import ConfigError
+from mindspeed_simpo.device import npu_environment
 
 # values of sparse_mode of npu_fusion_attention; both take the compressed mask and align it to the last query and key
 _RIGHT_DOWN_CAUSAL = 3
@@ -26,24 +26,9 @@ def is_available() -> bool:
     """Whether torch_npu is installed and sees a device."""
     if importlib.util.find_spec("torch_npu") is None:
         return False
+    npu_environment.set_defaults()
     importlib.import_module("torch_npu")
     return bool(getattr(torch, "npu").is_available())  # noqa: B009 - torch_npu adds it
-
-
-def install_adaptor() -> None:
-    """Import torch_npu and MindSpeed's adaptor of megatron-core; call before ``megatron`` is imported.
-
-    Raises:
-        ConfigError: where torch_npu or MindSpeed is not installed.
-    """
-    for module, package in (("torch_npu", "torch_npu"), ("mindspeed.megatron_adaptor", "MindSpeed")):
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"device: npu needs {package}, which cannot be imported ({error}); install it for your CANN version, "
-                "or set device: cpu"
-            ) from None
 
 
 def is_on_npu(tensor: Tensor) -> bool:

@@ -13,6 +13,22 @@ from mindspeed_simpo.errors import PeerLostError
 GRACE_S = 5.0
 """Seconds within which the collectives of the other surviving ranks fail too."""
 
+_PEER_FAILURES = (
+    "gloo",
+    "Connection closed by peer",
+    # torch_npu: HCCL_CHECK_ERROR of each call, and what its watchdog sets on the work of a collective
+    "HCCL function error",
+    "ERR02200",
+    "ERR02005",
+    "Watchdog caught collective operation timeout",
+    "HCCL watchdog thread terminated",
+    "setting up HCCL communicator",
+    "SUSPECT REMOTE ERROR",
+    # CANN: a collective waits for a peer longer than HCCL_EXEC_TIMEOUT, a connection longer than HCCL_CONNECT_TIMEOUT
+    "EI0002",
+    "EI0006",
+)
+
 
 def unresponsive_ranks(grace_s: float = GRACE_S) -> list[int]:
     """Ranks that did not call this function within ``grace_s`` seconds; empty where the store cannot be reached.
@@ -39,10 +55,13 @@ def unresponsive_ranks(grace_s: float = GRACE_S) -> list[int]:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether ``error`` is that of a collective whose peer ended or hangs; for gloo only the message shows this."""
+    """Whether ``error`` is that of a collective whose peer ended or hangs; gloo and HCCL show this in the message only.
+
+    An HCCL call that fails for another reason, such as a wrong argument, counts too: its message has the same form.
+    """
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("gloo", "Connection closed by peer"))
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _PEER_FAILURES)
 
 
 @contextmanager
@@ -59,7 +78,8 @@ def naming_lost_ranks() -> Iterator[None]:
     except RuntimeError as error:
         if not is_peer_failure(error):
             raise
-        reason = str(error).splitlines()[0]
+        # HCCL's texts begin with an empty line
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
         timed_out = "timed out" in reason.lower() or "timeout" in reason.lower()
         missing = ", ".join(map(str, unresponsive_ranks()))
         how = "hangs for longer than distributed_timeout_minutes" if timed_out else "is gone"

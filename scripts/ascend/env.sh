@@ -1,36 +1,53 @@
 # shellcheck shell=bash
-# Environment of a training process on Ascend. Source it; every value that is set already wins.
+# Environment of a training process on Ascend. Source it; every value that is set already wins. CANN and ATB are looked for
+# under ASCEND_ROOT; ASCEND_SET_ENV names another set_env.sh of CANN.
 
-ASCEND_SET_ENV=${ASCEND_SET_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}
-if [[ -f $ASCEND_SET_ENV ]]; then
-    set +u # CANN's own script reads variables that nobody has set
+# load FILE: source a script that was not written for this shell's options, and that would read "$@".
+load() {
+    local file=$1 options=$-
+    shift
+    set +eu # CANN's own scripts read variables that nobody has set
     # shellcheck disable=SC1090
-    source "$ASCEND_SET_ENV"
-    set -u
+    source "$file"
+    [[ $options != *e* ]] || set -e
+    [[ $options != *u* ]] || set -u
+}
+
+# defaults FILE: export the lines NAME=value of FILE whose NAME is not set.
+defaults() {
+    local line name
+    while IFS= read -r line; do
+        if [[ $line =~ ^([A-Z_]+)=(.*)$ ]]; then
+            name=${BASH_REMATCH[1]}
+            export "$name=${!name:-${BASH_REMATCH[2]}}"
+        fi
+    done <"$1"
+}
+
+ASCEND_ROOT=${ASCEND_ROOT:-/usr/local/Ascend}
+if [[ -z ${ASCEND_SET_ENV:-} ]]; then
+    # cann since 8.5, ascend-toolkit before
+    for ASCEND_SET_ENV in "$ASCEND_ROOT"/{cann,ascend-toolkit}/set_env.sh; do
+        [[ ! -f $ASCEND_SET_ENV ]] || break
+    done
+fi
+if [[ -f $ASCEND_SET_ENV ]]; then
+    load "$ASCEND_SET_ENV"
+elif [[ -z ${ASCEND_HOME_PATH:-} ]]; then
+    echo "env.sh: $ASCEND_SET_ENV does not exist; no CANN in $ASCEND_ROOT/cann or $ASCEND_ROOT/ascend-toolkit is used:" \
+        "set ASCEND_SET_ENV to the set_env.sh of your CANN" >&2
+    return 2
+fi
+# operators of the transformer library, which torch_npu loads where they are installed
+if [[ -f $ASCEND_ROOT/nnal/atb/set_env.sh ]]; then
+    load "$ASCEND_ROOT/nnal/atb/set_env.sh"
 fi
 
-# Megatron orders communication against computation by one hardware queue; sequence parallelism relies on it.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-# Pairs differ in length: without growing segments the allocator fragments and runs out of memory.
-export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}
-# Seconds to connect: the first rank to arrive waits while others still load a checkpoint from shared storage.
-export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-3600}
-# Seconds that one collective may take: rank 0 preprocesses data or saves while the others wait.
-export HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-3600}
-# Threads stay on the cores next to their NPU; kernels are then launched without jumps between sockets.
-export CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-1}
-# Operators are queued and launched by a second thread: fewer gaps between small kernels.
-export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2}
-# As in MindSpeed-LLM's scripts: silent-error detection looks for spikes, which preference gradients may have.
-export NPU_ASD_ENABLE=${NPU_ASD_ENABLE:-0}
-# Streams of overlapping communication share a device; the default is too low for TP, DP and PP groups together.
-export STREAMS_PER_DEVICE=${STREAMS_PER_DEVICE:-32}
-
+ENGINE_DEVICE=$(dirname "${BASH_SOURCE[0]}")/../../mindspeed_simpo/device
+defaults "$ENGINE_DEVICE/ascend.env"
 # DETERMINISTIC=1: the same sums in the same order, run after run; slower.
 if [[ ${DETERMINISTIC:-0} == 1 ]]; then
-    export HCCL_DETERMINISTIC=true
-    export LCCL_DETERMINISTIC=1
-    # a multi-core reduction would add in the order in which cores finish
-    export ATB_MATMUL_SHUFFLE_K_ENABLE=0
+    export DETERMINISTIC # the engine switches torch's deterministic algorithms on
+    defaults "$ENGINE_DEVICE/ascend_deterministic.env"
 fi
 # To find the operator behind an asynchronous error, and only then: export ASCEND_LAUNCH_BLOCKING=1

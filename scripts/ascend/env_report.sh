@@ -6,17 +6,22 @@ line() { printf '%-22s %s\n' "$1" "$2"; }
 first_line() { "$@" 2>/dev/null | head -n 1; }
 or_none() { if [[ -n $1 ]]; then echo "$1"; else echo "not found"; fi; }
 
-toolkit=${ASCEND_HOME_PATH:-/usr/local/Ascend/ascend-toolkit/latest}
+root=${ASCEND_ROOT:-/usr/local/Ascend}
 cann=""
-for file in "$toolkit"/*/ascend_toolkit_install.info "$toolkit"/ascend_toolkit_install.info; do
+for file in "${ASCEND_HOME_PATH:-$root/cann}"/{*/,}ascend_*_install.info \
+    "$root"/{cann,ascend-toolkit/latest}/{*/,}ascend_*_install.info; do
     if [[ -f $file ]]; then
-        cann=$(sed -n 's/^version=//p' "$file" | head -n 1)
+        cann="$(sed -n 's/^version=//p' "$file" | head -n 1) ($(dirname "$file"))"
         break
     fi
 done
+atb=""
+if [[ -f $root/nnal/atb/set_env.sh ]]; then
+    atb="$root/nnal/atb"
+fi
 driver=""
-if [[ -f /usr/local/Ascend/driver/version.info ]]; then
-    driver=$(sed -n 's/^Version=//p' /usr/local/Ascend/driver/version.info | head -n 1)
+if [[ -f $root/driver/version.info ]]; then
+    driver=$(sed -n 's/^Version=//p' "$root/driver/version.info" | head -n 1)
 fi
 
 line "date" "$(date -u +%Y-%m-%dT%H:%MZ)"
@@ -26,6 +31,7 @@ line "npu-smi" "$(or_none "$(first_line npu-smi -v)")"
 line "NPUs" "$(or_none "$(npu-smi info -l 2>/dev/null | sed -n 's/.*Total Count *: *//p')")"
 line "driver" "$(or_none "$driver")"
 line "CANN" "$(or_none "$cann")"
+line "ATB" "$(or_none "$atb")"
 
 python=$(command -v python || command -v python3)
 line "python" "$(or_none "$(first_line "$python" --version)") (${python:-none})"
@@ -64,5 +70,5 @@ for name in MINDSPEED_LLM_PATH MINDSPEED_PATH MEGATRON_LM_PATH; do
     fi
     line "$name" "${folder:-not set}${commit:+ ($commit)}"
 done
-env | grep -E '^(ASCEND|HCCL|NPU|PYTORCH_NPU|TASK_QUEUE|CPU_AFFINITY|STREAMS_PER|CUDA_DEVICE_MAX|TRAINING_BACKEND|MINDSPEED_SIMPO|OMP_)' |
+env | grep -E '^(ASCEND|ATB|CLOSE_MATMUL|DETERMINISTIC|HCCL|NPU|PYTORCH_NPU|TASK_QUEUE|CPU_AFFINITY|STREAMS_PER|CUDA_DEVICE_MAX|TRAINING_BACKEND|MINDSPEED_SIMPO|OMP_)' |
     sort || true

@@ -2,7 +2,7 @@
 # The environment, the ranks and the questions that every script of this folder has. The scripts source it.
 
 # shellcheck source=scripts/ascend/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh" || exit 2
 
 # One host: set nothing. Several: on each set NNODES, NODE_RANK (0, 1, ...) and MASTER_ADDR (of node 0).
 NPUS_PER_NODE=${NPUS_PER_NODE:-8}

@@ -7,6 +7,11 @@
 # shellcheck source=scripts/ascend/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
+# One collective may take this long: rank 0 preprocesses data or saves while the others wait. Of HCCL's own time-out, which
+# names the collective, and that of the process groups (--distributed-timeout-minutes) the shorter one ends the run.
+export HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-3600}
+TIMEOUT_MINUTES=$((HCCL_EXEC_TIMEOUT / 54))
+
 # MindSpeed-LLM's root as working directory, and everything that the user has to name.
 enter_mindspeed_llm() {
     require MINDSPEED_LLM_PATH "root folder of MindSpeed-LLM, with Megatron-LM's megatron/ in it"
@@ -99,7 +104,11 @@ train_in_mindspeed_llm() {
         --save-interval 500
         --eval-interval 500
         --eval-iters 0
+        --distributed-timeout-minutes "$TIMEOUT_MINUTES"
     )
+    if [[ ${DETERMINISTIC:-0} == 1 ]]; then
+        output_args+=(--npu-deterministic)
+    fi
 
     local simpo_args=(
         --stage simpo

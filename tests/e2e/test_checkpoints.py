@@ -20,7 +20,6 @@ LAYOUTS = {
     "bf16, dp2, sharded optimizer": (2, {"bf16": True, "use_distributed_optimizer": True}),
     "tp2 pp2": (4, {TP: 2, PP: 2}),
     "alphadpo, dp2": (2, {"stage": "alphadpo", "alphadpo_alpha": 0.5}),
-    "orpo": (1, {"stage": "orpo"}),
 }
 
 

@@ -126,12 +126,6 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(config_file, tmp_path):
     wait_for(lambda: not any(map(is_running, ranks)), seconds=10)
 
 
-def test_no_rank_outlives_a_killed_launcher(training):
-    launcher, ranks = training
-    launcher.kill()
-    wait_for(lambda: not any(map(is_running, ranks)), seconds=10)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_stops(training, tmp_path, number):
     launcher, ranks = training
@@ -168,17 +162,3 @@ def test_an_error_of_all_ranks_is_said_once(config_file):
     assert stderr.count("absent.jsonl") == 1 + stderr.count("looked for")
     assert stderr.count("error:") == 1
     assert "Traceback" not in stderr
-
-
-def test_torchrun_starts_the_same_program(config_file, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "mindspeed_simpo", "train", str(config_file), "--train-iters", "2"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert _steps(tmp_path / "out" / "metrics.jsonl") == 2

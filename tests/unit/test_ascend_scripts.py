@@ -13,6 +13,7 @@ import tyro
 
 from mindspeed_simpo.cli import main as cli
 from mindspeed_simpo.config.validation import make_layout
+from mindspeed_simpo.device import npu_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "scripts" / "ascend"
@@ -22,9 +23,8 @@ ENGINE = sorted(path.name for path in SCRIPTS.glob("engine_*.sh"))
 RECORD = """#!/bin/sh
 exec "$RECORD_PYTHON" -c '
 import json, os, sys
-names = ("CUDA_DEVICE_MAX_CONNECTIONS", "HCCL_CONNECT_TIMEOUT", "HCCL_DETERMINISTIC", "PYTORCH_NPU_ALLOC_CONF")
-environment = {name: os.environ.get(name) for name in names}
-record = {"program": os.environ["RECORD_NAME"], "flags": sys.argv[1:], "cwd": os.getcwd(), "environment": environment}
+environment = dict(os.environ)
+record = {"program": environment["RECORD_NAME"], "flags": sys.argv[1:], "cwd": os.getcwd(), "environment": environment}
 open(os.environ["RECORD_FILE"], "w").write(json.dumps(record))
 sys.exit(int(os.environ.get("RECORD_STATUS", "0")))
 ' "$@"
@@ -58,6 +58,16 @@ def upstream_root(tmp_path):
     return tmp_path / "root"
 
 
+def install_cann(root, folder="cann", atb=False):
+    """What the installers of CANN and of ATB leave; ATB's script takes the arguments of the script that sources it."""
+    (root / folder).mkdir(parents=True)
+    toolkit = "$NOBODY_HAS_SET_THIS\nfalse\nexport ASCEND_HOME_PATH=" + str(root / folder)
+    (root / folder / "set_env.sh").write_text(toolkit)
+    if atb:
+        (root / "nnal/atb").mkdir(parents=True)
+        (root / "nnal/atb/set_env.sh").write_text('export ATB_HOME_PATH="atb with $# arguments"')
+
+
 def call(script, upstream_root, stand_ins=("torchrun", "python"), flags=(), **environment):
     """Run a script with programs that record how they were called; None where it called none."""
     folder = upstream_root.parent / "bin"
@@ -67,10 +77,13 @@ def call(script, upstream_root, stand_ins=("torchrun", "python"), flags=(), **en
     for name in stand_ins:
         (folder / name).write_text(RECORD.replace("exec ", f"RECORD_NAME={name} exec ", 1))
         (folder / name).chmod(0o755)
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("HCCL", "MASTER", "NNODES", "TP"))
-    }
+    foreign = ("ASCEND", "HCCL", "MASTER", "NNODES", "TP")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    ascend = upstream_root.parent / "Ascend"
+    if not ascend.exists():
+        install_cann(ascend)
     paths = {
+        "ASCEND_ROOT": str(ascend),
         "MASTER_ADDR": "10.0.0.1",
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "RECORD_FILE": str(record),
@@ -236,10 +249,69 @@ def test_what_is_not_set_is_asked_for(upstream_root):
 
 
 def test_the_users_environment_wins(upstream_root):
-    environment = {"HCCL_CONNECT_TIMEOUT": "77", "DETERMINISTIC": "1"}
+    environment = {"HCCL_CONNECT_TIMEOUT": "77", "DETERMINISTIC": "1", "CLOSE_MATMUL_K_SHIFT": "0"}
     _, call_ = call(PLUG_IN[0], upstream_root, **environment)
     assert call_["environment"]["HCCL_CONNECT_TIMEOUT"] == "77"
     assert call_["environment"]["HCCL_DETERMINISTIC"] == "true"
+    assert call_["environment"]["CLOSE_MATMUL_K_SHIFT"] == "0"
+
+
+@pytest.mark.parametrize("script", [PLUG_IN[0], ENGINE[0]])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_scripts_and_engine_set_the_same_environment(script, deterministic, upstream_root):
+    _, call_ = call(script, upstream_root, **({"DETERMINISTIC": "1"} if deterministic else {}))
+    wanted = npu_environment.defaults("ascend")
+    extra = npu_environment.defaults("ascend_deterministic")
+    assert len(wanted) == 7
+    assert extra == {"HCCL_DETERMINISTIC": "true", "CLOSE_MATMUL_K_SHIFT": "1"}
+    found = call_["environment"]
+    assert wanted == {name: found.get(name) for name in wanted}
+    assert (extra if deterministic else dict.fromkeys(extra)) == {name: found.get(name) for name in extra}
+    assert ("--npu-deterministic" in call_["flags"]) == (deterministic and script in PLUG_IN)
+
+
+@pytest.mark.parametrize("page", ["ascend.md", "ascend.zh-CN.md"])
+def test_the_documented_environment_is_the_one_that_is_set(page):
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (\S+) \|", (REPOSITORY / "docs" / page).read_text(), re.MULTILINE)
+    assert dict(rows) == npu_environment.defaults("ascend")
+
+
+def test_the_time_outs_of_a_collective_agree(upstream_root):
+    _, call_ = call(PLUG_IN[0], upstream_root, HCCL_EXEC_TIMEOUT="1800")
+    assert by_flag(call_["flags"])["--distributed-timeout-minutes"] == ["33"]
+    _, call_ = call(PLUG_IN[0], upstream_root)
+    assert int(by_flag(call_["flags"])["--distributed-timeout-minutes"][0]) * 60 > 3600
+    assert call_["environment"]["HCCL_EXEC_TIMEOUT"] == "3600"
+    # the engine derives it from distributed_timeout_minutes
+    assert "HCCL_EXEC_TIMEOUT" not in call(ENGINE[0], upstream_root)[1]["environment"]
+
+
+@pytest.mark.parametrize("folder", ["cann", "ascend-toolkit"])
+@pytest.mark.parametrize("atb", [False, True])
+def test_cann_is_found_where_its_installers_put_it(folder, atb, upstream_root):
+    install_cann(upstream_root.parent / "Ascend", folder, atb)
+    process, call_ = call(ENGINE[0], upstream_root, flags=["--lr", "1e-6"])
+    assert process.returncode == 0, process.stderr
+    assert call_["environment"]["ASCEND_HOME_PATH"] == str(upstream_root.parent / "Ascend" / folder)
+    assert call_["environment"].get("ATB_HOME_PATH") == ("atb with 0 arguments" if atb else None)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_host_without_cann_is_told(named, upstream_root):
+    (upstream_root.parent / "Ascend").mkdir()
+    other = {"ASCEND_SET_ENV": "/absent/set_env.sh"} if named else {}
+    process, call_ = call(ENGINE[0], upstream_root, **other)
+    assert (process.returncode, call_) == (2, None)
+    missing = "/absent/set_env.sh" if named else str(upstream_root.parent / "Ascend/ascend-toolkit/set_env.sh")
+    assert f"env.sh: {missing} does not exist" in process.stderr
+    assert "set ASCEND_SET_ENV to the set_env.sh of your CANN" in process.stderr
+
+
+def test_a_cann_that_is_loaded_already_is_kept(upstream_root):
+    (upstream_root.parent / "Ascend").mkdir()
+    process, call_ = call(ENGINE[0], upstream_root, ASCEND_HOME_PATH="/opt/cann")
+    assert process.returncode == 0, process.stderr
+    assert call_["environment"]["ASCEND_HOME_PATH"] == "/opt/cann"
 
 
 @pytest.mark.parametrize(
@@ -260,9 +332,20 @@ def test_conversion_scripts(script, environment, program, upstream_root):
         assert keys == {"prompt": "question", "query": "", "system": "system"}
 
 
-def test_env_report_names_what_is_there(upstream_root):
+@pytest.mark.parametrize(
+    "file",
+    [
+        "cann/aarch64-linux/ascend_toolkit_install.info",
+        "ascend-toolkit/latest/x86_64-linux/ascend_toolkit_install.info",
+    ],
+)
+def test_env_report_names_what_is_there(file, upstream_root):
+    info = upstream_root.parent / "Ascend" / file
+    info.parent.mkdir(parents=True)
+    info.write_text("package_name=Ascend-cann-toolkit\nversion=8.5.0\n")
     process, _ = call("env_report.sh", upstream_root, stand_ins=())
     assert process.returncode == 0, process.stderr
+    assert re.search(rf"^CANN +8\.5\.0 \({info.parent}\)$", process.stdout, re.MULTILINE)
     assert re.search(r"^npu-smi +not found$", process.stdout, re.MULTILINE)
     assert re.search(rf"^MINDSPEED_LLM_PATH +{upstream_root}", process.stdout, re.MULTILINE)
     assert re.search(r"^torch_npu +", process.stdout, re.MULTILINE)

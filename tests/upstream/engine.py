@@ -1,40 +1,45 @@
 """One training step of the engine on its NPU branch, with the real MindSpeed; run under torchrun.
 
-    engine.py HF_FOLDER JOB OUTPUT
+    engine.py train CONFIG --flag value ...
 
-JOB holds ``(pairs, layout)``; rank 0 writes what ``tests.ranks.parity`` returns. ``torch.npu`` has no tensors on this
-machine, so that the device's tensors are the CPU's, and what asks where a tensor lies is told "on an NPU".
+The command line is that of a launch script, flags of the layout at its end; MindSpeed's adaptor finds it where it finds
+a user's. ENGINE_JOB names a folder with the model, ``job.pt`` with ``(pairs, layout)``, and the place for
+``gradients.pt``: what ``tests.ranks.parity`` returns on rank 0. ``torch.npu`` has no tensors on this machine, so that
+the device's tensors are the CPU's, and what asks where a tensor lies is told "on an NPU".
 """
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 from mindspeed_simpo import device
-from mindspeed_simpo.device import megatron_repairs, npu
+from mindspeed_simpo.device import megatron_repairs, npu, npu_adaptor, npu_environment
 
 
 def open_device(_):
     """The engine's own steps for an NPU, less the choice of a card."""
-    npu.install_adaptor()
+    npu_environment.set_defaults()
+    npu_adaptor.install_adaptor()
     megatron_repairs.repair()
     return device.Device("npu", torch.device("cpu"))
 
 
 def main():
-    folder, job, output = sys.argv[1:]
-    # MindSpeed reads the command line, which in the engine is not for it
-    sys.argv[1:] = ["train", "config.yaml"]
+    given = sys.argv[:]
+    folder = Path(os.environ["ENGINE_JOB"])
     npu.is_on_npu = lambda _: True
     device.open_device = open_device
     from tests.ranks import parity
 
-    pairs, layout = torch.load(job, weights_only=False)
+    pairs, layout = torch.load(folder / "job.pt", weights_only=False)
     torch.distributed.init_process_group("gloo")
-    result = parity._rank(folder, [pairs], [parity.Run()], None, layout)[0]
+    result = parity._rank(str(folder / "model"), [pairs], [parity.Run()], None, layout)[0]
+    assert sys.argv == given
     if os.environ["RANK"] == "0":
-        torch.save({name: torch.from_numpy(gradient) for name, gradient in result["grads"].items()}, output)
+        gradients = {name: torch.from_numpy(gradient) for name, gradient in result["grads"].items()}
+        torch.save(gradients, folder / "gradients.pt")
 
 
 if __name__ == "__main__":

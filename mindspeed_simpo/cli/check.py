@@ -34,7 +34,7 @@ from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, es
 
 INSPECTED_PAIRS = 2000
 """Largest number of pairs of each part, evenly spaced, whose token ids are inspected."""
-_COUNTS = ("rows", "kept", "malformed", "empty", "identical", "not_prefix", "too_long")
+_COUNTS = ("rows", "kept", "malformed", "empty", "identical", "not_prefix", "too_long", "tie", "unpaired")
 _T = TypeVar("_T")
 
 
@@ -74,7 +74,7 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     tokenizer = findings.attempt(lambda: load_tokenizer(config.model_name_or_path, config.chat_template))
     parts: dict[str, PairDataset] = {}
     if tokenizer is not None:
-        parts = _prepare(config, tokenizer, findings)
+        parts = _prepare(config, tokenizer, spec.vocab_size if spec is not None else None, findings)
         if parts:
             console.print(_data_table(parts))
             findings.warnings += token_warnings(parts, tokenizer)
@@ -180,7 +180,9 @@ def _model(config: Config, world_size: int, device: str) -> ModelDescription:
     return spec
 
 
-def _prepare(config: Config, tokenizer: PreTrainedTokenizerBase, findings: Findings) -> dict[str, PairDataset]:
+def _prepare(
+    config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None, findings: Findings
+) -> dict[str, PairDataset]:
     wanted: list[Literal["train", "eval"]] = ["train", "eval"] if has_eval_data(config) else ["train"]
     lenient = config.model_copy(
         update={"data_errors": "drop", "truncation": "drop" if config.truncation == "error" else config.truncation}
@@ -188,11 +190,11 @@ def _prepare(config: Config, tokenizer: PreTrainedTokenizerBase, findings: Findi
     parts: dict[str, PairDataset] = {}
     for part in wanted:
         try:
-            parts[part] = prepare_pairs(config, tokenizer, part, progress=True)
+            parts[part] = prepare_pairs(config, tokenizer, part, progress=True, vocab_size=vocab_size)
         except DataError as error:
             findings.errors.append(f"{part}: {error}")
             try:  # statistics of the usable pairs
-                parts[part] = prepare_pairs(lenient, tokenizer, part, progress=True)
+                parts[part] = prepare_pairs(lenient, tokenizer, part, progress=True, vocab_size=vocab_size)
             except SimpoError:
                 continue
         except SimpoError as error:

@@ -16,6 +16,7 @@ from mindspeed_simpo.config.options import DataOptions
 from mindspeed_simpo.data.cache import cache_folder, read_table, write_table
 from mindspeed_simpo.data.conversations import ConversationPair, ExampleReader
 from mindspeed_simpo.data.encoding import PairEncoder
+from mindspeed_simpo.data.grouping import grouped
 from mindspeed_simpo.data.paths import Part, open_sources
 from mindspeed_simpo.data.problems import ExampleError
 from mindspeed_simpo.data.report import DataReport, judge, make_report
@@ -70,7 +71,12 @@ def has_eval_data(options: DataOptions) -> bool:
 
 
 def prepare_pairs(
-    options: DataOptions, tokenizer: PreTrainedTokenizerBase, part: Part, *, progress: bool
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    part: Part,
+    *,
+    progress: bool,
+    vocab_size: int | None = None,
 ) -> PairDataset:
     """Read, check and tokenise one part of the data, or take its token ids from the cache.
 
@@ -83,6 +89,7 @@ def prepare_pairs(
         tokenizer: From :func:`~mindspeed_simpo.data.tokenizer.load_tokenizer`.
         part: Which part.
         progress: Show a progress bar on stderr.
+        vocab_size: Of the model; examples with token ids beyond it are malformed. ``None`` checks nothing.
 
     Raises:
         DataError: where data cannot be read; where examples cannot be used and ``data_errors`` is ``fail``; where pairs
@@ -98,10 +105,16 @@ def prepare_pairs(
         sources = open_sources(own_paths, "eval", reader.column_names)
     else:
         sources = open_sources(options.data_path, "train", reader.column_names)
+    if vocab_size is not None and vocab_size > max(tokenizer.get_vocab().values()):
+        vocab_size = None  # the model has every token: nothing to check, and the key does not depend on the model
     encoder = PairEncoder(
-        tokenizer, seq_length=options.seq_length, prompt_limit=options.prompt_limit, truncation=options.truncation
+        tokenizer,
+        seq_length=options.seq_length,
+        prompt_limit=options.prompt_limit,
+        truncation=options.truncation,
+        vocab_size=vocab_size,
     )
-    key = _key(options, tokenizer, sources)
+    key = _key(options, tokenizer, sources, vocab_size)
     table = _load_or_build(options, key, sources, reader, encoder, progress=progress)
     first, last = (0, table.num_rows) if own_paths is not None else _bounds(options.split, part, table.num_rows)
     if first == last:
@@ -113,12 +126,14 @@ def prepare_pairs(
     return PairDataset(table, sources, fingerprint, report)
 
 
-def _key(options: DataOptions, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> str:
+def _key(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], vocab_size: int | None
+) -> str:
     try:
         contents = [source.digest() for source in sources]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot read the data: {error.strerror}") from None
-    encoding = [options.map_keys, options.seq_length, options.prompt_limit, options.truncation]
+    encoding = [options.map_keys, options.seq_length, options.prompt_limit, options.truncation, vocab_size]
     facts = [_FORMAT, contents, tokenizer_digest(tokenizer), encoding]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -150,7 +165,7 @@ def _load_or_build(
 def _conversations(sources: Sequence[Source], reader: ExampleReader) -> Iterator[PlacedExample]:
     for index, source in enumerate(sources):
         try:
-            for number, value in source.examples():
+            for number, value in grouped(source.examples(), reader.prompt_columns, reader.score):
                 yield PlacedExample(index, number, _read(reader, value))
         except OSError as error:
             raise DataError(f"{source.name}: cannot read the data: {error.strerror or error}") from None

@@ -11,6 +11,7 @@ from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.data.conversations import ConversationPair
 from mindspeed_simpo.data.problems import ExampleError, malformed
 from mindspeed_simpo.data.template import ChatFormat
+from mindspeed_simpo.errors import ModelError
 
 _ANCHOR = "\n"
 
@@ -48,9 +49,10 @@ class PairEncoder:
         seq_length: Longest sequence, tokens.
         prompt_limit: Length below which truncation does not cut the prompt, tokens.
         truncation: ``error`` and ``drop`` both raise for a pair that is too long; the caller tells them apart.
+        vocab_size: Rows of the model's embedding, beyond which no token id may lie; ``None`` checks nothing.
 
     Raises:
-        ModelError: where the chat template cannot serve.
+        ModelError: where the chat template cannot serve, or the model has no embedding of its end of turn.
     """
 
     def __init__(
@@ -60,20 +62,25 @@ class PairEncoder:
         seq_length: int,
         prompt_limit: int,
         truncation: Literal["error", "drop", "keep_end", "keep_start"],
+        vocab_size: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._format = ChatFormat(tokenizer)
         self._seq_length = seq_length
         self._prompt_limit = prompt_limit
         self._truncation = truncation
+        self._vocab_size = vocab_size
         self._anchor_ids = self._find_anchor()
+        if vocab_size is not None and self._format.end_of_turn_id >= vocab_size:
+            raise ModelError(f"the end of turn: {self._outside(self._format.end_of_turn_id, vocab_size)}")
 
     def encode(self, pair: ConversationPair | TokenizedPair) -> EncodedPair:
         """Encode one pair; a tokenised pair is only checked and, where truncation asks for it, cut.
 
         Raises:
-            ExampleError: as :meth:`ChatFormat.render`; of kind ``too_long`` where truncation is ``error`` or ``drop``;
-                of kind ``identical`` where chosen and rejected are the same tokens.
+            ExampleError: for a token id that the model's vocabulary does not have; as :meth:`ChatFormat.render`; of
+                kind ``too_long`` where truncation is ``error`` or ``drop``; of kind ``identical`` where chosen and
+                rejected are the same tokens.
         """
         if isinstance(pair, TokenizedPair):
             return self._encode_tokenised(pair)
@@ -92,10 +99,21 @@ class PairEncoder:
         return self._truncate_if_long(EncodedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids), None)
 
     def _truncate_if_long(self, encoded: EncodedPair, before_header: str | None) -> EncodedPair:
+        if self._vocab_size is not None:
+            highest = max((*encoded.prompt_ids, *encoded.chosen_ids, *encoded.rejected_ids))
+            if highest >= self._vocab_size:
+                raise malformed(self._outside(highest, self._vocab_size))
         if encoded.chosen_ids == encoded.rejected_ids:
             raise ExampleError("identical", "chosen and rejected are the same tokens")
         longest = len(encoded.prompt_ids) + max(len(encoded.chosen_ids), len(encoded.rejected_ids))
         return encoded if longest <= self._seq_length else self._cut(encoded, before_header)
+
+    def _outside(self, token_id: int, vocab_size: int) -> str:
+        return (
+            f"token {self._tokenizer.convert_ids_to_tokens(token_id)!r} has the id {token_id}, beyond the model's "
+            f"vocab_size {vocab_size} (config.json): use the tokenizer of this model, or a model whose embedding was "
+            "resized for the added tokens"
+        )
 
     def _cut(self, pair: EncodedPair, before_header: str | None) -> EncodedPair:
         prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids

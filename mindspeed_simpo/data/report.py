@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from mindspeed_simpo.config.options import DataOptions
-from mindspeed_simpo.data.problems import ProblemKind
+from mindspeed_simpo.data.problems import NO_FAULT, ProblemKind
 from mindspeed_simpo.data.source import Source
 from mindspeed_simpo.errors import DataError
 
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 PROBLEMS_LISTED = 10
 """Problems of each kind that a report lists."""
-_KINDS: tuple[ProblemKind, ...] = ("malformed", "empty", "identical", "not_prefix", "too_long")
-_TITLES: dict[str, str] = {"not_prefix": "prompt not a prefix", "too_long": "too long"}
+_KINDS: tuple[ProblemKind, ...] = ("malformed", "empty", "identical", "not_prefix", "too_long", *NO_FAULT)
+_TITLES: dict[str, str] = {"not_prefix": "prompt not a prefix", "too_long": "too long", "tie": "tied"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,10 @@ class DataReport:
     identical: int
     not_prefix: int
     too_long: int
+    tie: int
+    """Examples whose label or scores prefer no response."""
+    unpaired: int
+    """Prompts with a single answer."""
     truncated_prompts: int
     """Kept pairs whose prompt was cut."""
     truncated_responses: int
@@ -142,10 +146,12 @@ def judge(report: DataReport, options: DataOptions) -> None:
     """
     # With keep_start and keep_end, a pair counts as too long only where truncation cannot make it fit.
     long_is_length = options.truncation in ("error", "drop")
-    bad = report.rows - report.kept - (report.too_long if long_is_length else 0)
+    no_fault = report.tie + report.unpaired
+    bad = report.rows - report.kept - no_fault - (report.too_long if long_is_length else 0)
     complaints = []
     if bad and options.data_errors == "fail":
-        listed = [problem for problem in report.problems if problem.kind != "too_long" or not long_is_length]
+        excused = (*NO_FAULT, "too_long") if long_is_length else NO_FAULT
+        listed = [problem for problem in report.problems if problem.kind not in excused]
         complaints.append(
             f"{bad} of {report.rows} rows cannot be used:\n{_listing(listed, bad)}\n"
             "Correct them, or set `data_errors: drop` to leave them out."

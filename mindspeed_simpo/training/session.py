@@ -194,7 +194,7 @@ def build_session(config: Config, device: Device, groups: Groups) -> Session:
         models,
         MetricSums(config.objective, groups, device),
         running,
-        prepare=partial(_prepare, config, tokenizer, groups.world),
+        prepare=partial(_prepare, config, tokenizer, description.vocab_size, groups.world),
         loader=partial(
             PairLoader,
             seed=config.seed,
@@ -209,15 +209,16 @@ def build_session(config: Config, device: Device, groups: Groups) -> Session:
 
 
 def _prepare(
-    options: DataOptions, tokenizer: PreTrainedTokenizerBase, world: dist.ProcessGroup, part: Part
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, vocab_size: int, world: dist.ProcessGroup, part: Part
 ) -> PairDataset:
     """Local rank 0 of each host tokenises; the other ranks of the host read its cache."""
+    prepare = partial(prepare_pairs, options, tokenizer, part, vocab_size=vocab_size)
     dataset = None
     with fail_together(world):
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            dataset = prepare_pairs(options, tokenizer, part, progress=world.rank() == 0)
+            dataset = prepare(progress=world.rank() == 0)
     with fail_together(world):
-        return dataset or prepare_pairs(options, tokenizer, part, progress=False)
+        return dataset or prepare(progress=False)
 
 
 def _export(

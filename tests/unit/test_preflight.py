@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from mindspeed_simpo.cli.check import check, run_length_warnings, setting_warnings
 from mindspeed_simpo.config.config import Config
@@ -108,6 +109,35 @@ def model_folder(tmp_path: Path, **tokenizer_changes) -> Path:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | tokenizer_changes))
     return folder
+
+
+def test_a_token_that_the_model_does_not_have(tmp_path):
+    folder = model_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    size = config["vocab_size"]
+
+    def shrink(vocab_size):
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+
+    tokens = AutoTokenizer.from_pretrained(folder)
+    end = tokens.convert_tokens_to_ids("<|im_end|>")
+    shrink(end)
+    verdict, report = run(tmp_path, model_name_or_path=str(folder))
+    assert not verdict
+    assert f"the end of turn: token '<|im_end|>' has the id {end}, beyond the model's vocab_size {end}" in report
+    assert "use the tokenizer of this model" in report
+    assert tokens.add_tokens(["It is Lima"]) == 1
+    tokens.save_pretrained(folder)
+    shrink(size)
+    verdict, _ = run(tmp_path, model_name_or_path=str(folder))
+    assert verdict == (len(tokens) <= size)
+    shrink(len(tokens) - 1)
+    verdict, report = run(tmp_path, model_name_or_path=str(folder))
+    assert not verdict
+    assert "train: 1 of 2 rows cannot be used" in report
+    assert "pairs.jsonl:1: malformed: token 'It is Lima' has the id" in report
+    shrink(len(tokens))
+    assert run(tmp_path, model_name_or_path=str(folder))[0]
 
 
 def test_a_template_that_doubles_the_bos(tmp_path):

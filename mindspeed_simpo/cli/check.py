@@ -21,7 +21,7 @@ from mindspeed_simpo.config.validation import make_layout, resolve_batching
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data, prepare_pairs
 from mindspeed_simpo.data.largest import LargestPass, largest_pass
-from mindspeed_simpo.data.template import ChatFormat
+from mindspeed_simpo.data.template import ChatFormat, TemplateSettings
 from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import find_device
 from mindspeed_simpo.errors import DataError, SimpoError
@@ -75,11 +75,8 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     parts: dict[str, PairDataset] = {}
     if tokenizer is not None:
         parts = _prepare(config, tokenizer, spec.vocab_size if spec is not None else None, findings)
-        if parts:
-            console.print(_data_table(parts))
-            findings.warnings += token_warnings(parts, tokenizer)
-        if "train" in parts:
-            _print_sample(console, parts["train"][0], tokenizer)
+    if tokenizer is not None and parts:
+        findings.warnings += _report_data(console, config, tokenizer, parts)
     if "train" in parts:
         findings.warnings += run_length_warnings(config, len(parts["train"]))
     findings.warnings += token_budget_warnings(config, parts)
@@ -144,9 +141,9 @@ def memory_warnings(config: Config, layout: Layout, estimates: Sequence[MemoryEs
         yield f"the ranks need about {_gib(needed)} GiB together; this host has {_gib(present)} GiB"
 
 
-def token_warnings(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def token_warnings(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizerBase, end: int) -> Iterator[str]:
     """Warnings about double or missing BOS, missing end-of-turn tokens, and evaluation prompts in the training data."""
-    bos, end = tokenizer.bos_token_id, ChatFormat(tokenizer).end_of_turn_id
+    bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
     prompts: dict[str, set[tuple[int, ...]]] = {}
     for part, dataset in parts.items():
@@ -200,6 +197,19 @@ def _prepare(
         except SimpoError as error:
             findings.errors.append(f"{part}: {error}")
     return parts
+
+
+def _report_data(
+    console: Console, config: Config, tokenizer: PreTrainedTokenizerBase, parts: dict[str, PairDataset]
+) -> list[str]:
+    """Print counts, what the chat template does of itself, and a sample; return the warnings about tokens."""
+    console.print(_data_table(parts))
+    chat_format = ChatFormat(tokenizer, TemplateSettings.of(config))
+    for note in chat_format.notes():
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    if "train" in parts:
+        _print_sample(console, parts["train"][0], tokenizer)
+    return [*token_warnings(parts, tokenizer, chat_format.end_of_turn_id)]
 
 
 def _data_table(parts: dict[str, PairDataset]) -> Table:

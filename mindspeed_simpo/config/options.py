@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
+import re
+from datetime import date
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import (
@@ -22,7 +26,7 @@ from mindspeed_simpo.objectives import DEFAULT_STAGE, OBJECTIVES, Keys, Objectiv
 ContextParallelAlgo = Literal["gathered", "megatron_cp_algo", "ulysses_cp_algo"]
 BatchingForm = Literal["padded", "packed", "prefix_shared"]
 BatchingName = Literal["auto", BatchingForm]
-
+DEFAULT_TEMPLATE_DATE = "2024-07-26"
 
 Effect = Literal["result", "arithmetic", "layout", "none"]
 """What a change of the option's value affects.
@@ -192,6 +196,16 @@ class DataOptions(_Options):
         effect="result",
         description="Column names of the data: {canonical name: column}, as in MindSpeed-LLM's --map-keys.",
     )
+    chat_template_kwargs: dict[str, Any] | None = _option(
+        None,
+        effect="result",
+        description="Variables for the chat template, such as {enable_thinking: false}; the template must read them.",
+    )
+    chat_template_date: str = _option(
+        DEFAULT_TEMPLATE_DATE,
+        effect="result",
+        description="Day, YYYY-MM-DD, that a chat template which prints today's date takes for today.",
+    )
     seq_length: int = _option(
         2048, ge=8, effect="result", description="Largest length of a sequence (prompt and one response), tokens."
     )
@@ -230,8 +244,30 @@ class DataOptions(_Options):
             weights = [float(part) for part in value.split(",")]
         except ValueError:
             raise ValueError("expected two or three comma-separated weights, such as 95,5") from None
+        if not math.isfinite(sum(weights)):
+            raise ValueError("expected two or three finite weights, such as 95,5")
         if not 1 <= len(weights) <= 3 or min(weights) < 0 or weights[0] <= 0:
             raise ValueError("expected two or three weights of at least 0, the first above 0, such as 95,5")
+        return value
+
+    @field_validator("chat_template_date")
+    @classmethod
+    def _is_a_day(cls, value: str) -> str:
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", value) is None:
+            raise ValueError("expected a day as YYYY-MM-DD")
+        try:
+            date.fromisoformat(value)
+        except ValueError as error:
+            raise ValueError(f"expected a day as YYYY-MM-DD; {error}") from None
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _is_plain(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected values that JSON has (texts, numbers, true, false, lists); {error}") from None
         return value
 
     @field_validator("data_path", "eval_data_path")

@@ -21,6 +21,7 @@ from mindspeed_simpo.data.paths import Part, open_sources
 from mindspeed_simpo.data.problems import ExampleError
 from mindspeed_simpo.data.report import DataReport, judge, make_report
 from mindspeed_simpo.data.source import Source
+from mindspeed_simpo.data.template import TemplateSettings
 from mindspeed_simpo.data.tokenizer import tokenizer_digest
 from mindspeed_simpo.data.workers import PlacedExample, encode_examples
 from mindspeed_simpo.errors import ConfigError, DataError
@@ -113,6 +114,7 @@ def prepare_pairs(
         prompt_limit=options.prompt_limit,
         truncation=options.truncation,
         vocab_size=vocab_size,
+        template=TemplateSettings.of(options),
     )
     key = _key(options, tokenizer, sources, vocab_size)
     table = _load_or_build(options, key, sources, reader, encoder, progress=progress)
@@ -133,7 +135,8 @@ def _key(
         contents = [source.digest() for source in sources]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot read the data: {error.strerror}") from None
-    encoding = [options.map_keys, options.seq_length, options.prompt_limit, options.truncation, vocab_size]
+    encoding: list[Any] = [options.map_keys, options.seq_length, options.prompt_limit, options.truncation, vocab_size]
+    encoding += [options.chat_template_kwargs or {}, options.chat_template_date]
     facts = [_FORMAT, contents, tokenizer_digest(tokenizer), encoding]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.data.conversations import ConversationPair
 from mindspeed_simpo.data.problems import ExampleError, malformed
-from mindspeed_simpo.data.template import ChatFormat
+from mindspeed_simpo.data.template import ChatFormat, TemplateSettings
 from mindspeed_simpo.errors import ModelError
 
 _ANCHOR = "\n"
@@ -50,8 +50,10 @@ class PairEncoder:
         prompt_limit: Length below which truncation does not cut the prompt, tokens.
         truncation: ``error`` and ``drop`` both raise for a pair that is too long; the caller tells them apart.
         vocab_size: Rows of the model's embedding, beyond which no token id may lie; ``None`` checks nothing.
+        template: Variables and date for the chat template.
 
     Raises:
+        ConfigError: where the chat template does not read one of the variables.
         ModelError: where the chat template cannot serve, or the model has no embedding of its end of turn.
     """
 
@@ -63,9 +65,10 @@ class PairEncoder:
         prompt_limit: int,
         truncation: Literal["error", "drop", "keep_end", "keep_start"],
         vocab_size: int | None = None,
+        template: TemplateSettings | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._format = ChatFormat(tokenizer)
+        self._format = ChatFormat(tokenizer, template)
         self._seq_length = seq_length
         self._prompt_limit = prompt_limit
         self._truncation = truncation

@@ -140,6 +140,16 @@ def test_a_token_that_the_model_does_not_have(tmp_path):
     assert run(tmp_path, model_name_or_path=str(folder))[0]
 
 
+def test_what_the_template_does_of_itself_is_noted(tmp_path):
+    template = json.loads((QUICKSTART / "tokenizer_config.json").read_text())["chat_template"]
+    (tmp_path / "t.jinja").write_text("{{ strftime_now('%Y') }}{{ mood }}\n" + template)
+    verdict, report = run(tmp_path, chat_template=str(tmp_path / "t.jinja"), chat_template_kwargs={"mood": "glad"})
+    assert verdict
+    assert "note: the chat template prints the date, which is always 2024-07-26" in report
+    assert "note: the chat template is given mood = 'glad'" in report
+    assert "2024glad" in report
+
+
 def test_a_template_that_doubles_the_bos(tmp_path):
     template = json.loads((QUICKSTART / "tokenizer_config.json").read_text())["chat_template"]
     folder = model_folder(

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.config.options import DataOptions
-from mindspeed_simpo.data.cache import cache_folder, read_table, write_table
+from mindspeed_simpo.data.cache import CachedTable, cache_folder, read_table, write_table
 from mindspeed_simpo.data.conversations import ConversationPair, ExampleReader
 from mindspeed_simpo.data.encoding import PairEncoder
 from mindspeed_simpo.data.grouping import grouped
@@ -41,7 +41,8 @@ class PairDataset:
         self._kept = kept
         self._sources = list(sources)
         self.fingerprint = fingerprint
-        """Hex digest of content, tokenizer and options; the same wherever the data lies."""
+        """Hex digest of the token ids of all examples and of the part that this data set is; equal for equal ids,
+        whatever versions of the libraries made them."""
         self.report = report
         self.lengths = report.lengths
         """Tokens of prompt, chosen and rejected response of each pair, ``int64[pair, 3]``."""
@@ -117,14 +118,15 @@ def prepare_pairs(
         template=TemplateSettings.of(options),
     )
     key = _key(options, tokenizer, sources, vocab_size)
-    table = _load_or_build(options, key, sources, reader, encoder, progress=progress)
+    cached = _load_or_build(options, key, sources, reader, encoder, progress=progress)
+    table = cached.table
     first, last = (0, table.num_rows) if own_paths is not None else _bounds(options.split, part, table.num_rows)
     if first == last:
         raise DataError(f"split {options.split} of {table.num_rows} rows leaves no row for the {part} part")
+    fingerprint = hashlib.sha256(f"{cached.content} {table.num_rows} {first} {last}".encode()).hexdigest()
     table = table.slice(first, last - first)
     report = make_report(table, sources)
     judge(report, options)
-    fingerprint = hashlib.sha256(f"{key} {first} {last}".encode()).hexdigest()
     return PairDataset(table, sources, fingerprint, report)
 
 
@@ -149,7 +151,7 @@ def _load_or_build(
     encoder: PairEncoder,
     *,
     progress: bool,
-) -> Any:
+) -> CachedTable:
     path = cache_folder(options.data_cache_dir) / "tokenised" / f"{key}.arrow"
     table = read_table(path)
     if table is not None:

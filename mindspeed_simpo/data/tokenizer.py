@@ -108,7 +108,10 @@ def _reason(error: Exception) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex SHA-256 of everything that the token ids depend on: vocabulary, rules, special tokens, chat template."""
+    """Hex SHA-256 of everything that token ids depend on: vocabulary, rules, special tokens, template, versions.
+
+    It keys the cache: other versions of the libraries tokenise again, and are free to find other ids.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())

@@ -163,22 +163,41 @@ def test_the_cache_is_used_and_keeps_the_report(tmp_path, monkeypatch):
     assert third[1].source == f"{moved}:7"
 
 
+def cache_files(tmp_path):
+    return len(list((tmp_path / "cache" / "tokenised").iterdir()))
+
+
 @pytest.mark.parametrize(
     "options",
     [{"seq_length": 256}, {"truncation": "keep_end"}, {"max_prompt_length": 50}, {"map_keys": {"query": ""}}],
 )
 def test_the_cache_is_of_one_set_of_options(tmp_path, options):
-    assert prepare(tmp_path, [PLAIN]).fingerprint != prepare(tmp_path, [PLAIN], **options).fingerprint
+    first, second = prepare(tmp_path, [PLAIN]), prepare(tmp_path, [PLAIN], **options)
+    assert cache_files(tmp_path) == 2
+    assert first.fingerprint == second.fingerprint  # of the same token ids
 
 
-def test_the_cache_is_of_one_content_and_tokenizer(tmp_path):
+def test_the_fingerprint_is_that_of_the_token_ids(tmp_path):
+    rows = [PLAIN, {**PLAIN, "prompt": "word " * 50}, {**PLAIN, "chosen": "Rome."}]
     fingerprints = [
-        prepare(tmp_path, [PLAIN]).fingerprint,
-        prepare(tmp_path, [{**PLAIN, "chosen": "Rome."}]).fingerprint,
-        prepare(tmp_path, [PLAIN], family="llama").fingerprint,
+        prepare(tmp_path, rows).fingerprint,
+        prepare(tmp_path, rows, seq_length=100, truncation="keep_end").fingerprint,
+        prepare(tmp_path, rows, seq_length=100, truncation="drop").fingerprint,
+        prepare(tmp_path, rows[::-1]).fingerprint,
+        prepare(tmp_path, [*rows, {"broken": 1}], data_errors="drop").fingerprint,
+        prepare(tmp_path, rows[:1]).fingerprint,
+        prepare(tmp_path, rows[:1], family="llama").fingerprint,
+        prepare(tmp_path, rows, split="50,50").fingerprint,
     ]
-    assert len(set(fingerprints)) == 3
-    assert len(list((tmp_path / "cache" / "tokenised").iterdir())) == 3
+    assert len(set(fingerprints)) == len(fingerprints)
+
+
+def test_other_versions_of_the_libraries_may_go_on(tmp_path, monkeypatch):
+    first = prepare(tmp_path, [PLAIN] * 3)
+    monkeypatch.setattr("mindspeed_simpo.data.tokenizer.transformers.__version__", "99.0")
+    second = prepare(tmp_path, [PLAIN] * 3)
+    assert cache_files(tmp_path) == 2
+    assert second.fingerprint == first.fingerprint
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "garbage"])

@@ -114,9 +114,14 @@ def run_length_warnings(config: Config, num_pairs: int) -> Iterator[str]:
     """Warnings about a global batch larger than the training data, and about more than three passes over the data."""
     if num_pairs < config.global_batch_size:
         yield f"the {num_pairs} training pairs do not fill one global batch of {config.global_batch_size}"
-    elif config.train_iters is not None and config.train_iters * config.global_batch_size > 3 * num_pairs:
+        return
+    epochs, key = config.num_train_epochs or 1, f"num_train_epochs {config.num_train_epochs}"
+    passes = float(epochs)
+    if config.train_iters is not None:
         passes = config.train_iters * config.global_batch_size / num_pairs
-        yield f"train_iters {config.train_iters} makes {passes:.1f} passes over the pairs; the paper's runs make one"
+        key = f"train_iters {config.train_iters}"
+    if passes > 3:
+        yield f"{key} makes {passes:.1f} passes over the pairs; the paper's runs make one"
 
 
 def token_budget_warnings(config: Config, parts: dict[str, PairDataset]) -> Iterator[str]:

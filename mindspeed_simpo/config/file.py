@@ -67,6 +67,7 @@ _OTHER_NAMES = {
     "learning_rate": "lr",
     "max_length": "seq_length",
     "max_steps": "train_iters",
+    "epochs": "num_train_epochs",
     "packing": "batching",
     "train_file": "data_path",
     "per_device_train_batch_size": "micro_batch_size",

@@ -324,7 +324,17 @@ class TrainingOptions(_Options):
         "pairs; a larger pair forms its own micro-batch. Default: 2 x seq_length, the size of the longest pair.",
     )
     train_iters: int | None = _option(
-        None, ge=0, effect="result", description="Number of optimizer steps. Default: one pass over the training data."
+        None,
+        ge=0,
+        effect="result",
+        description="Number of optimizer steps. Default: num_train_epochs passes over the training data.",
+    )
+    num_train_epochs: int | None = _option(
+        None,
+        ge=1,
+        effect="result",
+        description="Passes over the training data, instead of train_iters. The last batch of a pass may have fewer "
+        "pairs; its loss is the mean over them. Default: 1.",
     )
     lr: float = _option(1e-6, gt=0, effect="result", description="Peak learning rate.")
     min_lr: float = _option(
@@ -403,6 +413,11 @@ class TrainingOptions(_Options):
 
     @model_validator(mode="after")
     def _step_agrees(self) -> TrainingOptions:
+        if self.train_iters is not None and self.num_train_epochs is not None:
+            raise ValueError(
+                f"train_iters ({self.train_iters}) and num_train_epochs ({self.num_train_epochs}) both say how long to "
+                "train: remove one of them"
+            )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr})")
         if self.global_batch_size % self.micro_batch_size:

@@ -187,3 +187,9 @@ def test_layout_that_does_not_fit(values, world_size, expected):
     with pytest.raises(ConfigError) as caught:
         make_layout(Config(**REQUIRED, **values), world_size)
     assert expected in str(caught.value)
+
+
+def test_steps_or_epochs(tmp_path):
+    assert load_config(write(tmp_path, with_required(num_train_epochs=3))).num_train_epochs == 3
+    both = message(tmp_path, with_required(num_train_epochs=2, train_iters=5))
+    assert "train_iters (5) and num_train_epochs (2) both say how long to train: remove one of them" in both

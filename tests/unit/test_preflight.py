@@ -210,11 +210,18 @@ def test_settings_outside_the_published_ranges(values, expected):
 
 
 @pytest.mark.parametrize(
-    ("train_iters", "pairs", "expected"),
-    [(None, 127, "do not fill one global batch"), (None, 128, ""), (4, 128, "4.0 passes"), (3, 128, "")],
+    ("length", "pairs", "expected"),
+    [
+        ({}, 127, "do not fill one global batch"),
+        ({}, 128, ""),
+        ({"train_iters": 4}, 128, "train_iters 4 makes 4.0 passes"),
+        ({"train_iters": 3}, 128, ""),
+        ({"num_train_epochs": 4}, 500, "num_train_epochs 4 makes 4.0 passes"),
+        ({"num_train_epochs": 3}, 500, ""),
+    ],
 )
-def test_run_lengths(train_iters, pairs, expected):
-    config = Config(model_name_or_path="m", data_path="d", train_iters=train_iters)
+def test_run_lengths(length, pairs, expected):
+    config = Config(model_name_or_path="m", data_path="d", **length)
     warnings = "".join(run_length_warnings(config, pairs))
     assert expected in warnings
     assert bool(expected) == bool(warnings)

@@ -176,8 +176,11 @@ class ModelOptions(_Options):
 class DataOptions(_Options):
     """Data."""
 
-    data_path: str | list[str] = _option(
-        effect="result", description="Training pairs: a file, a folder, a hub id, or a list of these."
+    data_path: str | list[str] | None = _option(
+        None,
+        effect="result",
+        description="Training pairs: a file, a folder, a hub id, or a list of these. `evaluate` with eval_data_path "
+        "needs none.",
     )
     eval_data_path: str | list[str] | None = _option(
         None,
@@ -304,7 +307,7 @@ class TrainingOptions(_Options):
         "micro-batches up to max_tokens_per_micro_batch instead.",
     )
     global_batch_size: int = _option(
-        128, ge=1, effect="result", description="Pairs per optimizer step, over all ranks."
+        128, ge=1, le=1_000_000, effect="result", description="Pairs per optimizer step, over all ranks."
     )
     batching: BatchingName = _option(
         "auto",

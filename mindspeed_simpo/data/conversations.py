@@ -201,7 +201,7 @@ class ExampleReader:
             raise malformed(f"{column}: expected text, a message or a list of messages, found null")
         raise malformed(
             f"no {name} response: expected the column `{column}`, the row has {quoted(cells.example) or 'no columns'} "
-            "(`map_keys` tells other names)"
+            f"(`map_keys` tells other names){_rows_inside(cells.example)}"
         )
 
     def _answer(self, value: Any, where: str) -> list[Message]:
@@ -256,6 +256,14 @@ def _tags(value: Any) -> Tags:
 def _nearest(name: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean `{nearest[0]}`?" if nearest else f"expected one of {', '.join(known)}"
+
+
+def _rows_inside(example: Mapping[str, Any]) -> str:
+    """Advice where the whole file seems to be one example."""
+    lists = [name for name, value in example.items() if _is_conversation(value)]
+    if len(lists) != 1 or not {"chosen", "rejected"} & {*example[lists[0]][0]}:
+        return ""
+    return f"; its `{lists[0]}` holds the rows: write that list alone, as a .json file"
 
 
 def _is_conversation(value: Any) -> bool:

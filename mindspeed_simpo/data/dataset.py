@@ -106,7 +106,7 @@ def prepare_pairs(
     if own_paths is not None:
         sources = open_sources(own_paths, "eval", reader.column_names)
     else:
-        sources = open_sources(options.data_path, "train", reader.column_names)
+        sources = open_sources(_training_paths(options), "train", reader.column_names)
     if vocab_size is not None and vocab_size > max(tokenizer.get_vocab().values()):
         vocab_size = None  # the model has every token: nothing to check, and the key does not depend on the model
     encoder = PairEncoder(
@@ -128,6 +128,12 @@ def prepare_pairs(
     report = make_report(table, sources)
     judge(report, options)
     return PairDataset(table, sources, fingerprint, report)
+
+
+def _training_paths(options: DataOptions) -> str | list[str]:
+    if options.data_path is None:
+        raise ConfigError("no training data: set data_path")
+    return options.data_path
 
 
 def _key(

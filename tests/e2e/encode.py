@@ -17,6 +17,9 @@ def encode_file(folder, path):
     return encode_rows(folder, [(row["prompt"], *(row[side][0]["content"] for side in answers)) for row in rows])
 
 
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+
+
 def encode_rows(folder, rows):
     """The same for ``(messages, chosen text, rejected text)``."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -29,6 +32,8 @@ def encode_rows(folder, rows):
             text = tokenizer.apply_chat_template(whole, tokenize=False)
             assert text.startswith(prompt)
             response = text[len(prompt) :]
+            if response.startswith(EMPTY_THOUGHT):  # Qwen3's: given with the prompt, not generated
+                prompt, response = prompt + EMPTY_THOUGHT, response.removeprefix(EMPTY_THOUGHT)
             end = response.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)
             responses.append(tokenizer(response[:end], add_special_tokens=False)["input_ids"])
         pairs.append((tokenizer(prompt, add_special_tokens=False)["input_ids"], *responses))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from mindspeed_simpo.data.workers import PlacedResult, Problem
+from mindspeed_simpo.data.encoding import PlacedResult, Problem
 from mindspeed_simpo.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -63,14 +63,21 @@ def cache_folder(data_cache_dir: str | None) -> Path:
         raise ConfigError("data_cache_dir: this user has no home folder to keep tokenised data in; set it") from None
 
 
-def read_table(path: Path) -> CachedTable | None:
-    """The content of a cache file, or ``None`` where the file is absent or damaged."""
+def read_table(path: Path, *, verified: bool = False) -> CachedTable | None:
+    """The content of a cache file, or ``None`` where the file is absent or damaged.
+
+    Args:
+        path: Of the file.
+        verified: Another process of this host has just verified the checksum, which reads the whole file.
+    """
     try:
         if not path.is_file():
             return None
         data = pa.memory_map(str(path)).read_buffer()
         body = memoryview(data)[:-_DIGEST_BYTES]
-        if data.size <= 2 * _DIGEST_BYTES or hashlib.sha256(body).digest() != bytes(memoryview(data)[-_DIGEST_BYTES:]):
+        if data.size <= 2 * _DIGEST_BYTES:
+            raise ValueError("the file is cut short")
+        if not verified and hashlib.sha256(body).digest() != bytes(memoryview(data)[-_DIGEST_BYTES:]):
             raise ValueError("the checksum does not match")
         table = pa.ipc.open_file(data.slice(0, data.size - 2 * _DIGEST_BYTES)).read_all()
         if table.schema != SCHEMA:
@@ -81,8 +88,10 @@ def read_table(path: Path) -> CachedTable | None:
     return CachedTable(table, bytes(body[-_DIGEST_BYTES:]).hex())
 
 
-def write_table(path: Path, results: Iterable[PlacedResult]) -> None:
-    """Write a cache file under a temporary name and rename it: ``path`` is whole or absent, also with several writers.
+def write_batches(path: Path, batches: Iterable[Any]) -> None:
+    """Write record batches of ``SCHEMA`` as a cache file, under a temporary name that is then changed.
+
+    ``path`` is whole or absent, also with several writers.
 
     Raises:
         DataError: where the folder cannot be written.
@@ -91,28 +100,27 @@ def write_table(path: Path, results: Iterable[PlacedResult]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise _not_writable(path, error) from None
+        raise not_writable(path, error) from None
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             digest, content = hashlib.sha256(), _ContentDigest()
             sink = _HashingFile(file, digest)
             with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), SCHEMA) as writer:
-                for batch in _batches(results):
+                for batch in batches:
                     writer.write_batch(batch)
                     content.update(batch)
             sink.write(content.digest())
             file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise _not_writable(path, error) from None
+        raise not_writable(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _not_writable(path: Path, error: OSError) -> DataError:
+def not_writable(path: Path, error: OSError) -> DataError:
+    """The error for a cache file whose folder cannot be written."""
     return DataError(
         f"{path.parent}: cannot write tokenised data: {error.strerror or error}; "
         "set data_cache_dir to a folder that can be written"
@@ -156,7 +164,8 @@ class _HashingFile:
         pass
 
 
-def _batches(results: Iterable[PlacedResult]) -> Iterator[Any]:
+def batches_of(results: Iterable[PlacedResult]) -> Iterator[Any]:
+    """Record batches of ``SCHEMA``."""
     results = iter(results)
     while chunk := list(islice(results, _BATCH_EXAMPLES)):
         yield pa.RecordBatch.from_pylist([_columns(result) for result in chunk], schema=SCHEMA)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.config.options import DataOptions
-from mindspeed_simpo.data.cache import CachedTable, cache_folder, read_table, write_table
-from mindspeed_simpo.data.conversations import ConversationPair, ExampleReader
+from mindspeed_simpo.data.cache import CachedTable, cache_folder
+from mindspeed_simpo.data.conversations import ExampleReader
 from mindspeed_simpo.data.encoding import PairEncoder
-from mindspeed_simpo.data.grouping import grouped
 from mindspeed_simpo.data.paths import Part, open_sources
-from mindspeed_simpo.data.problems import ExampleError
+from mindspeed_simpo.data.preparation import Preparation
 from mindspeed_simpo.data.report import DataReport, judge, make_report
 from mindspeed_simpo.data.source import Source
 from mindspeed_simpo.data.template import TemplateSettings
 from mindspeed_simpo.data.tokenizer import tokenizer_digest
-from mindspeed_simpo.data.workers import PlacedExample, encode_examples
 from mindspeed_simpo.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -83,8 +81,8 @@ def prepare_pairs(
     """Read, check and tokenise one part of the data, or take its token ids from the cache.
 
     ``train`` is the first part of ``split`` of the examples of ``data_path``, in their order; ``eval`` is all of
-    ``eval_data_path``, else the second part. Call this function on one rank of each host first, and on the others when
-    that rank is done: they then find the cache. Calls at the same time are safe, and only repeat the work.
+    ``eval_data_path``, else the second part. Calls at the same time are safe, and only repeat the work;
+    :mod:`~mindspeed_simpo.data.together` divides it over ranks.
 
     Args:
         options: Of the data.
@@ -99,12 +97,23 @@ def prepare_pairs(
         ModelError: where the chat template cannot serve.
         ConfigError: where the options name no evaluation data, or ``map_keys`` is wrong.
     """
+    work = preparation_of(options, tokenizer, part, vocab_size)
+    table = work.load()
+    if table is None:
+        work.tokenise_share(0, 1, num_workers=options.num_workers, progress=progress)
+        table = work.merge()
+    return dataset_of(options, part, work, table)
+
+
+def preparation_of(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, part: Part, vocab_size: int | None
+) -> Preparation:
+    """The work that :func:`prepare_pairs` does, for ranks that divide it; arguments and errors as there."""
     if part == "eval" and not has_eval_data(options):
         raise ConfigError("no evaluation data: set eval_data_path, or give split a second weight, such as 95,5")
     reader = ExampleReader(options.map_keys)
-    own_paths = options.eval_data_path if part == "eval" else None
-    if own_paths is not None:
-        sources = open_sources(own_paths, "eval", reader.column_names)
+    if _has_own_paths(options, part):
+        sources = open_sources(options.eval_data_path or [], "eval", reader.column_names)
     else:
         sources = open_sources(_training_paths(options), "train", reader.column_names)
     if vocab_size is not None and vocab_size > max(tokenizer.get_vocab().values()):
@@ -118,16 +127,32 @@ def prepare_pairs(
         template=TemplateSettings.of(options),
     )
     key = _key(options, tokenizer, sources, vocab_size)
-    cached = _load_or_build(options, key, sources, reader, encoder, progress=progress)
-    table = cached.table
-    first, last = (0, table.num_rows) if own_paths is not None else _bounds(options.split, part, table.num_rows)
+    folder = cache_folder(options.data_cache_dir) / "tokenised"
+    return Preparation(sources, reader, encoder, folder / f"{key}.arrow")
+
+
+def dataset_of(options: DataOptions, part: Part, work: Preparation, cached: CachedTable | None) -> PairDataset:
+    """The data set of one part of tokenised examples.
+
+    Raises:
+        DataError: as :func:`prepare_pairs`, and where ``cached`` is ``None``.
+    """
+    if cached is None:
+        raise DataError(f"{work.path}: the tokenised data of this host are missing: run again")
+    logger.info("tokenised data: %s", work.path)
+    table, rows = cached.table, cached.table.num_rows
+    first, last = (0, rows) if _has_own_paths(options, part) else _bounds(options.split, part, rows)
     if first == last:
-        raise DataError(f"split {options.split} of {table.num_rows} rows leaves no row for the {part} part")
-    fingerprint = hashlib.sha256(f"{cached.content} {table.num_rows} {first} {last}".encode()).hexdigest()
+        raise DataError(f"split {options.split} of {rows} rows leaves no row for the {part} part")
     table = table.slice(first, last - first)
-    report = make_report(table, sources)
+    report = make_report(table, work.sources)
     judge(report, options)
-    return PairDataset(table, sources, fingerprint, report)
+    fingerprint = hashlib.sha256(f"{cached.content} {rows} {first} {last}".encode()).hexdigest()
+    return PairDataset(table, work.sources, fingerprint, report)
+
+
+def _has_own_paths(options: DataOptions, part: Part) -> bool:
+    return part == "eval" and options.eval_data_path is not None
 
 
 def _training_paths(options: DataOptions) -> str | list[str]:
@@ -147,48 +172,6 @@ def _key(
     encoding += [options.chat_template_kwargs or {}, options.chat_template_date]
     facts = [_FORMAT, contents, tokenizer_digest(tokenizer), encoding]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _load_or_build(
-    options: DataOptions,
-    key: str,
-    sources: Sequence[Source],
-    reader: ExampleReader,
-    encoder: PairEncoder,
-    *,
-    progress: bool,
-) -> CachedTable:
-    path = cache_folder(options.data_cache_dir) / "tokenised" / f"{key}.arrow"
-    table = read_table(path)
-    if table is not None:
-        logger.info("tokenised data from the cache %s", path)
-        return table
-    # Only a progress bar needs the count, which reads JSON arrays once more.
-    total = sum(source.count() for source in sources) if progress else None
-    conversations = _conversations(sources, reader)
-    write_table(path, encode_examples(conversations, encoder, num_workers=options.num_workers, total=total))
-    table = read_table(path)
-    if table is None:
-        raise DataError(f"{path}: the tokenised data cannot be read back; set data_cache_dir to another folder")
-    return table
-
-
-def _conversations(sources: Sequence[Source], reader: ExampleReader) -> Iterator[PlacedExample]:
-    for index, source in enumerate(sources):
-        try:
-            for number, value in grouped(source.examples(), reader.prompt_columns, reader.score):
-                yield PlacedExample(index, number, _read(reader, value))
-        except OSError as error:
-            raise DataError(f"{source.name}: cannot read the data: {error.strerror or error}") from None
-
-
-def _read(reader: ExampleReader, value: Any) -> ConversationPair | TokenizedPair | ExampleError:
-    if isinstance(value, (ExampleError, TokenizedPair)):
-        return value
-    try:
-        return reader.read(value)
-    except ExampleError as error:
-        return error
 
 
 def _weights(split: str) -> list[float]:

@@ -9,11 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.data.conversations import ConversationPair
-from mindspeed_simpo.data.problems import ExampleError, malformed
+from mindspeed_simpo.data.problems import ExampleError, ProblemKind, malformed
 from mindspeed_simpo.data.template import ChatFormat, TemplateSettings
 from mindspeed_simpo.errors import ModelError
 
 _ANCHOR = "\n"
+LONGEST_TEXT = 4_000_000
+"""Characters of a turn beyond which it is not tokenised; a text without spaces takes a second for each million."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,25 @@ class EncodedPair:
     """Tokens cut from the end of the chosen response, its end of turn included."""
     rejected_cut: int = 0
     """Tokens cut from the end of the rejected response, its end of turn included."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an example cannot be used."""
+
+    kind: ProblemKind
+    message: str
+
+
+@dataclass(frozen=True)
+class PlacedResult:
+    """An example and its place, after encoding."""
+
+    source: int
+    """Index of its source."""
+    number: int
+    """Its number in that source, see :data:`~mindspeed_simpo.data.source.Example`."""
+    value: EncodedPair | Problem
 
 
 class PairEncoder:
@@ -87,6 +108,12 @@ class PairEncoder:
         """
         if isinstance(pair, TokenizedPair):
             return self._encode_tokenised(pair)
+        for message in (*pair.prompt, pair.chosen, pair.rejected):
+            if len(message.content) > LONGEST_TEXT:
+                raise ExampleError(
+                    "too_long",
+                    f"a turn has {len(message.content)} characters; more than {LONGEST_TEXT} are not tokenised",
+                )
         text = self._format.render(pair)
         encoded = EncodedPair(
             self._tokenise(text.prompt),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from mindspeed_simpo.data.foreign import refuse_foreign
 from mindspeed_simpo.data.json_array import LONGEST, Text, elements
 from mindspeed_simpo.data.json_decoder import StrictDecoder
 from mindspeed_simpo.data.problems import found, malformed, printable, quoted
-from mindspeed_simpo.data.source import Example, Source
+from mindspeed_simpo.data.source import Example, Source, Undecoded
 from mindspeed_simpo.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
+_DECODER = StrictDecoder()
 _HEAD = 64  # bytes by which a format is told
 
 
@@ -37,22 +39,32 @@ class JsonSource(Source):
     def count(self) -> int:
         """See :meth:`Source.count`."""
         if self._path.suffix.lower() == ".json":
-            return sum(1 for _ in self.examples())
+            return sum(1 for _ in self.raw_examples())
         with self._path.open("rb") as file:
             return sum(1 for _ in file)
 
-    def examples(self) -> Iterator[Example]:
-        """See :meth:`Source.examples`."""
+    def raw_examples(self) -> Iterator[Example]:
+        """See :meth:`Source.raw_examples`."""
         return (_read_lines if self._path.suffix.lower() == ".jsonl" else _read_json)(self._path, self.name)
 
 
+@dataclass(frozen=True)
+class JsonLine(Undecoded):
+    """A line of a JSON Lines file."""
+
+    line: bytes
+
+    def decode(self) -> Any:
+        """See :meth:`Undecoded.decode`."""
+        return _decoded(self.line)
+
+
 def _read_lines(path: Path, name: str) -> Iterator[Example]:
-    """One example a line; blank lines are skipped. A line that cannot be read is an ``ExampleError`` in its place.
+    """One example a line, not decoded yet; blank lines are skipped.
 
     Raises:
         DataError: where the file as a whole is not JSON Lines: empty, UTF-16, or one JSON array.
     """
-    decoder = StrictDecoder()
     examples = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -64,15 +76,15 @@ def _read_lines(path: Path, name: str) -> Iterator[Example]:
                     )
             if line.strip():
                 examples += 1
-                yield number, _line(decoder, line)
+                yield number, JsonLine(line)
     if not examples:
         raise DataError(f"{name}: the file is empty; expected one JSON object a line")
 
 
-def _line(decoder: StrictDecoder, line: bytes) -> Any:
+def _decoded(line: bytes) -> Any:
     try:
         text = line.strip().decode("utf-8")
-        value, end = decoder.value_at(text, 0)
+        value, end = _DECODER.value_at(text, 0)
     except UnicodeDecodeError as error:
         return malformed(f"not UTF-8: byte 0x{line.strip()[error.start]:02x} at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:

@@ -60,8 +60,8 @@ class TableSource(Source):
         """See :meth:`Source.count`."""
         return self._num_rows
 
-    def examples(self) -> Iterator[Example]:
-        """See :meth:`Source.examples`."""
+    def raw_examples(self) -> Iterator[Example]:
+        """See :meth:`Source.raw_examples`."""
         number = 0
         for batch in self._batches():
             for index in range(batch.num_rows):

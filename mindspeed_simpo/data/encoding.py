@@ -115,12 +115,12 @@ class PairEncoder:
                     f"a turn has {len(message.content)} characters; more than {LONGEST_TEXT} are not tokenised",
                 )
         text = self._format.render(pair)
-        encoded = EncodedPair(
-            self._tokenise(text.prompt),
-            self._response_ids("chosen", text.chosen),
-            self._response_ids("rejected", text.rejected),
-        )
-        return self._truncate_if_long(encoded, text.before_header)
+        anchor = _ANCHOR if self._anchor_ids else ""
+        # one call for all three: the tokenizer's own work is the smaller part of a call
+        prompt_ids, *anchored = self._ids(text.prompt, anchor + text.chosen, anchor + text.rejected)
+        chosen_ids = self._response_ids("chosen", text.chosen, anchored[0])
+        rejected_ids = self._response_ids("rejected", text.rejected, anchored[1])
+        return self._truncate_if_long(EncodedPair(prompt_ids, chosen_ids, rejected_ids), text.before_header)
 
     def _encode_tokenised(self, pair: TokenizedPair) -> EncodedPair:
         highest = max((*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids))
@@ -186,14 +186,16 @@ class PairEncoder:
         head = int(bool(prompt) and prompt[0] == self._tokenizer.bos_token_id)
         if before_header is None:  # a tokenised pair: the start of its assistant header is unknown
             return head, 0
-        before = self._tokenise(before_header)
+        [before] = self._ids(before_header)
         common = 0
         while common < min(len(before), len(prompt)) and before[common] == prompt[common]:
             common += 1
         return head, len(prompt) - max(common, head)
 
-    def _response_ids(self, name: str, text: str) -> list[int]:
-        ids = self._tokenise(text, continues=True)
+    def _response_ids(self, name: str, text: str, anchored: list[int]) -> list[int]:
+        """Ids of a response and its end of turn, from the ids of the anchor and the response together."""
+        anchor = self._anchor_ids
+        ids = anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else self._ids(text)[0]
         end = self._format.end_of_turn_id
         if not ids:
             raise ExampleError("empty", f"{name}: the response has no token")
@@ -201,24 +203,18 @@ class PairEncoder:
             raise malformed(f"{name}: the end-of-turn token appears within the response")
         return [*ids, end]
 
-    def _tokenise(self, text: str, *, continues: bool = False) -> list[int]:
-        """Ids of ``text`` alone; with ``continues``, its ids where it follows other text."""
-        if continues and self._anchor_ids:
-            ids = self._ids(_ANCHOR + text)
-            if ids[: len(self._anchor_ids)] == self._anchor_ids:
-                return ids[len(self._anchor_ids) :]
-        return self._ids(text)
-
-    def _ids(self, text: str) -> list[int]:
-        encoded = self._tokenizer(text, add_special_tokens=False, padding=False, truncation=False, verbose=False)
-        return list(encoded["input_ids"])
+    def _ids(self, *texts: str) -> list[list[int]]:
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False,
+            return_attention_mask=False, return_token_type_ids=False,
+        )  # fmt: skip
+        return [list(ids) for ids in encoded["input_ids"]]
 
     def _find_anchor(self) -> list[int]:
         """Ids of a newline for tokenizers that put a space before every text, such as Llama-2's, else an empty list.
 
         A response follows a prompt: a model never generates that space, so that it must not be a target.
         """
-        anchor = self._ids(_ANCHOR)
-        anchored = self._ids(_ANCHOR + "a")
+        anchor, anchored, bare = self._ids(_ANCHOR, _ANCHOR + "a", "a")
         separable = anchored[: len(anchor)] == anchor
-        return anchor if separable and anchored[len(anchor) :] != self._ids("a") else []
+        return anchor if separable and anchored[len(anchor) :] != bare else []

@@ -119,7 +119,7 @@ class PairStream:
     def __init__(self, num_pairs: int, seed: int | None) -> None:
         self._num_pairs = num_pairs
         self._seed = seed
-        self._last_order: tuple[int, list[int]] | None = None
+        self._last_order: tuple[int, Int64[np.ndarray, " pair"]] | None = None
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Batches of one epoch; the last one has what is left."""
@@ -137,9 +137,10 @@ class PairStream:
     def take(self, consumed_pairs: int, batch_size: int) -> list[int]:
         """Indices of the pairs of the batch after the first ``consumed_pairs``."""
         epoch, start = divmod(consumed_pairs, self._num_pairs)
-        return self._order(epoch)[start : start + self.left(consumed_pairs, batch_size)]
+        taken: list[int] = self._order(epoch)[start : start + self.left(consumed_pairs, batch_size)].tolist()
+        return taken
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> Int64[np.ndarray, " pair"]:
         if self._last_order is None or self._last_order[0] != epoch:
             self._last_order = (epoch, epoch_order(self._num_pairs, self._seed, epoch))
         return self._last_order[1]
@@ -167,11 +168,11 @@ class PrefetchingLoader:
         return micro_batches
 
 
-def epoch_order(num_pairs: int, seed: int | None, epoch: int) -> list[int]:
+def epoch_order(num_pairs: int, seed: int | None, epoch: int) -> Int64[np.ndarray, " pair"]:
     """Indices of one epoch's pairs in training order, a function of ``(seed, epoch)``; ascending where seed is None."""
     ids = np.arange(num_pairs)
     if seed is not None:
         # numpy guarantees the streams of RandomState across versions, those of Generator not; resumed runs need them.
         sequence = np.random.SeedSequence([seed, epoch])
         np.random.RandomState(np.random.MT19937(sequence)).shuffle(ids)
-    return [int(index) for index in ids]
+    return ids

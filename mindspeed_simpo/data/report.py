@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 from jaxtyping import Int64
 
 from mindspeed_simpo.config.options import DataOptions
@@ -92,14 +93,14 @@ class DataReport:
 
 def make_report(table: Any, sources: Sequence[Source]) -> DataReport:
     """Count the examples of a cache table."""
-    kinds = np.array(table.column("kind").to_pylist(), dtype=object)
-    kept = np.flatnonzero(kinds == None)  # noqa: E711
+    kinds = table.column("kind")
+    kept = np.flatnonzero(kinds.is_null().to_numpy())
     prompt, chosen, rejected = (_lengths(table, name)[kept] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     pair = prompt + np.maximum(chosen, rejected)
     prompt_cut, chosen_cut, rejected_cut = (
         table.column(name).to_numpy()[kept] for name in ("prompt_cut", "chosen_cut", "rejected_cut")
     )
-    counts = {kind: np.flatnonzero(kinds == kind) for kind in _KINDS}
+    counts = {kind: np.flatnonzero(pc.equal(kinds, kind).fill_null(False).to_numpy()) for kind in _KINDS}
     listed = np.sort(np.concatenate([indices[:PROBLEMS_LISTED] for indices in counts.values()]))
     return DataReport(
         files=tuple(source.name for source in sources),

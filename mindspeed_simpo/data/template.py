@@ -79,10 +79,11 @@ class ChatFormat:
         self._check_kwargs()
         question, answer = Message("user", _QUESTION), Message("assistant", _ANSWER)
         try:
-            prompt = self._render([question], None, header=True)
-            whole = self._render([question, answer], None, header=False)
-        except ExampleError as error:
-            raise ModelError(error.message) from None
+            with time_limit(TEMPLATE_SECONDS):
+                prompt = self._render([question], None, header=True)
+                whole = self._render([question, answer], None, header=False)
+        except (ExampleError, TimeoutError) as error:
+            raise ModelError(str(error)) from None
         if _QUESTION not in prompt or _ANSWER not in whole:
             raise ModelError("the chat template leaves out the user or the assistant turn of a conversation")
         self._check_bos(prompt)
@@ -114,6 +115,13 @@ class ChatFormat:
                 token (which would be tokenised as such), or where the rendered prompt is no prefix of the rendered
                 conversation.
         """
+        try:
+            with time_limit(TEMPLATE_SECONDS):
+                return self._rendered(pair)
+        except TimeoutError as error:
+            raise malformed(str(error)) from None
+
+    def _rendered(self, pair: ConversationPair) -> RenderedPair:
         self._check_texts(pair)
         tools = json.loads(pair.tools) if pair.tools is not None else None
         if tools and not self._takes_tools:
@@ -132,15 +140,16 @@ class ChatFormat:
 
     def _render(self, messages: Sequence[Message], tools: Any, *, header: bool) -> str:
         try:
-            with time_limit(TEMPLATE_SECONDS):
-                text = self.tokenizer.apply_chat_template(
-                    [message.for_template(self._reasoning_key) for message in messages],
-                    tools=tools,
-                    chat_template=with_frozen_date(self.tokenizer.get_chat_template(tools=tools), self._settings.date),
-                    tokenize=False,
-                    add_generation_prompt=header,
-                    **self._settings.kwargs,
-                )
+            text = self.tokenizer.apply_chat_template(
+                [message.for_template(self._reasoning_key) for message in messages],
+                tools=tools,
+                chat_template=with_frozen_date(self.tokenizer.get_chat_template(tools=tools), self._settings.date),
+                tokenize=False,
+                add_generation_prompt=header,
+                **self._settings.kwargs,
+            )
+        except TimeoutError:
+            raise
         except Exception as error:
             # A template is a program: it raises on purpose, or with any error on messages that it was not written for.
             reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 TEMPLATE_SECONDS = 20.0
-"""Time in which a chat template must render one conversation."""
+"""Time in which a chat template must render the conversations of one pair."""
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         return
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"it did not end within {seconds:g} seconds")
+        raise TimeoutError(f"the chat template did not end within {seconds:g} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)

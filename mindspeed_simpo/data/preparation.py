@@ -59,24 +59,18 @@ class Preparation:
         Args:
             index: Which share, from 0.
             count: Number of shares, each of which one process of this or another host works on.
-            num_workers: Worker processes; 0 means one per core. A single block is encoded in this process.
+            num_workers: Worker processes; 0 means one per core.
             progress: Show a progress bar on stderr.
 
         Raises:
             DataError: where data cannot be read or written.
         """
-        blocks = self._blocks(index, count)
-        first = list(islice(blocks, 2))
-        workers = 1 if len(first) < 2 else num_workers or cores()
-
-        def missing() -> Iterator[Block]:
-            yield from first
-            yield from blocks
-
         # Only a progress bar needs the count, which reads JSON arrays once more.
         total = sum(source.count() for source in self.sources) // count if progress else None
         with _progress_bar(total) as advance:
-            write_shards(missing(), ExampleEncoder(self.reader, self.encoder), workers, advance)
+            write_shards(
+                self._blocks(index, count), ExampleEncoder(self.reader, self.encoder), num_workers or cores(), advance
+            )
 
     def merge(self) -> CachedTable:
         """Make the cache file of all shards and remove them.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from mindspeed_simpo.data.encoding import EncodedPair, PairEncoder, PlacedResult
 from mindspeed_simpo.data.problems import ExampleError
 from mindspeed_simpo.data.source import decoded
 from mindspeed_simpo.errors import DataError
+
+PATIENCE_SECONDS = 5.0
+"""Time for which examples are encoded in one process: starting others takes about as long."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +89,19 @@ def write_shards(
     Args:
         blocks: Read lazily: at most two blocks for each process are in memory.
         encoder: Of the examples.
-        num_workers: Processes; 1 encodes in this process.
+        num_workers: Processes; 1 encodes in this process, as do the first ``PATIENCE_SECONDS`` in any case.
         advance: Called with the number of examples that are done since the last call.
 
     Raises:
         DataError: where a process dies, or a shard cannot be written.
     """
-    if num_workers == 1:
-        for block in blocks:
+    begin = time.monotonic()
+    blocks = iter(blocks)
+    for block in blocks:
+        if num_workers > 1 and time.monotonic() - begin >= PATIENCE_SECONDS:
+            _in_processes(chain([block], blocks), encoder, num_workers, advance)
+        else:
             encoder.write(block, advance)
-    else:
-        _in_processes(blocks, encoder, num_workers, advance)
 
 
 def cores() -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindspeed_simpo.data import preparation
+from mindspeed_simpo.data import preparation, workers
 from mindspeed_simpo.data.dataset import dataset_of, has_eval_data, preparation_of, prepare_pairs
 from mindspeed_simpo.data.encoding import PairEncoder
 from mindspeed_simpo.data.json_source import JsonLine
@@ -237,6 +237,7 @@ def test_processes_give_what_one_process_gives(tmp_path, monkeypatch, capsys):
     config = config_for(tmp_path, [path, tmp_path / "broken.jsonl"], data_errors="drop", truncation="keep_end")
     serial = prepare_pairs(config, tokenizer(), "train", progress=False)
     monkeypatch.setattr(preparation, "BLOCK_EXAMPLES", 16)
+    monkeypatch.setattr(workers, "PATIENCE_SECONDS", 0)
     several = config.model_copy(update={"num_workers": 2, "data_cache_dir": str(tmp_path / "other")})
     parallel = prepare_pairs(several, tokenizer(), "train", progress=True)
     assert [parallel[i] for i in range(len(parallel))] == [serial[i] for i in range(len(serial))]
@@ -248,7 +249,7 @@ def test_processes_give_what_one_process_gives(tmp_path, monkeypatch, capsys):
 SLOW = """
 import os, pathlib, sys, time
 sys.path.insert(0, {root!r})
-from mindspeed_simpo.data import dataset, preparation
+from mindspeed_simpo.data import dataset, preparation, workers
 from mindspeed_simpo.data.encoding import PairEncoder
 from tests.unit.data_helpers import config_for, prepare_pairs, tokenizer
 
@@ -263,7 +264,7 @@ class Slow(PairEncoder):
 
 
 if __name__ == "__main__":
-    dataset.PairEncoder, preparation.BLOCK_EXAMPLES = Slow, 16
+    dataset.PairEncoder, preparation.BLOCK_EXAMPLES, workers.PATIENCE_SECONDS = Slow, 16, 0
     prepare_pairs(config_for(folder, {data!r}, num_workers=2), tokenizer(), "train", progress=False)
 """
 
@@ -312,25 +313,27 @@ def test_a_killed_run_leaves_no_process_and_goes_on_with_its_shards(tmp_path, sl
 
 
 def test_a_stopped_run_ends_without_a_traceback(tmp_path):
-    data = make_pairs(tmp_path / "pairs.jsonl", 6000)
-    folder = Path(__file__).parents[2] / "configs" / "quickstart"
-    for workers in (1, 2):
-        cache = tmp_path / f"cache{workers}"
-        flags = f"--data-path {data} --num-workers {workers} --data-cache-dir {cache} --model-name-or-path {folder}"
-        command = [sys.executable, "-m", "mindspeed_simpo", "check", f"{folder}.yaml", *flags.split()]
-        root = str(Path(__file__).parents[2])
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "PYTHONPATH": root},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        _wait_for(lambda cache=cache: list((cache / "tokenised").glob("*.shards/*")), at_least=1)
-        process.terminate()
-        _, stderr = process.communicate(timeout=60)
-        assert process.returncode == 143
-        assert "Traceback" not in stderr
+    data = make_pairs(tmp_path / "pairs.jsonl", 4000)
+    root = Path(__file__).parents[2]
+    flags = {
+        "--data-path": data,
+        "--data-cache-dir": tmp_path / "cache",
+        "--model-name-or-path": root / "configs" / "quickstart",
+        "--seq-length": 1024,
+    }
+    command = [sys.executable, "-m", "mindspeed_simpo", "check", str(root / "configs" / "quickstart.yaml")]
+    process = subprocess.Popen(
+        [*command, *(str(word) for flag in flags.items() for word in flag)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    _wait_for(lambda: list((tmp_path / "cache" / "tokenised").glob("*.shards/*")), at_least=1)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

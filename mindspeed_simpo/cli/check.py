@@ -21,7 +21,7 @@ from mindspeed_simpo.config.validation import make_layout, resolve_batching
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data, prepare_pairs
 from mindspeed_simpo.data.largest import LargestPass, largest_pass
-from mindspeed_simpo.data.template import ChatFormat
+from mindspeed_simpo.data.template import ChatFormat, TemplateSettings
 from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import find_device
 from mindspeed_simpo.errors import DataError, SimpoError
@@ -34,7 +34,7 @@ from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, es
 
 INSPECTED_PAIRS = 2000
 """Largest number of pairs of each part, evenly spaced, whose token ids are inspected."""
-_COUNTS = ("rows", "kept", "malformed", "empty", "identical", "not_prefix", "too_long")
+_COUNTS = ("rows", "kept", "malformed", "empty", "identical", "not_prefix", "too_long", "tie", "unpaired")
 _T = TypeVar("_T")
 
 
@@ -74,12 +74,9 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     tokenizer = findings.attempt(lambda: load_tokenizer(config.model_name_or_path, config.chat_template))
     parts: dict[str, PairDataset] = {}
     if tokenizer is not None:
-        parts = _prepare(config, tokenizer, findings)
-        if parts:
-            console.print(_data_table(parts))
-            findings.warnings += token_warnings(parts, tokenizer)
-        if "train" in parts:
-            _print_sample(console, parts["train"][0], tokenizer)
+        parts = _prepare(config, tokenizer, spec.vocab_size if spec is not None else None, findings)
+    if tokenizer is not None and parts:
+        findings.warnings += _report_data(console, config, tokenizer, parts)
     if "train" in parts:
         findings.warnings += run_length_warnings(config, len(parts["train"]))
     findings.warnings += token_budget_warnings(config, parts)
@@ -117,9 +114,14 @@ def run_length_warnings(config: Config, num_pairs: int) -> Iterator[str]:
     """Warnings about a global batch larger than the training data, and about more than three passes over the data."""
     if num_pairs < config.global_batch_size:
         yield f"the {num_pairs} training pairs do not fill one global batch of {config.global_batch_size}"
-    elif config.train_iters is not None and config.train_iters * config.global_batch_size > 3 * num_pairs:
+        return
+    epochs, key = config.num_train_epochs or 1, f"num_train_epochs {config.num_train_epochs}"
+    passes = float(epochs)
+    if config.train_iters is not None:
         passes = config.train_iters * config.global_batch_size / num_pairs
-        yield f"train_iters {config.train_iters} makes {passes:.1f} passes over the pairs; the paper's runs make one"
+        key = f"train_iters {config.train_iters}"
+    if passes > 3:
+        yield f"{key} makes {passes:.1f} passes over the pairs; the paper's runs make one"
 
 
 def token_budget_warnings(config: Config, parts: dict[str, PairDataset]) -> Iterator[str]:
@@ -144,9 +146,9 @@ def memory_warnings(config: Config, layout: Layout, estimates: Sequence[MemoryEs
         yield f"the ranks need about {_gib(needed)} GiB together; this host has {_gib(present)} GiB"
 
 
-def token_warnings(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def token_warnings(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizerBase, end: int) -> Iterator[str]:
     """Warnings about double or missing BOS, missing end-of-turn tokens, and evaluation prompts in the training data."""
-    bos, end = tokenizer.bos_token_id, ChatFormat(tokenizer).end_of_turn_id
+    bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
     prompts: dict[str, set[tuple[int, ...]]] = {}
     for part, dataset in parts.items():
@@ -180,7 +182,9 @@ def _model(config: Config, world_size: int, device: str) -> ModelDescription:
     return spec
 
 
-def _prepare(config: Config, tokenizer: PreTrainedTokenizerBase, findings: Findings) -> dict[str, PairDataset]:
+def _prepare(
+    config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None, findings: Findings
+) -> dict[str, PairDataset]:
     wanted: list[Literal["train", "eval"]] = ["train", "eval"] if has_eval_data(config) else ["train"]
     lenient = config.model_copy(
         update={"data_errors": "drop", "truncation": "drop" if config.truncation == "error" else config.truncation}
@@ -188,16 +192,29 @@ def _prepare(config: Config, tokenizer: PreTrainedTokenizerBase, findings: Findi
     parts: dict[str, PairDataset] = {}
     for part in wanted:
         try:
-            parts[part] = prepare_pairs(config, tokenizer, part, progress=True)
+            parts[part] = prepare_pairs(config, tokenizer, part, progress=True, vocab_size=vocab_size)
         except DataError as error:
             findings.errors.append(f"{part}: {error}")
             try:  # statistics of the usable pairs
-                parts[part] = prepare_pairs(lenient, tokenizer, part, progress=True)
+                parts[part] = prepare_pairs(lenient, tokenizer, part, progress=True, vocab_size=vocab_size)
             except SimpoError:
                 continue
         except SimpoError as error:
             findings.errors.append(f"{part}: {error}")
     return parts
+
+
+def _report_data(
+    console: Console, config: Config, tokenizer: PreTrainedTokenizerBase, parts: dict[str, PairDataset]
+) -> list[str]:
+    """Print counts, what the chat template does of itself, and a sample; return the warnings about tokens."""
+    console.print(_data_table(parts))
+    chat_format = ChatFormat(tokenizer, TemplateSettings.of(config))
+    for note in chat_format.notes():
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    if "train" in parts:
+        _print_sample(console, parts["train"][0], tokenizer)
+    return [*token_warnings(parts, tokenizer, chat_format.end_of_turn_id)]
 
 
 def _data_table(parts: dict[str, PairDataset]) -> Table:

@@ -20,7 +20,7 @@ import tyro
 
 from mindspeed_simpo.cli import flags, launch
 from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.config.file import load_config
+from mindspeed_simpo.config.file import load_config, require_training_data
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.errors import ConfigError, SimpoError
 
@@ -138,6 +138,7 @@ def _commands() -> Any:
 
 def _train(command: Any, argv: Sequence[str]) -> int:
     config, nproc = _resolve(command)
+    require_training_data(config, command.config)
     if nproc > 1:
         return launch.launch(nproc, _without_nproc(argv))
     device = _open_device(config)
@@ -162,6 +163,7 @@ def _evaluate(command: Any, argv: Sequence[str]) -> int:
 
 def _check(command: Any, _argv: Sequence[str]) -> int:
     config, nproc = _resolve(command)
+    require_training_data(config, command.config)
     from mindspeed_simpo.cli.check import check
 
     return 0 if check(config, _world_size(nproc)) else 1

@@ -53,12 +53,28 @@ def validate(values: dict[str, Any], where: str, flags: Iterable[str] = ()) -> C
     Raises:
         ConfigError: as :func:`load_config`.
     """
+    lines: list[str] = []
+    config = None
     try:
-        return Config(**values)
+        config = Config(**values)
     except ValidationError as error:
         stage = str(values.get("stage", DEFAULT_STAGE))
         lines = [_explain(item, where, set(flags), stage) for item in error.errors(include_url=False)]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+    if values.get("data_path") is None and values.get("eval_data_path") is None:
+        lines.append(_required("data_path", where))
+    if config is None or lines:
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
+    return config
+
+
+def require_training_data(config: Config, where: str) -> None:
+    """Refuse a configuration that names only evaluation data.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if config.data_path is None:
+        raise ConfigError(_required("data_path", where))
 
 
 _OTHER_NAMES = {
@@ -67,6 +83,7 @@ _OTHER_NAMES = {
     "learning_rate": "lr",
     "max_length": "seq_length",
     "max_steps": "train_iters",
+    "epochs": "num_train_epochs",
     "packing": "batching",
     "train_file": "data_path",
     "per_device_train_batch_size": "micro_batch_size",
@@ -109,11 +126,15 @@ def _explain(item: Any, where: str, flags: set[str], stage: str) -> str:
         return f"{where}: unknown key `{key}`; {hint}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "missing":
-        return f"{where}: `{key}` is required: {Config.model_fields[key].description}"
+        return _required(key, where)
     if not key:
         return f"{where}: {message}"
     place = f"--{key.replace('_', '-')}" if key in flags else f"{where}: `{key}`"
     return f"{place}: {message[0].lower()}{message[1:]}, found {_brief(item['input'])}"
+
+
+def _required(key: str, where: str) -> str:
+    return f"{where}: `{key}` is required: {Config.model_fields[key].description}"
 
 
 def _brief(value: Any) -> str:

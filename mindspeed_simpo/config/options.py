@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
+import re
+from datetime import date
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import (
@@ -22,7 +26,7 @@ from mindspeed_simpo.objectives import DEFAULT_STAGE, OBJECTIVES, Keys, Objectiv
 ContextParallelAlgo = Literal["gathered", "megatron_cp_algo", "ulysses_cp_algo"]
 BatchingForm = Literal["padded", "packed", "prefix_shared"]
 BatchingName = Literal["auto", BatchingForm]
-
+DEFAULT_TEMPLATE_DATE = "2024-07-26"
 
 Effect = Literal["result", "arithmetic", "layout", "none"]
 """What a change of the option's value affects.
@@ -172,8 +176,11 @@ class ModelOptions(_Options):
 class DataOptions(_Options):
     """Data."""
 
-    data_path: str | list[str] = _option(
-        effect="result", description="Training pairs: a file, a folder, a hub id, or a list of these."
+    data_path: str | list[str] | None = _option(
+        None,
+        effect="result",
+        description="Training pairs: a file, a folder, a hub id, or a list of these. `evaluate` with eval_data_path "
+        "needs none.",
     )
     eval_data_path: str | list[str] | None = _option(
         None,
@@ -191,6 +198,16 @@ class DataOptions(_Options):
         None,
         effect="result",
         description="Column names of the data: {canonical name: column}, as in MindSpeed-LLM's --map-keys.",
+    )
+    chat_template_kwargs: dict[str, Any] | None = _option(
+        None,
+        effect="result",
+        description="Variables for the chat template, such as {enable_thinking: false}; the template must read them.",
+    )
+    chat_template_date: str = _option(
+        DEFAULT_TEMPLATE_DATE,
+        effect="result",
+        description="Day, YYYY-MM-DD, that a chat template which prints today's date takes for today.",
     )
     seq_length: int = _option(
         2048, ge=8, effect="result", description="Largest length of a sequence (prompt and one response), tokens."
@@ -230,8 +247,30 @@ class DataOptions(_Options):
             weights = [float(part) for part in value.split(",")]
         except ValueError:
             raise ValueError("expected two or three comma-separated weights, such as 95,5") from None
+        if not math.isfinite(sum(weights)):
+            raise ValueError("expected two or three finite weights, such as 95,5")
         if not 1 <= len(weights) <= 3 or min(weights) < 0 or weights[0] <= 0:
             raise ValueError("expected two or three weights of at least 0, the first above 0, such as 95,5")
+        return value
+
+    @field_validator("chat_template_date")
+    @classmethod
+    def _is_a_day(cls, value: str) -> str:
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", value) is None:
+            raise ValueError("expected a day as YYYY-MM-DD")
+        try:
+            date.fromisoformat(value)
+        except ValueError as error:
+            raise ValueError(f"expected a day as YYYY-MM-DD; {error}") from None
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _is_plain(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected values that JSON has (texts, numbers, true, false, lists); {error}") from None
         return value
 
     @field_validator("data_path", "eval_data_path")
@@ -268,7 +307,7 @@ class TrainingOptions(_Options):
         "micro-batches up to max_tokens_per_micro_batch instead.",
     )
     global_batch_size: int = _option(
-        128, ge=1, effect="result", description="Pairs per optimizer step, over all ranks."
+        128, ge=1, le=1_000_000, effect="result", description="Pairs per optimizer step, over all ranks."
     )
     batching: BatchingName = _option(
         "auto",
@@ -288,7 +327,17 @@ class TrainingOptions(_Options):
         "pairs; a larger pair forms its own micro-batch. Default: 2 x seq_length, the size of the longest pair.",
     )
     train_iters: int | None = _option(
-        None, ge=0, effect="result", description="Number of optimizer steps. Default: one pass over the training data."
+        None,
+        ge=0,
+        effect="result",
+        description="Number of optimizer steps. Default: num_train_epochs passes over the training data.",
+    )
+    num_train_epochs: int | None = _option(
+        None,
+        ge=1,
+        effect="result",
+        description="Passes over the training data, instead of train_iters. The last batch of a pass may have fewer "
+        "pairs; its loss is the mean over them. Default: 1.",
     )
     lr: float = _option(1e-6, gt=0, effect="result", description="Peak learning rate.")
     min_lr: float = _option(
@@ -367,6 +416,11 @@ class TrainingOptions(_Options):
 
     @model_validator(mode="after")
     def _step_agrees(self) -> TrainingOptions:
+        if self.train_iters is not None and self.num_train_epochs is not None:
+            raise ValueError(
+                f"train_iters ({self.train_iters}) and num_train_epochs ({self.num_train_epochs}) both say how long to "
+                "train: remove one of them"
+            )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr})")
         if self.global_batch_size % self.micro_batch_size:

@@ -7,13 +7,14 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from mindspeed_simpo.data.workers import PlacedResult, Problem
+from mindspeed_simpo.data.encoding import PlacedResult, Problem
 from mindspeed_simpo.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,17 @@ SCHEMA = pa.schema(
 
 _BATCH_EXAMPLES = 1000
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+@dataclass(frozen=True)
+class CachedTable:
+    """What a cache file holds."""
+
+    table: Any
+    """Memory-mapped, of ``SCHEMA``."""
+    content: str
+    """Hex digest of the token ids of the examples that can be used, in order, and of nothing else."""
 
 
 def cache_folder(data_cache_dir: str | None) -> Path:
@@ -51,26 +63,35 @@ def cache_folder(data_cache_dir: str | None) -> Path:
         raise ConfigError("data_cache_dir: this user has no home folder to keep tokenised data in; set it") from None
 
 
-def read_table(path: Path) -> Any | None:
-    """The memory-mapped table of a cache file, or ``None`` where the file is absent or damaged."""
+def read_table(path: Path, *, verified: bool = False) -> CachedTable | None:
+    """The content of a cache file, or ``None`` where the file is absent or damaged.
+
+    Args:
+        path: Of the file.
+        verified: Another process of this host has just verified the checksum, which reads the whole file.
+    """
     try:
         if not path.is_file():
             return None
         data = pa.memory_map(str(path)).read_buffer()
         body = memoryview(data)[:-_DIGEST_BYTES]
-        if data.size <= _DIGEST_BYTES or hashlib.sha256(body).digest() != bytes(memoryview(data)[-_DIGEST_BYTES:]):
+        if data.size <= 2 * _DIGEST_BYTES:
+            raise ValueError("the file is cut short")
+        if not verified and hashlib.sha256(body).digest() != bytes(memoryview(data)[-_DIGEST_BYTES:]):
             raise ValueError("the checksum does not match")
-        table = pa.ipc.open_file(data.slice(0, data.size - _DIGEST_BYTES)).read_all()
+        table = pa.ipc.open_file(data.slice(0, data.size - 2 * _DIGEST_BYTES)).read_all()
         if table.schema != SCHEMA:
             raise ValueError("the columns differ")
     except (OSError, ValueError, pa.ArrowException) as error:
         logger.warning("%s: damaged, tokenising again: %s", path, error)
         return None
-    return table
+    return CachedTable(table, bytes(body[-_DIGEST_BYTES:]).hex())
 
 
-def write_table(path: Path, results: Iterable[PlacedResult]) -> None:
-    """Write a cache file under a temporary name and rename it: ``path`` is whole or absent, also with several writers.
+def write_batches(path: Path, batches: Iterable[Any]) -> None:
+    """Write record batches of ``SCHEMA`` as a cache file, under a temporary name that is then changed.
+
+    ``path`` is whole or absent, also with several writers.
 
     Raises:
         DataError: where the folder cannot be written.
@@ -79,30 +100,48 @@ def write_table(path: Path, results: Iterable[PlacedResult]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise _not_writable(path, error) from None
+        raise not_writable(path, error) from None
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            digest = hashlib.sha256()
+            digest, content = hashlib.sha256(), _ContentDigest()
             sink = _HashingFile(file, digest)
             with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), SCHEMA) as writer:
-                for batch in _batches(results):
+                for batch in batches:
                     writer.write_batch(batch)
+                    content.update(batch)
+            sink.write(content.digest())
             file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise _not_writable(path, error) from None
+        raise not_writable(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _not_writable(path: Path, error: OSError) -> DataError:
+def not_writable(path: Path, error: OSError) -> DataError:
+    """The error for a cache file whose folder cannot be written."""
     return DataError(
         f"{path.parent}: cannot write tokenised data: {error.strerror or error}; "
         "set data_cache_dir to a folder that can be written"
     )
+
+
+class _ContentDigest:
+    """Digest of the token ids of usable examples; how they are divided into batches does not change it."""
+
+    def __init__(self) -> None:
+        self._parts = [hashlib.sha256() for _ in range(2 * len(_IDS))]
+
+    def update(self, batch: Any) -> None:
+        usable = batch.filter(batch.column("kind").is_null())
+        for name, lengths, ids in zip(_IDS, self._parts[::2], self._parts[1::2], strict=True):
+            column = usable.column(name)
+            lengths.update(column.value_lengths().to_numpy().tobytes())
+            ids.update(column.flatten().to_numpy().tobytes())
+
+    def digest(self) -> bytes:
+        return hashlib.sha256(b"".join(part.digest() for part in self._parts)).digest()
 
 
 class _HashingFile:
@@ -125,7 +164,8 @@ class _HashingFile:
         pass
 
 
-def _batches(results: Iterable[PlacedResult]) -> Iterator[Any]:
+def batches_of(results: Iterable[PlacedResult]) -> Iterator[Any]:
+    """Record batches of ``SCHEMA``."""
     results = iter(results)
     while chunk := list(islice(results, _BATCH_EXAMPLES)):
         yield pa.RecordBatch.from_pylist([_columns(result) for result in chunk], schema=SCHEMA)
@@ -134,7 +174,7 @@ def _batches(results: Iterable[PlacedResult]) -> Iterator[Any]:
 def _columns(result: PlacedResult) -> dict[str, Any]:
     columns: dict[str, Any] = {"source": result.source, "line": result.number}
     if isinstance(result.value, Problem):
-        empty: dict[str, Any] = {key: [] for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        empty: dict[str, Any] = {key: [] for key in _IDS}
         cuts = dict.fromkeys(("prompt_cut", "chosen_cut", "rejected_cut"), 0)
         return {**columns, "kind": result.value.kind, "message": result.value.message, **empty, **cuts}
     return {**columns, **vars(result.value)}

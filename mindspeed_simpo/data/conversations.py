@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from mindspeed_simpo.data import layouts
 from mindspeed_simpo.data.problems import ExampleError, as_text, found, malformed, quoted
 from mindspeed_simpo.data.turns import (
     Message,
@@ -29,6 +30,8 @@ _DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
     "tools": ("tools",),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "label": (),
+    "score": (),
 }
 _SPARE_MESSAGES_COLUMN = "messages"
 
@@ -64,8 +67,10 @@ class ExampleReader:
 
     Canonical names are MindSpeed-LLM's ``--map-keys``: ``prompt`` (column ``prompt`` or ``instruction``), ``query``
     (``input``), ``response`` (``output``), ``history``, ``messages`` (``conversations``), ``system``, ``tools``,
-    ``chosen``, ``rejected``, and ``tags`` with the key and role names inside messages. A canonical name that is mapped
-    to an empty string reads no column.
+    ``chosen``, ``rejected``, and ``tags`` with the key and role names inside messages. Beside them there are ``label``,
+    the column that says which of two responses is better, and ``score``, the column of the score of single answers. A
+    canonical name that is mapped to an empty string reads no column. Layouts of published sets are those of
+    :mod:`~mindspeed_simpo.data.layouts`.
 
     Args:
         map_keys: ``{canonical name: column}``, or ``None`` for the columns above.
@@ -78,6 +83,7 @@ class ExampleReader:
         columns = dict(_DEFAULT_COLUMNS)
         self.tags = Tags()
         self._required: dict[str, str] = {}
+        self._mapped = frozenset(map_keys or {})
         for name, column in (map_keys or {}).items():
             if name == "tags":
                 self.tags = _tags(column)
@@ -87,16 +93,27 @@ class ExampleReader:
                 raise ConfigError(f"map_keys: `{name}` must be the name of one column, found {found(column)}")
             else:
                 # A column that map_keys names, and that is no default, must be in every example: a typo must not pass.
-                if column and column not in columns[name]:
+                if column and column not in columns[name] and name not in ("label", "score"):
                     self._required[name] = column
                 columns[name] = (column,) if column else ()
         self._columns = columns
+        self._label = columns["label"][0] if columns["label"] else ("" if "label" in self._mapped else None)
+        if self._label and self._label not in layouts.LABELS:
+            raise ConfigError(f"map_keys: `label` must be one of {', '.join(layouts.LABELS)}, found {self._label}")
+        self.score = columns["score"][0] if columns["score"] else None
+        """Column of the score of single answers that ``map_keys`` names."""
 
     @property
     def column_names(self) -> list[str]:
         """Every column that any form of example may read."""
         names = [column for candidates in self._columns.values() for column in candidates]
-        return [*dict.fromkeys([*names, _SPARE_MESSAGES_COLUMN])]
+        return [*dict.fromkeys([*names, _SPARE_MESSAGES_COLUMN, *layouts.COLUMNS])]
+
+    @property
+    def prompt_columns(self) -> list[str]:
+        """The columns that single answers to one prompt have in common."""
+        names = ("prompt", "query", "history", "messages", "system", "tools")
+        return [*(column for name in names for column in self._columns[name]), *layouts.PROMPTS]
 
     def read(self, example: Any) -> ConversationPair:
         """Turn one decoded example into its conversations.
@@ -106,7 +123,7 @@ class ExampleReader:
         """
         if not isinstance(example, Mapping):
             raise malformed(f"expected an object of columns, found {found(example)}")
-        cells = self._select(example)
+        cells = self._select(self._plain(example))
         chosen, rejected = self._answers(cells)
         prompt = self._prompt(cells, chosen)
         before_chosen, chosen_answer = _split_answer("chosen", prompt, chosen)
@@ -128,6 +145,16 @@ class ExampleReader:
             raise ExampleError("identical", "chosen and rejected are the same text")
         tools = read_tools(cells.get("tools"), cells.columns["tools"]) if "tools" in cells.values else None
         return ConversationPair(tuple(shared), chosen_answer, rejected_answer, tools)
+
+    def _plain(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The example in plain columns; ``map_keys`` that names the responses goes before every known layout."""
+        if not self._mapped & {"chosen", "rejected", "response"}:
+            example = layouts.plain_pair(example, self._label, self._mapped)
+        if self._label != "":
+            names = [column for name in ("chosen", "rejected") for column in self._columns[name]]
+            if len(names) == 2 and all(example.get(name) is not None for name in names):
+                layouts.refuse_unread_label(example, *names)
+        return example
 
     def _select(self, example: Mapping[str, Any]) -> _Cells:
         for name, column in self._required.items():
@@ -174,7 +201,7 @@ class ExampleReader:
             raise malformed(f"{column}: expected text, a message or a list of messages, found null")
         raise malformed(
             f"no {name} response: expected the column `{column}`, the row has {quoted(cells.example) or 'no columns'} "
-            "(`map_keys` tells other names)"
+            f"(`map_keys` tells other names){_rows_inside(cells.example)}"
         )
 
     def _answer(self, value: Any, where: str) -> list[Message]:
@@ -229,6 +256,14 @@ def _tags(value: Any) -> Tags:
 def _nearest(name: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean `{nearest[0]}`?" if nearest else f"expected one of {', '.join(known)}"
+
+
+def _rows_inside(example: Mapping[str, Any]) -> str:
+    """Advice where the whole file seems to be one example."""
+    lists = [name for name, value in example.items() if _is_conversation(value)]
+    if len(lists) != 1 or not {"chosen", "rejected"} & {*example[lists[0]][0]}:
+        return ""
+    return f"; its `{lists[0]}` holds the rows: write that list alone, as a .json file"
 
 
 def _is_conversation(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.config.options import DataOptions
-from mindspeed_simpo.data.cache import cache_folder, read_table, write_table
-from mindspeed_simpo.data.conversations import ConversationPair, ExampleReader
+from mindspeed_simpo.data.cache import CachedTable, cache_folder
+from mindspeed_simpo.data.conversations import ExampleReader
 from mindspeed_simpo.data.encoding import PairEncoder
 from mindspeed_simpo.data.paths import Part, open_sources
-from mindspeed_simpo.data.problems import ExampleError
+from mindspeed_simpo.data.preparation import Preparation
 from mindspeed_simpo.data.report import DataReport, judge, make_report
 from mindspeed_simpo.data.source import Source
+from mindspeed_simpo.data.template import TemplateSettings
 from mindspeed_simpo.data.tokenizer import tokenizer_digest
-from mindspeed_simpo.data.workers import PlacedExample, encode_examples
 from mindspeed_simpo.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ class PairDataset:
         self._kept = kept
         self._sources = list(sources)
         self.fingerprint = fingerprint
-        """Hex digest of content, tokenizer and options; the same wherever the data lies."""
+        """Hex digest of the token ids of all examples and of the part that this data set is; equal for equal ids,
+        whatever versions of the libraries made them."""
         self.report = report
         self.lengths = report.lengths
         """Tokens of prompt, chosen and rejected response of each pair, ``int64[pair, 3]``."""
@@ -70,19 +71,25 @@ def has_eval_data(options: DataOptions) -> bool:
 
 
 def prepare_pairs(
-    options: DataOptions, tokenizer: PreTrainedTokenizerBase, part: Part, *, progress: bool
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    part: Part,
+    *,
+    progress: bool,
+    vocab_size: int | None = None,
 ) -> PairDataset:
     """Read, check and tokenise one part of the data, or take its token ids from the cache.
 
     ``train`` is the first part of ``split`` of the examples of ``data_path``, in their order; ``eval`` is all of
-    ``eval_data_path``, else the second part. Call this function on one rank of each host first, and on the others when
-    that rank is done: they then find the cache. Calls at the same time are safe, and only repeat the work.
+    ``eval_data_path``, else the second part. Calls at the same time are safe, and only repeat the work;
+    :mod:`~mindspeed_simpo.data.together` divides it over ranks.
 
     Args:
         options: Of the data.
         tokenizer: From :func:`~mindspeed_simpo.data.tokenizer.load_tokenizer`.
         part: Which part.
         progress: Show a progress bar on stderr.
+        vocab_size: Of the model; examples with token ids beyond it are malformed. ``None`` checks nothing.
 
     Raises:
         DataError: where data cannot be read; where examples cannot be used and ``data_errors`` is ``fail``; where pairs
@@ -90,79 +97,81 @@ def prepare_pairs(
         ModelError: where the chat template cannot serve.
         ConfigError: where the options name no evaluation data, or ``map_keys`` is wrong.
     """
+    work = preparation_of(options, tokenizer, part, vocab_size)
+    table = work.load()
+    if table is None:
+        work.tokenise_share(0, 1, num_workers=options.num_workers, progress=progress)
+        table = work.merge()
+    return dataset_of(options, part, work, table)
+
+
+def preparation_of(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, part: Part, vocab_size: int | None
+) -> Preparation:
+    """The work that :func:`prepare_pairs` does, for ranks that divide it; arguments and errors as there."""
     if part == "eval" and not has_eval_data(options):
         raise ConfigError("no evaluation data: set eval_data_path, or give split a second weight, such as 95,5")
     reader = ExampleReader(options.map_keys)
-    own_paths = options.eval_data_path if part == "eval" else None
-    if own_paths is not None:
-        sources = open_sources(own_paths, "eval", reader.column_names)
+    if _has_own_paths(options, part):
+        sources = open_sources(options.eval_data_path or [], "eval", reader.column_names)
     else:
-        sources = open_sources(options.data_path, "train", reader.column_names)
+        sources = open_sources(_training_paths(options), "train", reader.column_names)
+    if vocab_size is not None and vocab_size > max(tokenizer.get_vocab().values()):
+        vocab_size = None  # the model has every token: nothing to check, and the key does not depend on the model
     encoder = PairEncoder(
-        tokenizer, seq_length=options.seq_length, prompt_limit=options.prompt_limit, truncation=options.truncation
+        tokenizer,
+        seq_length=options.seq_length,
+        prompt_limit=options.prompt_limit,
+        truncation=options.truncation,
+        vocab_size=vocab_size,
+        template=TemplateSettings.of(options),
     )
-    key = _key(options, tokenizer, sources)
-    table = _load_or_build(options, key, sources, reader, encoder, progress=progress)
-    first, last = (0, table.num_rows) if own_paths is not None else _bounds(options.split, part, table.num_rows)
+    key = _key(options, tokenizer, sources, vocab_size)
+    folder = cache_folder(options.data_cache_dir) / "tokenised"
+    return Preparation(sources, reader, encoder, folder / f"{key}.arrow")
+
+
+def dataset_of(options: DataOptions, part: Part, work: Preparation, cached: CachedTable | None) -> PairDataset:
+    """The data set of one part of tokenised examples.
+
+    Raises:
+        DataError: as :func:`prepare_pairs`, and where ``cached`` is ``None``.
+    """
+    if cached is None:
+        raise DataError(f"{work.path}: the tokenised data of this host are missing: run again")
+    logger.info("tokenised data: %s", work.path)
+    table, rows = cached.table, cached.table.num_rows
+    first, last = (0, rows) if _has_own_paths(options, part) else _bounds(options.split, part, rows)
     if first == last:
-        raise DataError(f"split {options.split} of {table.num_rows} rows leaves no row for the {part} part")
+        raise DataError(f"split {options.split} of {rows} rows leaves no row for the {part} part")
     table = table.slice(first, last - first)
-    report = make_report(table, sources)
+    report = make_report(table, work.sources)
     judge(report, options)
-    fingerprint = hashlib.sha256(f"{key} {first} {last}".encode()).hexdigest()
-    return PairDataset(table, sources, fingerprint, report)
+    fingerprint = hashlib.sha256(f"{cached.content} {rows} {first} {last}".encode()).hexdigest()
+    return PairDataset(table, work.sources, fingerprint, report)
 
 
-def _key(options: DataOptions, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> str:
+def _has_own_paths(options: DataOptions, part: Part) -> bool:
+    return part == "eval" and options.eval_data_path is not None
+
+
+def _training_paths(options: DataOptions) -> str | list[str]:
+    if options.data_path is None:
+        raise ConfigError("no training data: set data_path")
+    return options.data_path
+
+
+def _key(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], vocab_size: int | None
+) -> str:
     try:
         contents = [source.digest() for source in sources]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot read the data: {error.strerror}") from None
-    encoding = [options.map_keys, options.seq_length, options.prompt_limit, options.truncation]
+    encoding: list[Any] = [options.map_keys, options.seq_length, options.prompt_limit, options.truncation, vocab_size]
+    encoding += [options.chat_template_kwargs or {}, options.chat_template_date]
     facts = [_FORMAT, contents, tokenizer_digest(tokenizer), encoding]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _load_or_build(
-    options: DataOptions,
-    key: str,
-    sources: Sequence[Source],
-    reader: ExampleReader,
-    encoder: PairEncoder,
-    *,
-    progress: bool,
-) -> Any:
-    path = cache_folder(options.data_cache_dir) / "tokenised" / f"{key}.arrow"
-    table = read_table(path)
-    if table is not None:
-        logger.info("tokenised data from the cache %s", path)
-        return table
-    # Only a progress bar needs the count, which reads JSON arrays once more.
-    total = sum(source.count() for source in sources) if progress else None
-    conversations = _conversations(sources, reader)
-    write_table(path, encode_examples(conversations, encoder, num_workers=options.num_workers, total=total))
-    table = read_table(path)
-    if table is None:
-        raise DataError(f"{path}: the tokenised data cannot be read back; set data_cache_dir to another folder")
-    return table
-
-
-def _conversations(sources: Sequence[Source], reader: ExampleReader) -> Iterator[PlacedExample]:
-    for index, source in enumerate(sources):
-        try:
-            for number, value in source.examples():
-                yield PlacedExample(index, number, _read(reader, value))
-        except OSError as error:
-            raise DataError(f"{source.name}: cannot read the data: {error.strerror or error}") from None
-
-
-def _read(reader: ExampleReader, value: Any) -> ConversationPair | TokenizedPair | ExampleError:
-    if isinstance(value, (ExampleError, TokenizedPair)):
-        return value
-    try:
-        return reader.read(value)
-    except ExampleError as error:
-        return error
 
 
 def _weights(split: str) -> list[float]:

@@ -9,10 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.data.conversations import ConversationPair
-from mindspeed_simpo.data.problems import ExampleError, malformed
-from mindspeed_simpo.data.template import ChatFormat
+from mindspeed_simpo.data.problems import ExampleError, ProblemKind, malformed
+from mindspeed_simpo.data.template import ChatFormat, TemplateSettings
+from mindspeed_simpo.errors import ModelError
 
 _ANCHOR = "\n"
+LONGEST_TEXT = 4_000_000
+"""Characters of a turn beyond which it is not tokenised; a text without spaces takes a second for each million."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,25 @@ class EncodedPair:
     """Tokens cut from the end of the chosen response, its end of turn included."""
     rejected_cut: int = 0
     """Tokens cut from the end of the rejected response, its end of turn included."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an example cannot be used."""
+
+    kind: ProblemKind
+    message: str
+
+
+@dataclass(frozen=True)
+class PlacedResult:
+    """An example and its place, after encoding."""
+
+    source: int
+    """Index of its source."""
+    number: int
+    """Its number in that source, see :data:`~mindspeed_simpo.data.source.Example`."""
+    value: EncodedPair | Problem
 
 
 class PairEncoder:
@@ -48,9 +70,12 @@ class PairEncoder:
         seq_length: Longest sequence, tokens.
         prompt_limit: Length below which truncation does not cut the prompt, tokens.
         truncation: ``error`` and ``drop`` both raise for a pair that is too long; the caller tells them apart.
+        vocab_size: Rows of the model's embedding, beyond which no token id may lie; ``None`` checks nothing.
+        template: Variables and date for the chat template.
 
     Raises:
-        ModelError: where the chat template cannot serve.
+        ConfigError: where the chat template does not read one of the variables.
+        ModelError: where the chat template cannot serve, or the model has no embedding of its end of turn.
     """
 
     def __init__(
@@ -60,30 +85,42 @@ class PairEncoder:
         seq_length: int,
         prompt_limit: int,
         truncation: Literal["error", "drop", "keep_end", "keep_start"],
+        vocab_size: int | None = None,
+        template: TemplateSettings | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._format = ChatFormat(tokenizer)
+        self._format = ChatFormat(tokenizer, template)
         self._seq_length = seq_length
         self._prompt_limit = prompt_limit
         self._truncation = truncation
+        self._vocab_size = vocab_size
         self._anchor_ids = self._find_anchor()
+        if vocab_size is not None and self._format.end_of_turn_id >= vocab_size:
+            raise ModelError(f"the end of turn: {self._outside(self._format.end_of_turn_id, vocab_size)}")
 
     def encode(self, pair: ConversationPair | TokenizedPair) -> EncodedPair:
         """Encode one pair; a tokenised pair is only checked and, where truncation asks for it, cut.
 
         Raises:
-            ExampleError: as :meth:`ChatFormat.render`; of kind ``too_long`` where truncation is ``error`` or ``drop``;
-                of kind ``identical`` where chosen and rejected are the same tokens.
+            ExampleError: for a token id that the model's vocabulary does not have; as :meth:`ChatFormat.render`; of
+                kind ``too_long`` where truncation is ``error`` or ``drop``; of kind ``identical`` where chosen and
+                rejected are the same tokens.
         """
         if isinstance(pair, TokenizedPair):
             return self._encode_tokenised(pair)
+        for message in (*pair.prompt, pair.chosen, pair.rejected):
+            if len(message.content) > LONGEST_TEXT:
+                raise ExampleError(
+                    "too_long",
+                    f"a turn has {len(message.content)} characters; more than {LONGEST_TEXT} are not tokenised",
+                )
         text = self._format.render(pair)
-        encoded = EncodedPair(
-            self._tokenise(text.prompt),
-            self._response_ids("chosen", text.chosen),
-            self._response_ids("rejected", text.rejected),
-        )
-        return self._truncate_if_long(encoded, text.before_header)
+        anchor = _ANCHOR if self._anchor_ids else ""
+        # one call for all three: the tokenizer's own work is the smaller part of a call
+        prompt_ids, *anchored = self._ids(text.prompt, anchor + text.chosen, anchor + text.rejected)
+        chosen_ids = self._response_ids("chosen", text.chosen, anchored[0])
+        rejected_ids = self._response_ids("rejected", text.rejected, anchored[1])
+        return self._truncate_if_long(EncodedPair(prompt_ids, chosen_ids, rejected_ids), text.before_header)
 
     def _encode_tokenised(self, pair: TokenizedPair) -> EncodedPair:
         highest = max((*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids))
@@ -92,10 +129,21 @@ class PairEncoder:
         return self._truncate_if_long(EncodedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids), None)
 
     def _truncate_if_long(self, encoded: EncodedPair, before_header: str | None) -> EncodedPair:
+        if self._vocab_size is not None:
+            highest = max((*encoded.prompt_ids, *encoded.chosen_ids, *encoded.rejected_ids))
+            if highest >= self._vocab_size:
+                raise malformed(self._outside(highest, self._vocab_size))
         if encoded.chosen_ids == encoded.rejected_ids:
             raise ExampleError("identical", "chosen and rejected are the same tokens")
         longest = len(encoded.prompt_ids) + max(len(encoded.chosen_ids), len(encoded.rejected_ids))
         return encoded if longest <= self._seq_length else self._cut(encoded, before_header)
+
+    def _outside(self, token_id: int, vocab_size: int) -> str:
+        return (
+            f"token {self._tokenizer.convert_ids_to_tokens(token_id)!r} has the id {token_id}, beyond the model's "
+            f"vocab_size {vocab_size} (config.json): use the tokenizer of this model, or a model whose embedding was "
+            "resized for the added tokens"
+        )
 
     def _cut(self, pair: EncodedPair, before_header: str | None) -> EncodedPair:
         prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
@@ -138,14 +186,16 @@ class PairEncoder:
         head = int(bool(prompt) and prompt[0] == self._tokenizer.bos_token_id)
         if before_header is None:  # a tokenised pair: the start of its assistant header is unknown
             return head, 0
-        before = self._tokenise(before_header)
+        [before] = self._ids(before_header)
         common = 0
         while common < min(len(before), len(prompt)) and before[common] == prompt[common]:
             common += 1
         return head, len(prompt) - max(common, head)
 
-    def _response_ids(self, name: str, text: str) -> list[int]:
-        ids = self._tokenise(text, continues=True)
+    def _response_ids(self, name: str, text: str, anchored: list[int]) -> list[int]:
+        """Ids of a response and its end of turn, from the ids of the anchor and the response together."""
+        anchor = self._anchor_ids
+        ids = anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else self._ids(text)[0]
         end = self._format.end_of_turn_id
         if not ids:
             raise ExampleError("empty", f"{name}: the response has no token")
@@ -153,24 +203,18 @@ class PairEncoder:
             raise malformed(f"{name}: the end-of-turn token appears within the response")
         return [*ids, end]
 
-    def _tokenise(self, text: str, *, continues: bool = False) -> list[int]:
-        """Ids of ``text`` alone; with ``continues``, its ids where it follows other text."""
-        if continues and self._anchor_ids:
-            ids = self._ids(_ANCHOR + text)
-            if ids[: len(self._anchor_ids)] == self._anchor_ids:
-                return ids[len(self._anchor_ids) :]
-        return self._ids(text)
-
-    def _ids(self, text: str) -> list[int]:
-        encoded = self._tokenizer(text, add_special_tokens=False, padding=False, truncation=False, verbose=False)
-        return list(encoded["input_ids"])
+    def _ids(self, *texts: str) -> list[list[int]]:
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False,
+            return_attention_mask=False, return_token_type_ids=False,
+        )  # fmt: skip
+        return [list(ids) for ids in encoded["input_ids"]]
 
     def _find_anchor(self) -> list[int]:
         """Ids of a newline for tokenizers that put a space before every text, such as Llama-2's, else an empty list.
 
         A response follows a prompt: a model never generates that space, so that it must not be a target.
         """
-        anchor = self._ids(_ANCHOR)
-        anchored = self._ids(_ANCHOR + "a")
+        anchor, anchored, bare = self._ids(_ANCHOR, _ANCHOR + "a", "a")
         separable = anchored[: len(anchor)] == anchor
-        return anchor if separable and anchored[len(anchor) :] != self._ids("a") else []
+        return anchor if separable and anchored[len(anchor) :] != bare else []

@@ -66,8 +66,8 @@ class IndexedSource(Source):
         """See :meth:`Source.count`."""
         return len(IndexedPairs(self._prefix))
 
-    def examples(self) -> Iterator[Example]:
-        """See :meth:`Source.examples`."""
+    def raw_examples(self) -> Iterator[Example]:
+        """See :meth:`Source.raw_examples`."""
         pairs = IndexedPairs(self._prefix)
         for index in range(len(pairs)):
             try:

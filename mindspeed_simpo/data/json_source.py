@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindspeed_simpo.data.foreign import refuse_foreign
+from mindspeed_simpo.data.json_array import LONGEST, Text, elements
+from mindspeed_simpo.data.json_decoder import StrictDecoder
 from mindspeed_simpo.data.problems import found, malformed, printable, quoted
-from mindspeed_simpo.data.source import Example, Source
+from mindspeed_simpo.data.source import Example, Source, Undecoded
 from mindspeed_simpo.errors import DataError
 
-_WHITESPACE = re.compile(r"[ \t\n\r]*")
 _BOM = b"\xef\xbb\xbf"
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_DECODER = StrictDecoder()
+_HEAD = 64  # bytes by which a format is told
 
 
 class JsonSource(Source):
@@ -36,54 +39,32 @@ class JsonSource(Source):
     def count(self) -> int:
         """See :meth:`Source.count`."""
         if self._path.suffix.lower() == ".json":
-            return sum(1 for _ in self.examples())
+            return sum(1 for _ in self.raw_examples())
         with self._path.open("rb") as file:
             return sum(1 for _ in file)
 
-    def examples(self) -> Iterator[Example]:
-        """See :meth:`Source.examples`."""
+    def raw_examples(self) -> Iterator[Example]:
+        """See :meth:`Source.raw_examples`."""
         return (_read_lines if self._path.suffix.lower() == ".jsonl" else _read_json)(self._path, self.name)
 
 
-class _StrictDecoder(json.JSONDecoder):
-    """JSON as RFC 8259 defines it: ``complaint`` names what Python's decoder accepts beyond (NaN, duplicate keys)."""
+@dataclass(frozen=True)
+class JsonLine(Undecoded):
+    """A line of a JSON Lines file."""
 
-    def __init__(self) -> None:
-        self.complaint: str | None = None
-        super().__init__(object_pairs_hook=self._object, parse_constant=self._constant)
+    line: bytes
 
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = sorted({key for key in keys if keys.count(key) > 1})
-            self.complaint = f"the key {quoted(twice)} appears twice in one object"
-        return result
-
-    def _constant(self, name: str) -> None:
-        self.complaint = f"not valid JSON: {name} is no JSON value"
-
-    def value_at(self, text: str, start: int) -> tuple[Any, int]:
-        """The value that begins at ``start``, or an ``ExampleError`` in its place, and the position after it.
-
-        Raises:
-            ValueError: where the text is not JSON.
-        """
-        self.complaint = None
-        try:
-            value, end = self.raw_decode(text, start)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-        return (malformed(self.complaint) if self.complaint else value), end
+    def decode(self) -> Any:
+        """See :meth:`Undecoded.decode`."""
+        return _decoded(self.line)
 
 
 def _read_lines(path: Path, name: str) -> Iterator[Example]:
-    """One example a line; blank lines are skipped. A line that cannot be read is an ``ExampleError`` in its place.
+    """One example a line, not decoded yet; blank lines are skipped.
 
     Raises:
         DataError: where the file as a whole is not JSON Lines: empty, UTF-16, or one JSON array.
     """
-    decoder = _StrictDecoder()
     examples = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -95,15 +76,15 @@ def _read_lines(path: Path, name: str) -> Iterator[Example]:
                     )
             if line.strip():
                 examples += 1
-                yield number, _line(decoder, line)
+                yield number, JsonLine(line)
     if not examples:
         raise DataError(f"{name}: the file is empty; expected one JSON object a line")
 
 
-def _line(decoder: _StrictDecoder, line: bytes) -> Any:
+def _decoded(line: bytes) -> Any:
     try:
         text = line.strip().decode("utf-8")
-        value, end = decoder.value_at(text, 0)
+        value, end = _DECODER.value_at(text, 0)
     except UnicodeDecodeError as error:
         return malformed(f"not UTF-8: byte 0x{line.strip()[error.start]:02x} at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
@@ -122,64 +103,30 @@ def _read_json(path: Path, name: str) -> Iterator[Example]:
         DataError: where the file is empty, not UTF-8, or its array is broken: the examples after the break cannot be
             read, so that no option can leave out the broken one alone.
     """
-    try:
-        text = _without_bom(path.read_bytes(), name).decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{name}:{line}: not UTF-8: byte 0x{error.object[error.start]:02x}") from None
-    start = _skip(text, 0)
-    if start == len(text):
-        raise DataError(f"{name}: the file is empty; expected a JSON array of rows")
-    if text[start] == "{" and _is_object(text.lstrip().split("\n", 1)[0]):
-        return _read_lines(path, name)
-    if text[start] != "[":
-        raise DataError(
-            f"{name}:{_line_of(text, start)}: expected a JSON array of rows, found {_describe(text, start)}"
-        )
-    return _array(text, start + 1, name)
-
-
-def _array(text: str, position: int, name: str) -> Iterator[Example]:
-    decoder = _StrictDecoder()
-    line, counted = 1, 0
-    position = _skip(text, position)
-    if text[position : position + 1] == "]":
-        raise DataError(f"{name}: the array of rows is empty")
-    while True:
-        line += text.count("\n", counted, position)
-        counted = position
-        try:
-            value, position = decoder.value_at(text, position)
-        except ValueError as error:
-            at = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else f":{line}"
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)[:80]
-            raise DataError(f"{name}{at}: not valid JSON: {reason}; the rest of the array cannot be read") from None
-        yield line, value
-        position = _skip(text, position)
-        mark = text[position : position + 1]
-        if mark not in (",", "]"):
-            what = "the file ends inside the array" if not mark else f"expected , or ] between rows, found {mark!r}"
-            raise DataError(f"{name}:{_line_of(text, position)}: not valid JSON: {what}")
-        position = _skip(text, position + 1)
-        if mark == "]":
-            break
-    if position < len(text):
-        raise DataError(f"{name}:{_line_of(text, position)}: not valid JSON: more text after the array of rows")
+    with path.open("rb") as file:
+        start = _without_bom(file.read(_HEAD), name)
+        file.seek(len(_BOM) if len(start) < file.tell() else 0)
+        text = Text(file, name)
+        first = text.skip(0)
+        mark = text.text[first : first + 1]
+        if not mark:
+            raise DataError(f"{name}: the file is empty; expected a JSON array of rows")
+        if mark == "[":
+            yield from elements(text, first, name)
+            return
+        while "\n" not in text.text[first:] and len(text.text) < LONGEST and text.read_more():
+            pass
+        if mark != "{" or not _is_object(text.text[first:].split("\n", 1)[0]):
+            while len(text.text) < LONGEST and text.read_more():
+                pass
+            line, what = text.line_of(first), _describe(text.text[first:])
+            raise DataError(f"{name}:{line}: expected a JSON array of rows, found {what}")
+    yield from _read_lines(path, name)
 
 
 def _without_bom(data: bytes, name: str) -> bytes:
-    if data[:2] in _UTF16:
-        raise DataError(f"{name}: the file is UTF-16; save it as UTF-8")
+    refuse_foreign(data, name)
     return data.removeprefix(_BOM)
-
-
-def _skip(text: str, position: int) -> int:
-    match = _WHITESPACE.match(text, position)
-    return int(match.end()) if match else position
-
-
-def _line_of(text: str, position: int) -> int:
-    return text.count("\n", 0, position) + 1
 
 
 def _is_object(line: str) -> bool:
@@ -189,9 +136,10 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _describe(text: str, start: int) -> str:
+def _describe(text: str) -> str:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return printable(f"text that is not JSON: {text[start : start + 40]!r}")
-    return found(value)
+        return printable(f"text that is not JSON: {text[:40]!r}")
+    lists = [key for key, rows in value.items() if isinstance(rows, list)] if isinstance(value, dict) else []
+    return found(value) + (f"; write the list of {quoted(lists[:1])} alone into the file" if lists else "")

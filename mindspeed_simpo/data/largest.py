@@ -61,13 +61,14 @@ def largest_pass(
         layout: Of the run.
     """
     size = options.global_batch_size
-    epoch = -(-len(lengths) // size)
-    steps = min(options.train_iters or epoch, epoch, -(-SIMULATED_PAIRS // size))
     stream = PairStream(len(lengths), options.seed)
+    epoch = stream.steps_per_epoch(size)
+    steps = min(options.train_iters or epoch, epoch, -(-SIMULATED_PAIRS // size))
     two_pass = options.pair_schedule == "two_pass"
     found: list[list[PassShape]] = []
     for step in range(steps):
-        pairs = lengths[stream.take(step * size, size)]
+        taken = lengths[stream.take(stream.consumed_pairs(step, size), size)]
+        pairs = np.concatenate([taken, np.zeros((size - len(taken), 3), taken.dtype)])  # filler pairs
         sizes = [batching.size_of(*row) for row in pairs.tolist()]
         for own in batching.deal(sizes, layout.data):
             parts = batching.parts([sizes[index] for index in own])

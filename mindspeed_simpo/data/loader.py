@@ -31,8 +31,9 @@ class PairLoader:
     """One data-parallel rank's micro-batches of each global batch.
 
     The pairs form an endless stream, epoch after epoch, each epoch shuffled by a generator that ``(seed, epoch)``
-    seeds; a global batch is ``global_batch_size`` consecutive pairs of the stream and may straddle epochs. The pairs of
-    a global batch depend neither on the number of ranks nor on ``batching``, which divides them over ranks and
+    seeds. A global batch is the next ``global_batch_size`` pairs of the stream, or what is left of the epoch, filled up
+    with filler pairs: every epoch has ``ceil(pairs / global_batch_size)`` steps and each of its pairs once. The pairs
+    of a global batch depend neither on the number of ranks nor on ``batching``, which divides them over ranks and
     micro-batches; with ``padded``, micro-batch ``m`` of rank ``d`` holds the pairs ``(m * data_parallel_size + d) *
     micro_batch_size`` and following. A loader has no state between steps: a resumed run needs ``consumed_pairs`` alone.
 
@@ -73,6 +74,19 @@ class PairLoader:
         self._rank = data_parallel_rank
         self._ranks = data_parallel_size
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches of one epoch, the last of which may have fewer pairs."""
+        return self._stream.steps_per_epoch(self.global_batch_size)
+
+    def consumed_pairs(self, step: int) -> int:
+        """Pairs of the stream that the first ``step`` global batches have."""
+        return self._stream.consumed_pairs(step, self.global_batch_size)
+
+    def num_pairs(self, consumed_pairs: int) -> int:
+        """Pairs, without fillers, of the global batch that starts after ``consumed_pairs`` pairs of the stream."""
+        return self._stream.left(consumed_pairs, self.global_batch_size)
+
     def train_step(self, consumed_pairs: int) -> list[PairBatch]:
         """This rank's micro-batches of the global batch that starts after ``consumed_pairs`` pairs of the stream."""
         return self._micro_batches(self._stream.take(consumed_pairs, self.global_batch_size))
@@ -85,10 +99,10 @@ class PairLoader:
         total = -(-len(self._dataset) // self.global_batch_size)
         for step in range(total if max_global_batches is None else min(total, max_global_batches)):
             start = step * self.global_batch_size
-            pair_ids = list(range(start, min(start + self.global_batch_size, len(self._dataset))))
-            yield self._micro_batches(pair_ids + [FILLER_PAIR] * (self.global_batch_size - len(pair_ids)))
+            yield self._micro_batches(range(start, min(start + self.global_batch_size, len(self._dataset))))
 
-    def _micro_batches(self, pair_ids: Sequence[int]) -> list[PairBatch]:
+    def _micro_batches(self, pairs: Sequence[int]) -> list[PairBatch]:
+        pair_ids = [*pairs, *[FILLER_PAIR] * (self.global_batch_size - len(pairs))]
         sizes = [
             0 if pair_id == FILLER_PAIR else self._batching.size_of(*self._dataset.lengths[pair_id].tolist())
             for pair_id in pair_ids
@@ -105,17 +119,28 @@ class PairStream:
     def __init__(self, num_pairs: int, seed: int | None) -> None:
         self._num_pairs = num_pairs
         self._seed = seed
-        self._last_order: tuple[int, list[int]] | None = None
+        self._last_order: tuple[int, Int64[np.ndarray, " pair"]] | None = None
 
-    def take(self, consumed_pairs: int, number: int) -> list[int]:
-        """Indices of the ``number`` pairs after the first ``consumed_pairs``."""
-        pair_ids: list[int] = []
-        while len(pair_ids) < number:
-            epoch, start = divmod(consumed_pairs + len(pair_ids), self._num_pairs)
-            pair_ids += self._order(epoch)[start : start + number - len(pair_ids)]
-        return pair_ids
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Batches of one epoch; the last one has what is left."""
+        return -(-self._num_pairs // batch_size)
 
-    def _order(self, epoch: int) -> list[int]:
+    def consumed_pairs(self, step: int, batch_size: int) -> int:
+        """Pairs of the first ``step`` batches."""
+        epochs, steps = divmod(step, self.steps_per_epoch(batch_size))
+        return epochs * self._num_pairs + steps * batch_size
+
+    def left(self, consumed_pairs: int, batch_size: int) -> int:
+        """Pairs of the batch after the first ``consumed_pairs``: ``batch_size``, or what is left of the epoch."""
+        return min(batch_size, self._num_pairs - consumed_pairs % self._num_pairs)
+
+    def take(self, consumed_pairs: int, batch_size: int) -> list[int]:
+        """Indices of the pairs of the batch after the first ``consumed_pairs``."""
+        epoch, start = divmod(consumed_pairs, self._num_pairs)
+        taken: list[int] = self._order(epoch)[start : start + self.left(consumed_pairs, batch_size)].tolist()
+        return taken
+
+    def _order(self, epoch: int) -> Int64[np.ndarray, " pair"]:
         if self._last_order is None or self._last_order[0] != epoch:
             self._last_order = (epoch, epoch_order(self._num_pairs, self._seed, epoch))
         return self._last_order[1]
@@ -138,16 +163,16 @@ class PrefetchingLoader:
             micro_batches = self._ahead[1].result()
         else:
             micro_batches = self._thread.submit(self._loader.train_step, consumed_pairs).result()
-        following = consumed_pairs + self._loader.global_batch_size
+        following = consumed_pairs + self._loader.num_pairs(consumed_pairs)
         self._ahead = (following, self._thread.submit(self._loader.train_step, following))
         return micro_batches
 
 
-def epoch_order(num_pairs: int, seed: int | None, epoch: int) -> list[int]:
+def epoch_order(num_pairs: int, seed: int | None, epoch: int) -> Int64[np.ndarray, " pair"]:
     """Indices of one epoch's pairs in training order, a function of ``(seed, epoch)``; ascending where seed is None."""
     ids = np.arange(num_pairs)
     if seed is not None:
         # numpy guarantees the streams of RandomState across versions, those of Generator not; resumed runs need them.
         sequence = np.random.SeedSequence([seed, epoch])
         np.random.RandomState(np.random.MT19937(sequence)).shuffle(ids)
-    return [int(index) for index in ids]
+    return ids

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 from jaxtyping import Int64
 
 from mindspeed_simpo.config.options import DataOptions
-from mindspeed_simpo.data.problems import ProblemKind
+from mindspeed_simpo.data.problems import NO_FAULT, ProblemKind
 from mindspeed_simpo.data.source import Source
 from mindspeed_simpo.errors import DataError
 
@@ -19,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 PROBLEMS_LISTED = 10
 """Problems of each kind that a report lists."""
-_KINDS: tuple[ProblemKind, ...] = ("malformed", "empty", "identical", "not_prefix", "too_long")
-_TITLES: dict[str, str] = {"not_prefix": "prompt not a prefix", "too_long": "too long"}
+_KINDS: tuple[ProblemKind, ...] = ("malformed", "empty", "identical", "not_prefix", "too_long", *NO_FAULT)
+_TITLES: dict[str, str] = {"not_prefix": "prompt not a prefix", "too_long": "too long", "tie": "tied"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class DataReport:
     identical: int
     not_prefix: int
     too_long: int
+    tie: int
+    """Examples whose label or scores prefer no response."""
+    unpaired: int
+    """Prompts with a single answer."""
     truncated_prompts: int
     """Kept pairs whose prompt was cut."""
     truncated_responses: int
@@ -88,14 +93,14 @@ class DataReport:
 
 def make_report(table: Any, sources: Sequence[Source]) -> DataReport:
     """Count the examples of a cache table."""
-    kinds = np.array(table.column("kind").to_pylist(), dtype=object)
-    kept = np.flatnonzero(kinds == None)  # noqa: E711
+    kinds = table.column("kind")
+    kept = np.flatnonzero(kinds.is_null().to_numpy())
     prompt, chosen, rejected = (_lengths(table, name)[kept] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     pair = prompt + np.maximum(chosen, rejected)
     prompt_cut, chosen_cut, rejected_cut = (
         table.column(name).to_numpy()[kept] for name in ("prompt_cut", "chosen_cut", "rejected_cut")
     )
-    counts = {kind: np.flatnonzero(kinds == kind) for kind in _KINDS}
+    counts = {kind: np.flatnonzero(pc.equal(kinds, kind).fill_null(False).to_numpy()) for kind in _KINDS}
     listed = np.sort(np.concatenate([indices[:PROBLEMS_LISTED] for indices in counts.values()]))
     return DataReport(
         files=tuple(source.name for source in sources),
@@ -142,10 +147,12 @@ def judge(report: DataReport, options: DataOptions) -> None:
     """
     # With keep_start and keep_end, a pair counts as too long only where truncation cannot make it fit.
     long_is_length = options.truncation in ("error", "drop")
-    bad = report.rows - report.kept - (report.too_long if long_is_length else 0)
+    no_fault = report.tie + report.unpaired
+    bad = report.rows - report.kept - no_fault - (report.too_long if long_is_length else 0)
     complaints = []
     if bad and options.data_errors == "fail":
-        listed = [problem for problem in report.problems if problem.kind != "too_long" or not long_is_length]
+        excused = (*NO_FAULT, "too_long") if long_is_length else NO_FAULT
+        listed = [problem for problem in report.problems if problem.kind not in excused]
         complaints.append(
             f"{bad} of {report.rows} rows cannot be used:\n{_listing(listed, bad)}\n"
             "Correct them, or set `data_errors: drop` to leave them out."

@@ -12,6 +12,19 @@ Example = tuple[int, Any]
 """Number of the line, row or pair in its source, from 1, and the decoded value, or an ``ExampleError`` in its place."""
 
 
+class Undecoded(ABC):
+    """An example that is decoded where it is needed: workers decode their own, others skip it at no cost."""
+
+    @abstractmethod
+    def decode(self) -> Any:
+        """The decoded value, or an ``ExampleError`` in its place."""
+
+
+def decoded(value: Any) -> Any:
+    """An example's value, decoded where it is not yet."""
+    return value.decode() if isinstance(value, Undecoded) else value
+
+
 class Source(ABC):
     """One file, one split of a data set, or one prefix of tokenised pairs."""
 
@@ -33,9 +46,18 @@ class Source(ABC):
         """About the number of examples (blank lines of JSON Lines are counted too), for a progress bar."""
 
     @abstractmethod
-    def examples(self) -> Iterator[Example]:
-        """The examples in order.
+    def raw_examples(self) -> Iterator[Example]:
+        """The examples in order, some of them :class:`Undecoded`.
 
         Raises:
             DataError: where the source as a whole cannot be read.
         """
+
+    def examples(self) -> Iterator[Example]:
+        """The decoded examples in order.
+
+        Raises:
+            DataError: where the source as a whole cannot be read.
+        """
+        for number, value in self.raw_examples():
+            yield number, decoded(value)

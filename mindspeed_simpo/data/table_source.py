@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from mindspeed_simpo.data.foreign import refuse_foreign
 from mindspeed_simpo.data.problems import first_line, malformed, quoted
 from mindspeed_simpo.data.source import Example, Source
 from mindspeed_simpo.errors import DataError
@@ -59,8 +60,8 @@ class TableSource(Source):
         """See :meth:`Source.count`."""
         return self._num_rows
 
-    def examples(self) -> Iterator[Example]:
-        """See :meth:`Source.examples`."""
+    def raw_examples(self) -> Iterator[Example]:
+        """See :meth:`Source.raw_examples`."""
         number = 0
         for batch in self._batches():
             for index in range(batch.num_rows):
@@ -85,6 +86,10 @@ class ParquetSource(TableSource):
     def __init__(self, path: Path, name: str, column_names: Sequence[str]) -> None:
         if not path.stat().st_size:
             raise DataError(f"{name}: the file is empty; expected a Parquet table")
+        with path.open("rb") as head:
+            start = head.read(64)
+        if not start.startswith(b"PAR1"):
+            refuse_foreign(start, name)
         try:
             with pq.ParquetFile(path) as file:
                 schema, num_rows = file.schema_arrow, file.metadata.num_rows

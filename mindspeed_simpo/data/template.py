@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mindspeed_simpo.config.options import DEFAULT_TEMPLATE_DATE, DataOptions
 from mindspeed_simpo.data.conversations import ConversationPair
+from mindspeed_simpo.data.fidelity import check_prompt_kept, check_response_kept
+from mindspeed_simpo.data.frozen_date import with_frozen_date
 from mindspeed_simpo.data.problems import ExampleError, malformed
-from mindspeed_simpo.data.turns import Message
-from mindspeed_simpo.errors import ModelError
+from mindspeed_simpo.data.time_limit import TEMPLATE_SECONDS, time_limit
+from mindspeed_simpo.data.turns import REASONING_KEYS, Message
+from mindspeed_simpo.errors import ConfigError, ModelError
 
 _QUESTION = "WhatIsTwoAndTwo"
 _ANSWER = "FourItIs"
+_EMPTY_THOUGHT = re.compile(r"\s*<(\w*:?think\w*)>\s*</\1>\n*")
+
+
+@dataclass(frozen=True)
+class TemplateSettings:
+    """What a chat template is given beside messages and tools."""
+
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables, ``chat_template_kwargs``."""
+    date: str = DEFAULT_TEMPLATE_DATE
+    """The day, ``YYYY-MM-DD``, that a template which prints today's date takes it to be."""
+
+    @classmethod
+    def of(cls, options: DataOptions) -> TemplateSettings:
+        """The settings that the options ask for."""
+        return cls(options.chat_template_kwargs or {}, options.chat_template_date)
 
 
 @dataclass(frozen=True)
@@ -37,59 +58,98 @@ class ChatFormat:
     ``<|im_end|>``, ``<|eot_id|>``, ``</s>``); it need not be ``tokenizer.eos_token``. What the template renders after
     it (ChatML's newline) is no part of the response. Where the template renders none, it is ``tokenizer.eos_token``.
 
+    An empty thought that the template puts before both responses (Qwen3's ``<think>``, ``</think>``) belongs to the
+    prompt: the model is given it, and does not generate it, where it answers without thinking.
+
+    Args:
+        tokenizer: With a chat template.
+        settings: Variables and date for the template.
+
     Raises:
         ModelError: where the template renders no assistant turn or a double BOS, or there is no end-of-turn token.
+        ConfigError: where the template does not read one of the variables.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TemplateSettings | None = None) -> None:
         self.tokenizer = tokenizer
-        self._takes_tools = re.search(r"\btools\b", json.dumps(tokenizer.chat_template)) is not None
+        self._settings = settings or TemplateSettings()
+        self._source = json.dumps(tokenizer.chat_template)
+        self._takes_tools = self._reads("tools")
+        self._reasoning_key = next((key for key in REASONING_KEYS if self._reads(key)), None)
+        self._check_kwargs()
         question, answer = Message("user", _QUESTION), Message("assistant", _ANSWER)
         try:
-            prompt = self._render([question], None, header=True)
-            whole = self._render([question, answer], None, header=False)
-        except ExampleError as error:
-            raise ModelError(error.message) from None
+            with time_limit(TEMPLATE_SECONDS):
+                prompt = self._render([question], None, header=True)
+                whole = self._render([question, answer], None, header=False)
+        except (ExampleError, TimeoutError) as error:
+            raise ModelError(str(error)) from None
         if _QUESTION not in prompt or _ANSWER not in whole:
             raise ModelError("the chat template leaves out the user or the assistant turn of a conversation")
         self._check_bos(prompt)
         self._closing = prompt[prompt.rindex(_QUESTION) + len(_QUESTION) :]
         self._tail = whole[whole.rindex(_ANSWER) + len(_ANSWER) :]
+        self._lead = whole[len(prompt) : whole.rindex(_ANSWER)] if whole.startswith(prompt) else ""
         added = tokenizer.added_tokens_decoder.values()
         special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
         self._end_of_turn = _first(special, self._tail) or _first({str(token) for token in added}, self._tail)
         self.end_of_turn_id = self._find_end_of_turn_id()
         self._special = _any_of(special | {self._end_of_turn or ""})
 
+    def notes(self) -> list[str]:
+        """What the template does of itself, for a report."""
+        notes = [f"the chat template is given {name} = {value!r}" for name, value in self._settings.kwargs.items()]
+        if self._reads("strftime_now"):
+            notes.append(f"the chat template prints the date, which is always {self._settings.date}")
+        if _EMPTY_THOUGHT.fullmatch(self._lead):
+            notes.append(f"the chat template begins responses with {self._lead!r}: part of the prompt, not scored")
+        elif self._lead.strip():
+            notes.append(f"the chat template begins responses with {self._lead!r}, which is scored")
+        return notes
+
     def render(self, pair: ConversationPair) -> RenderedPair:
         """Render the prompt with the generation prompt and both whole conversations without.
 
         Raises:
-            ExampleError: where the template refuses or leaves out a turn, where a text contains a special token (which
-                would be tokenised as such), or where the rendered prompt is no prefix of the rendered conversation.
+            ExampleError: where the template refuses, changes or leaves out a turn, where a text contains a special
+                token (which would be tokenised as such), or where the rendered prompt is no prefix of the rendered
+                conversation.
         """
+        try:
+            with time_limit(TEMPLATE_SECONDS):
+                return self._rendered(pair)
+        except TimeoutError as error:
+            raise malformed(str(error)) from None
+
+    def _rendered(self, pair: ConversationPair) -> RenderedPair:
         self._check_texts(pair)
         tools = json.loads(pair.tools) if pair.tools is not None else None
         if tools and not self._takes_tools:
             raise malformed("the row has tools, which the chat template does not take")
         prompt = self._render(pair.prompt, tools, header=True)
-        for message in pair.prompt:
-            if message.role in ("system", "user") and message.content.strip() not in prompt:
-                raise malformed(f"the chat template leaves out the {message.role} turn")
-        chosen, rejected = (
-            self._response(name, prompt, self._render([*pair.prompt, answer], tools, header=False))
-            for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))
-        )
-        return RenderedPair(prompt, chosen, rejected, self._before_header(pair.prompt, tools, prompt))
+        check_prompt_kept(pair.prompt, prompt)
+        before_header = self._before_header(pair.prompt, tools, prompt)
+        responses = []
+        for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            response = self._response(name, prompt, self._render([*pair.prompt, answer], tools, header=False))
+            check_response_kept(name, answer, response)
+            responses.append(response)
+        thought = _common_empty_thought(*responses)
+        chosen, rejected = (response[len(thought) :] for response in responses)
+        return RenderedPair(prompt + thought, chosen, rejected, before_header)
 
     def _render(self, messages: Sequence[Message], tools: Any, *, header: bool) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                [message.for_template() for message in messages],
+                [message.for_template(self._reasoning_key) for message in messages],
                 tools=tools,
+                chat_template=with_frozen_date(self.tokenizer.get_chat_template(tools=tools), self._settings.date),
                 tokenize=False,
                 add_generation_prompt=header,
+                **self._settings.kwargs,
             )
+        except TimeoutError:
+            raise
         except Exception as error:
             # A template is a program: it raises on purpose, or with any error on messages that it was not written for.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -103,7 +163,7 @@ class ChatFormat:
                 "not_prefix",
                 f"{name}: the rendered prompt is not a prefix of the rendered conversation: after "
                 f"{prompt[max(0, common - 20) : common]!r} the prompt has {prompt[common : common + 20]!r}, "
-                f"the conversation {whole[common : common + 20]!r}; use a chat_template that keeps them alike",
+                f"the conversation {whole[common : common + 20]!r}; {_advice(prompt[common:])}",
             )
         response = whole[len(prompt) :]
         if self._end_of_turn is None:
@@ -147,6 +207,32 @@ class ChatFormat:
         bos = self.tokenizer.bos_token
         if bos and prompt.startswith(bos + bos):
             raise ModelError(f"the chat template renders {bos} twice at the start; use a chat_template with one")
+
+    def _check_kwargs(self) -> None:
+        taken = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages", "strftime_now"}
+        for name in self._settings.kwargs:
+            if name in taken:
+                raise ConfigError(f"chat_template_kwargs: `{name}` is set by this program and cannot be given")
+            if not self._reads(name):
+                raise ConfigError(f"chat_template_kwargs: the chat template does not read `{name}`")
+
+    def _reads(self, name: str) -> bool:
+        return re.search(rf"\b{re.escape(name)}\b", self._source) is not None
+
+
+def _common_empty_thought(chosen: str, rejected: str) -> str:
+    thoughts = [match.group() for match in map(_EMPTY_THOUGHT.match, (chosen, rejected)) if match is not None]
+    shorter = min(thoughts, key=len, default="")
+    return shorter if len(thoughts) == 2 and all(text.startswith(shorter) for text in (chosen, rejected)) else ""
+
+
+def _advice(rest_of_prompt: str) -> str:
+    if "think" in rest_of_prompt:
+        return (
+            "the generation prompt opens a thought that the conversation has not: set chat_template_kwargs where the "
+            "template can answer without thinking, else use a chat_template that keeps the reasoning of responses"
+        )
+    return "use a chat_template that keeps them alike"
 
 
 def _any_of(texts: set[str]) -> re.Pattern[str]:

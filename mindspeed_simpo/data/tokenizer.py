@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mindspeed_simpo.data import hub
 from mindspeed_simpo.data.problems import printable
+from mindspeed_simpo.data.time_limit import TEMPLATE_SECONDS, time_limit
 from mindspeed_simpo.errors import ModelError
 
 
@@ -37,8 +38,10 @@ def load_tokenizer(path_or_hub_id: str, chat_template: str | None) -> PreTrained
             f"{path_or_hub_id}: the tokenizer has no chat template; name a Jinja file with `chat_template`, "
             "the one that the model will be served with"
         )
+    question = [{"role": "user", "content": "?"}]
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
+        with time_limit(TEMPLATE_SECONDS):
+            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(f"{where} is not valid Jinja, line {error.lineno}: {error.message}") from None
     except Exception as error:
@@ -105,7 +108,10 @@ def _reason(error: Exception) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex SHA-256 of everything that the token ids depend on: vocabulary, rules, special tokens, chat template."""
+    """Hex SHA-256 of everything that token ids depend on: vocabulary, rules, special tokens, template, versions.
+
+    It keys the cache: other versions of the libraries tokenise again, and are free to find other ids.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from mindspeed_simpo.data.problems import ExampleError, as_text, found, malformed
 
-_EXTRA_KEYS = ("name", "tool_call_id")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names of the reasoning of an assistant turn beside its text."""
+_EXTRA_KEYS = ("name", "tool_call_id", *REASONING_KEYS)
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,16 @@ class Message:
     """JSON list of calls in the form that chat templates read, or ``None``."""
     extras: Mapping[str, str] = field(default_factory=dict)
 
-    def for_template(self) -> dict[str, Any]:
-        """The dictionary that a chat template reads."""
+    def for_template(self, reasoning_key: str | None = None) -> dict[str, Any]:
+        """The dictionary that a chat template reads.
+
+        Args:
+            reasoning_key: The template's name for reasoning; ``None`` keeps that of the data.
+        """
         message: dict[str, Any] = {"role": self.role, "content": self.content, **self.extras}
+        for key in REASONING_KEYS if reasoning_key is not None else ():
+            if key in message:
+                message[reasoning_key or key] = message.pop(key)
         if self.tool_calls is not None:
             message["tool_calls"] = json.loads(self.tool_calls)
         return message
@@ -97,7 +106,9 @@ def read_message(value: Any, where: str, tags: Tags) -> Message:
         return Message("assistant", "", tool_calls=_calls_of_text(content, f"{where}.{content_key}"))
     if calls and role != "assistant":
         raise malformed(f"{where}: only an assistant turn can have `tool_calls`, this is {with_article(role)} turn")
-    extras = {key: as_text(value[key], f"{where}.{key}") for key in _EXTRA_KEYS if key in value}
+    if role != "assistant" and (given := [key for key in REASONING_KEYS if value.get(key)]):
+        raise malformed(f"{where}: only an assistant turn can have `{given[0]}`, this is {with_article(role)} turn")
+    extras = {key: as_text(value[key], f"{where}.{key}") for key in _EXTRA_KEYS if value.get(key)}
     tool_calls = _dump(_checked_calls(calls, f"{where}.tool_calls"), f"{where}.tool_calls") if calls else None
     return Message(role, content, tool_calls, extras)  # type: ignore[arg-type]
 

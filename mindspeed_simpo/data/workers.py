@@ -1,30 +1,31 @@
-"""Many examples to token ids: in this process or in worker processes, in order and with a progress bar."""
+"""Blocks of examples to shards of token ids: in this process or in worker processes, each shard a file of its own."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from multiprocessing import connection, get_context, parent_process
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from pathlib import Path
+from typing import Any
 
 from mindspeed_simpo.batch import TokenizedPair
-from mindspeed_simpo.data.conversations import ConversationPair
-from mindspeed_simpo.data.encoding import EncodedPair, PairEncoder
-from mindspeed_simpo.data.problems import ExampleError, ProblemKind
+from mindspeed_simpo.data.cache import batches_of, write_batches
+from mindspeed_simpo.data.conversations import ExampleReader
+from mindspeed_simpo.data.encoding import EncodedPair, PairEncoder, PlacedResult, Problem
+from mindspeed_simpo.data.problems import ExampleError
+from mindspeed_simpo.data.source import decoded
 from mindspeed_simpo.errors import DataError
 
-SMALL = 2000
-"""Examples below which starting processes costs more time than it saves."""
-_CHUNK = 64
+PATIENCE_SECONDS = 5.0
+"""Time for which examples are encoded in one process: starting others takes about as long."""
 
 
 @dataclass(frozen=True)
@@ -35,75 +36,92 @@ class PlacedExample:
     """Index of its source."""
     number: int
     """Its number in that source, see :data:`~mindspeed_simpo.data.source.Example`."""
-    value: ConversationPair | TokenizedPair | ExampleError
+    value: Any
+    """Decoded columns, or ``Undecoded``, ``TokenizedPair`` or ``ExampleError``."""
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Why an example cannot be used."""
+class Block:
+    """The examples of one shard."""
 
-    kind: ProblemKind
-    message: str
+    path: Path
+    examples: list[PlacedExample]
 
 
 @dataclass(frozen=True)
-class PlacedResult:
-    """An example and its place, after encoding."""
+class ExampleEncoder:
+    """From an example as its source gives it to token ids; sent to each worker process once."""
 
-    source: int
-    number: int
-    value: EncodedPair | Problem
+    reader: ExampleReader
+    encoder: PairEncoder
+
+    def encode(self, example: PlacedExample) -> PlacedResult:
+        """Token ids, or the reason why there are none."""
+        value: EncodedPair | Problem
+        try:
+            content = decoded(example.value)
+            if isinstance(content, ExampleError):
+                raise content
+            pair = content if isinstance(content, TokenizedPair) else self.reader.read(content)
+            value = self.encoder.encode(pair)
+        except ExampleError as error:
+            value = Problem(error.kind, error.message)
+        return PlacedResult(example.source, example.number, value)
+
+    def write(self, block: Block, advance: Callable[[int], None] | None = None) -> int:
+        """Write the shard of a block and return its number of examples; ``advance`` is called after each example."""
+
+        def results() -> Iterator[PlacedResult]:
+            for example in block.examples:
+                yield self.encode(example)
+                if advance is not None:
+                    advance(1)
+
+        write_batches(block.path, batches_of(results()))
+        return len(block.examples)
 
 
-def encode_examples(
-    examples: Iterable[PlacedExample], encoder: PairEncoder, *, num_workers: int, total: int | None = None
-) -> Iterator[PlacedResult]:
-    """Encode examples in order.
+def write_shards(
+    blocks: Iterable[Block], encoder: ExampleEncoder, num_workers: int, advance: Callable[[int], None]
+) -> None:
+    """Write the shard of each block.
 
     Args:
-        examples: Read lazily: at most ``SMALL`` of them and the chunks of the processes are in memory.
-        encoder: Sent to each process once.
-        num_workers: Processes; 0 means one per core. Fewer than ``SMALL`` examples are encoded in this process.
-        total: About the number of examples, for a progress bar on stderr; ``None`` shows none.
+        blocks: Read lazily: at most two blocks for each process are in memory.
+        encoder: Of the examples.
+        num_workers: Processes; 1 encodes in this process, as do the first ``PATIENCE_SECONDS`` in any case.
+        advance: Called with the number of examples that are done since the last call.
 
     Raises:
-        DataError: where a process dies.
+        DataError: where a process dies, or a shard cannot be written.
     """
-    examples = iter(examples)
-    first = list(islice(examples, SMALL))
-    workers = num_workers or _cores()
-    if workers == 1 or len(first) < SMALL:
-        results: Iterator[PlacedResult] = (_encode(example, encoder) for example in chain(first, examples))
-    else:
-        results = _parallel(chain(first, examples), encoder, workers)
-    return results if total is None else _with_progress_bar(results, total)
+    begin = time.monotonic()
+    blocks = iter(blocks)
+    for block in blocks:
+        if num_workers > 1 and time.monotonic() - begin >= PATIENCE_SECONDS:
+            _in_processes(chain([block], blocks), encoder, num_workers, advance)
+        else:
+            encoder.write(block, advance)
 
 
-def _encode(example: PlacedExample, encoder: PairEncoder) -> PlacedResult:
-    if isinstance(example.value, ExampleError):
-        return PlacedResult(example.source, example.number, Problem(example.value.kind, example.value.message))
-    try:
-        value: EncodedPair | Problem = encoder.encode(example.value)
-    except ExampleError as error:
-        value = Problem(error.kind, error.message)
-    return PlacedResult(example.source, example.number, value)
-
-
-def _cores() -> int:
+def cores() -> int:
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _parallel(examples: Iterator[PlacedExample], encoder: PairEncoder, workers: int) -> Iterator[PlacedResult]:
+def _in_processes(
+    blocks: Iterable[Block], encoder: ExampleEncoder, workers: int, advance: Callable[[int], None]
+) -> None:
     # spawn, not fork: a forked process can deadlock on a lock that a thread of the parent held.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(encoder,))
-    pending: deque[Future[list[PlacedResult]]] = deque()
+    pending: deque[Future[int]] = deque()
     try:
-        while chunk := list(islice(examples, _CHUNK)):
-            pending.append(pool.submit(_encode_chunk, chunk))
-            if len(pending) >= 4 * workers:
-                yield from pending.popleft().result()
+        for block in blocks:
+            pending.append(pool.submit(_write_block, block))
+            if len(pending) >= 2 * workers:
+                advance(pending.popleft().result())
         while pending:
-            yield from pending.popleft().result()
+            advance(pending.popleft().result())
     except BrokenProcessPool:
         raise DataError(
             "a tokenising process died; most often memory ran out, or the program that imports this package has no "
@@ -113,10 +131,10 @@ def _parallel(examples: Iterator[PlacedExample], encoder: PairEncoder, workers: 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker_encoder: PairEncoder | None = None
+_worker_encoder: ExampleEncoder | None = None
 
 
-def _start_worker(encoder: PairEncoder) -> None:
+def _start_worker(encoder: ExampleEncoder) -> None:
     global _worker_encoder
     _worker_encoder = encoder
     # The processes themselves are the parallelism; the parent process alone handles Ctrl-C.
@@ -132,24 +150,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_chunk(examples: list[PlacedExample]) -> list[PlacedResult]:
+def _write_block(block: Block) -> int:
     if _worker_encoder is None:
         raise RuntimeError("the worker was not started")
-    return [_encode(example, _worker_encoder) for example in examples]
-
-
-def _with_progress_bar(results: Iterator[PlacedResult], total: int) -> Iterator[PlacedResult]:
-    columns = (
-        TextColumn("Tokenising"),
-        BarColumn(),
-        TaskProgressColumn(show_speed=True),
-        TextColumn("{task.completed} rows"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("tokenise", total=total)
-        for result in results:
-            yield result
-            bar.advance(task)
-        # The total counts blank lines too, and would end the bar below 100 %.
-        bar.update(task, total=bar.tasks[task].completed)
+    return _worker_encoder.write(block)

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from mindspeed_simpo.batch import RunningStatistics
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import validate
-from mindspeed_simpo.config.options import DataOptions
 from mindspeed_simpo.config.validation import make_layout, resolve_batching
 from mindspeed_simpo.data.batching import Batching
-from mindspeed_simpo.data.dataset import PairDataset, prepare_pairs
+from mindspeed_simpo.data.dataset import PairDataset
 from mindspeed_simpo.data.loader import PairLoader
 from mindspeed_simpo.data.paths import Part
+from mindspeed_simpo.data.together import prepare_together
 from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import Device, open_device
 from mindspeed_simpo.errors import SimpoError
@@ -198,7 +198,7 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
         models,
         MetricSums(config.objective, groups, device),
         running,
-        prepare=partial(_prepare, config, tokenizer, groups),
+        prepare=partial(prepare_together, config, tokenizer, group=groups.control, vocab_size=description.vocab_size),
         loader=partial(
             PairLoader,
             seed=config.seed,
@@ -210,16 +210,6 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
         schedule=partial(build_schedule, config, description, groups, device, running.current),
         export=partial(_export, models, description, groups, tokenizer, config.model_name_or_path),
     )
-
-
-def _prepare(options: DataOptions, tokenizer: PreTrainedTokenizerBase, groups: Groups, part: Part) -> PairDataset:
-    """Local rank 0 of each host tokenises; the other ranks of the host read its cache."""
-    dataset = None
-    with fail_together(groups.control):
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            dataset = prepare_pairs(options, tokenizer, part, progress=groups.world.rank() == 0)
-    with fail_together(groups.control):
-        return dataset or prepare_pairs(options, tokenizer, part, progress=False)
 
 
 def _export(

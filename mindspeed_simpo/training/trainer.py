@@ -62,7 +62,7 @@ def train(config: Config, device: Device) -> int:
         models = wrap_for_training(session.models, config, bf16=config.bf16)
         train_iters = config.train_iters
         if train_iters is None:
-            train_iters = max(1, len(train_data) // config.global_batch_size)
+            train_iters = (config.num_train_epochs or 1) * session.loader(train_data).steps_per_epoch
         stepper = build_stepper(models, config, config, device, train_iters)
         run = Run(session, config, models, stepper, train_data, eval_data, tables, train_iters)
         if resumed is not None:
@@ -94,9 +94,9 @@ class Run:
         self.train_iters = train_iters
         self.schedule = session.schedule(models, tables[0])
         self.eval_schedule = session.schedule(models, tables[1])
-        self.train_loader = PrefetchingLoader(session.loader(train_data))
+        self.order = session.loader(train_data)
+        self.train_loader = PrefetchingLoader(self.order)
         self.eval_loader = session.loader(eval_data) if eval_data is not None else None
-        self.global_batch_size = config.global_batch_size
         self.root = Path(config.output_dir)
         self.checkpoints = checkpoint.CheckpointWriter(
             self.root / "checkpoints",
@@ -115,7 +115,7 @@ class Run:
     @property
     def consumed_pairs(self) -> int:
         """Number of pairs of all steps so far."""
-        return self.step * self.global_batch_size
+        return self.order.consumed_pairs(self.step)
 
     def resume(self, folder: Path, state: checkpoint.TrainingState) -> None:
         """Continue from a verified checkpoint.
@@ -194,11 +194,12 @@ class Run:
         """
         begin = time.perf_counter()
         session = self.session
+        num_pairs = self.order.num_pairs(self.consumed_pairs)
         micro_batches = self.train_loader.train_step(self.consumed_pairs)
         for model in self.models:
             model.zero_grad_buffer()  # type: ignore[operator]
         self.stepper.optimizer.zero_grad()
-        scored = self.schedule.forward_backward(micro_batches, self.global_batch_size)
+        scored = self.schedule.forward_backward(micro_batches, num_pairs)
         sums = session.metric_sums.reduce(session.metric_sums.local(scored))
         squared_norm = self.stepper.squared_norm()
         if not self._is_finite(sums[0], squared_norm.squeeze(), logged=logged):

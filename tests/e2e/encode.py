@@ -4,7 +4,7 @@ import json
 
 from transformers import AutoTokenizer
 
-from mindspeed_simpo.batch import TokenizedPair
+from mindspeed_simpo.batch import FILLER_PAIR, TokenizedPair
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.loader import PairLoader
 from tests.hf import Pairs
@@ -15,6 +15,9 @@ def encode_file(folder, path):
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     answers = ("chosen", "rejected")
     return encode_rows(folder, [(row["prompt"], *(row[side][0]["content"] for side in answers)) for row in rows])
+
+
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
 
 def encode_rows(folder, rows):
@@ -29,14 +32,16 @@ def encode_rows(folder, rows):
             text = tokenizer.apply_chat_template(whole, tokenize=False)
             assert text.startswith(prompt)
             response = text[len(prompt) :]
+            if response.startswith(EMPTY_THOUGHT):  # Qwen3's: given with the prompt, not generated
+                prompt, response = prompt + EMPTY_THOUGHT, response.removeprefix(EMPTY_THOUGHT)
             end = response.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)
             responses.append(tokenizer(response[:end], add_special_tokens=False)["input_ids"])
         pairs.append((tokenizer(prompt, add_special_tokens=False)["input_ids"], *responses))
     return pairs
 
 
-def order_of(program, num_pairs):
-    """Row numbers of each global batch of a training run."""
+def order_of(program, num_pairs, steps=None):
+    """Row numbers of each global batch of a training run; ``steps`` is its number of steps, by default train_iters."""
     config = program.config
     loader = PairLoader(
         Pairs([TokenizedPair([0], [0], [0], source="")] * num_pairs),
@@ -46,5 +51,6 @@ def order_of(program, num_pairs):
         data_parallel_rank=0,
         data_parallel_size=1,
     )
-    steps = range(config["train_iters"])
-    return [loader.train_step(step * config["global_batch_size"])[0].pair_ids.tolist() for step in steps]
+    starts = [loader.consumed_pairs(step) for step in range(steps or config["train_iters"])]
+    batches = [loader.train_step(start)[0].pair_ids.tolist() for start in starts]
+    return [[pair_id for pair_id in batch if pair_id != FILLER_PAIR] for batch in batches]

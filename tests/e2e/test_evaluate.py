@@ -46,9 +46,18 @@ def assert_equal(metrics, expected):
 
 
 def test_the_last_line_of_stdout_is_the_metrics(program, model, eval_pairs):
+    del program.config["data_path"]  # training data are not needed
     done = program.type("evaluate")
     assert len(done.stdout.splitlines()) == 1
     assert_equal(done.metrics, oracle.evaluate(model, encode_file(model, eval_pairs), oracle.Options()))
+
+
+def test_training_needs_more_than_evaluation_data(program):
+    del program.config["data_path"]
+    for command in ("train", "check"):
+        done = program.run(command)
+        assert done.code == 2
+        assert "`data_path` is required: Training pairs" in done.stderr
 
 
 @pytest.mark.parametrize("objective", FORMS)

@@ -111,6 +111,26 @@ def test_packed_micro_batches_train_and_evaluate_alike(program, model, expected,
     assert {key: held_out[0][key] for key in first} == pytest.approx(first, rel=EXACT, abs=EXACT)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [(1, {}), (2, {"batching": "padded"}), (2, {PP: 2, "pair_schedule": "two_pass"})],
+    ids=str,
+)
+def test_every_pair_of_an_epoch_is_trained_on(program, model, tmp_path, ranks, options):
+    """9 pairs in global batches of 8: the second batch of each epoch is the mean over one pair."""
+    nine = make_pairs(tmp_path / "nine.jsonl", 9, seed=1)
+    del program.config["train_iters"]
+    program.config |= {"data_path": str(nine), "num_train_epochs": 2, "lr_decay_style": "constant"} | options
+    done = program.run("train", ranks)
+    assert done.code == 0, done.stderr
+    assert [line["consumed_pairs"] for line in lines_of(tmp_path / "out")] == [8, 9, 17, 18]
+    pairs = encode_file(model, nine)
+    batches = [[pairs[i] for i in batch] for batch in order_of(program, len(pairs), steps=4)]
+    assert [len(batch) for batch in batches] == [8, 1, 8, 1]
+    history, _ = oracle.train(model, batches, [program.config["lr"]] * 4, oracle.Options())
+    assert curve(tmp_path / "out") == pytest.approx([number for step in history for number in step], rel=EXACT)
+
+
 def test_what_a_run_leaves(program, tmp_path, eval_pairs, caplog):
     caplog.set_level(logging.WARNING, "tensorboard")
     program.config |= {"eval_data_path": str(eval_pairs), "save_interval": 2, "bf16": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from mindspeed_simpo.config.layout import Layout
@@ -35,7 +36,7 @@ unevenly."""
 ON_EVERY_ROW = ("sigmoid", "sigmoid + ftx", "hinge", "hinge + ftx", "ipo", "ipo + ftx", "dpo")
 """The objectives that continuous integration has on each of its rows of the first family."""
 OF_FAMILIES = ("sigmoid + ftx", "dpo")
-"""And on the rows of the other families."""
+"""And on the rows of the other families, and on all rows with the older megatron-core."""
 
 LR = 1e-3
 # Adam's first step is lr * g / (|g| + eps): an epsilon far above fp32's noise keeps it from scaling that noise up.
@@ -111,7 +112,7 @@ def quick_objectives(row: Row) -> tuple[str, ...]:
 
     Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
     """
-    if row.family != "qwen2":
+    if row.family != "qwen2" or metadata.version("megatron-core").startswith("0.12."):
         return OF_FAMILIES
     return tuple(OBJECTIVES) if row in _rows_of_all_objectives() else ON_EVERY_ROW
 

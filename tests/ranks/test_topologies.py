@@ -20,6 +20,7 @@ def test_the_step_equals_the_oracle(matrix, row):
     assert not [cell for cell in cells if not cell.holds]
 
 
+@pytest.mark.newest_core
 def test_every_objective_meets_every_axis_and_every_batching():
     rows = [row for row in quick_rows() if quick_objectives(row) == tuple(OBJECTIVES)]
     assert frozenset().union(*(row.layout.axes for row in rows)) == set(AXES)

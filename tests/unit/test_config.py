@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.config.file import load_config
+from mindspeed_simpo.config.file import load_config, require_training_data
 from mindspeed_simpo.config.options import OPTION_GROUPS
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.errors import ConfigError
@@ -187,3 +187,41 @@ def test_layout_that_does_not_fit(values, world_size, expected):
     with pytest.raises(ConfigError) as caught:
         make_layout(Config(**REQUIRED, **values), world_size)
     assert expected in str(caught.value)
+
+
+def test_steps_or_epochs(tmp_path):
+    assert load_config(write(tmp_path, with_required(num_train_epochs=3))).num_train_epochs == 3
+    both = message(tmp_path, with_required(num_train_epochs=2, train_iters=5))
+    assert "train_iters (5) and num_train_epochs (2) both say how long to train: remove one of them" in both
+
+
+@pytest.mark.parametrize("split", ["nan,1", "1e309,1", "1,inf", "0,1", "1,-1", "1,2,3,4", "a"])
+def test_a_split_that_divides_nothing_is_refused(tmp_path, split):
+    text = message(tmp_path, with_required(split=split))
+    assert "`split`: expected two or three" in text
+    assert "such as 95,5" in text
+
+
+def test_a_global_batch_has_a_limit(tmp_path):
+    assert "less than or equal to 1000000" in message(tmp_path, with_required(global_batch_size=10**21))
+
+
+def test_evaluation_data_may_stand_alone(tmp_path):
+    config = load_config(write(tmp_path, "model_name_or_path: m\neval_data_path: held_out.jsonl\n"))
+    assert config.data_path is None
+    with pytest.raises(ConfigError, match=r"run.yaml: `data_path` is required: Training pairs"):
+        require_training_data(config, "run.yaml")
+    assert "`data_path` is required" in message(tmp_path, "model_name_or_path: m\n")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"chat_template_date": "26 Jul 2024"}, "`chat_template_date`: expected a day as YYYY-MM-DD, found"),
+        ({"chat_template_date": "2024-02-30"}, "expected a day as YYYY-MM-DD; day"),
+        ({"chat_template_kwargs": {"a": float("nan")}}, "expected values that JSON has"),
+        ({"chat_template_kwargs": "x"}, "`chat_template_kwargs`: input should be a valid dictionary"),
+    ],
+)
+def test_template_options(tmp_path, values, words):
+    assert words in message(tmp_path, with_required(**values))

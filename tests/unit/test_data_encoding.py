@@ -41,6 +41,7 @@ def test_the_text_is_the_templates_up_to_the_end_of_turn(family, row):
     pair = encode(row, tok)
     turns = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
     prompt = tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    prompt += "<think>\n\n</think>\n\n" if family == "qwen3" else ""
     assert tok.decode(pair.prompt_ids) == prompt
     assert pair.prompt_ids == tok(prompt, add_special_tokens=False)["input_ids"]
     for ids, answer in ((pair.chosen_ids, row["chosen"]), (pair.rejected_ids, row["rejected"])):
@@ -58,12 +59,6 @@ def test_the_text_is_the_templates_up_to_the_end_of_turn(family, row):
     if tok.bos_token_id is not None:
         assert pair.prompt_ids[0] == tok.bos_token_id
         assert [*pair.prompt_ids, *pair.chosen_ids].count(tok.bos_token_id) == 1
-
-
-def test_qwen3_puts_its_empty_thought_into_both_responses():
-    pair = encode(PLAIN, tokenizer("qwen3"))
-    thought = tokenizer("qwen3")("<think>\n\n</think>\n\n")["input_ids"]
-    assert pair.chosen_ids[: len(thought)] == pair.rejected_ids[: len(thought)] == thought
 
 
 def test_a_template_that_changes_the_prompt_is_reported():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -122,14 +123,38 @@ def test_a_pair_that_cannot_be_read_fails_the_step_that_needs_it():
         ahead.train_step(8)
 
 
-def test_every_epoch_has_every_pair_once_in_an_order_of_its_own():
-    loader = loaders(20, 1, 4)[0]
-    stream = [i for consumed in range(0, 80, 8) for i in global_batch([loader.train_step(consumed)])]
-    epochs = [stream[start : start + 20] for start in range(0, 80, 20)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(20))] * 4
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    again = loaders(20, 2, 1)[0]
-    assert again.train_step(40)[0].pair_ids.tolist() == stream[40:41]
+def stream_of(loader, steps):
+    """Ids of each of the first global batches, without fillers."""
+    batches = [global_batch([loader.train_step(loader.consumed_pairs(step))]) for step in range(steps)]
+    return [[pair_id for pair_id in batch if pair_id != FILLER_PAIR] for batch in batches]
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(20, [8, 8, 4]), (16, [8, 8]), (3, [3]), (8, [8]), (9, [8, 1])])
+def test_every_epoch_has_every_pair_once_in_an_order_of_its_own(size, sizes):
+    loader = loaders(size, 1, 4)[0]
+    steps = len(sizes)
+    assert loader.steps_per_epoch == steps
+    batches = stream_of(loader, 4 * steps)
+    assert [len(batch) for batch in batches] == 4 * sizes
+    assert [loader.num_pairs(loader.consumed_pairs(step)) for step in range(4 * steps)] == 4 * sizes
+    assert [loader.consumed_pairs(step) for step in range(steps + 1)] == [
+        sum(sizes[:step]) for step in range(steps + 1)
+    ]
+    epochs = [[*chain(*batches[start : start + steps])] for start in range(0, 4 * steps, steps)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(size))] * 4
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    again = loaders(size, 2, 1)[0]
+    assert again.train_step(2 * size)[0].pair_ids.tolist() == epochs[2][:1]
+
+
+@pytest.mark.parametrize("name", ["padded", "packed", "prefix_shared"])
+def test_the_last_batch_of_an_epoch_is_filled_up_on_every_rank(name):
+    shared = {"seed": 7, "global_batch_size": 8, "batching": Batching(name, 2, max_tokens=20), "data_parallel_size": 4}
+    parts = [PairLoader(Numbers(9), data_parallel_rank=rank, **shared) for rank in range(4)]
+    steps = [part.train_step(8) for part in parts]
+    assert all(steps)
+    ids = [pair_id for step in steps for batch in step for pair_id in batch.pair_ids.tolist()]
+    assert [pair_id for pair_id in ids if pair_id != FILLER_PAIR] == stream_of(loaders(9, 1, 8)[0], 2)[1]
 
 
 def test_the_order_follows_the_seed_and_is_the_same_for_ever():
@@ -137,12 +162,14 @@ def test_the_order_follows_the_seed_and_is_the_same_for_ever():
     assert first != second
     # a resumed run relies on these very numbers
     assert first == [16, 9, 14, 17, 7, 10, 15, 5]
-    assert global_batch([loaders(20, 1, 8, seed=None)[0].train_step(16)]) == [16, 17, 18, 19, 0, 1, 2, 3]
+    assert global_batch([loaders(20, 1, 8, seed=None)[0].train_step(16)]) == [16, 17, 18, 19] + [FILLER_PAIR] * 4
 
 
-def test_fewer_pairs_than_a_global_batch_repeat_in_later_epochs():
-    ids = global_batch([loaders(3, 1, 8)[0].train_step(0)])
-    assert [sorted(ids[:3]), sorted(ids[3:6])] == [[0, 1, 2], [0, 1, 2]]
+def test_the_batch_after_the_last_of_an_epoch_is_prepared():
+    ahead = prepared(Watched(10))
+    steps = [ahead.train_step(consumed) for consumed in (0, 4, 8, 10, 14)]
+    ids = [[i for batch in step for i in batch.pair_ids.tolist()] for step in steps]
+    assert ids == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, FILLER_PAIR, FILLER_PAIR], [0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (2, 2), (4, 1)])

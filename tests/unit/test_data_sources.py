@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import tracemalloc
 
 import datasets
 import pyarrow as pa
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mindspeed_simpo.data.conversations import ExampleReader
+from mindspeed_simpo.data.json_array import Text
 from mindspeed_simpo.data.paths import open_sources
 from mindspeed_simpo.data.problems import ExampleError
 from mindspeed_simpo.errors import DataError
@@ -18,6 +21,9 @@ from tests.unit.data_helpers import PLAIN, write_jsonl
 
 COLUMNS = ExampleReader(None).column_names
 LINE = json.dumps(PLAIN).encode()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
 def read(*paths, part="train"):
@@ -85,6 +91,13 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
         ("a.jsonl", b"", "a.jsonl: the file is empty"),
         ("a.jsonl", b"\n \n", "a.jsonl: the file is empty"),
         ("a.jsonl", b"\xff\xfe{\x00}\x00", "the file is UTF-16; save it as UTF-8"),
+        ("a.jsonl", "{}".encode("utf-32"), "the file is UTF-32; save it as UTF-8"),
+        ("a.jsonl", gzip.compress(LINE), "the file is compressed by gzip: decompress it"),
+        ("a.json", gzip.compress(LINE), "the file is compressed by gzip: decompress it"),
+        ("a.parquet", gzip.compress(LINE), "the file is compressed by gzip: decompress it"),
+        ("a.jsonl", POINTER, "is a pointer of Git LFS, not the data: fetch the data (git lfs pull)"),
+        ("a.parquet", POINTER, "is a pointer of Git LFS, not the data: fetch the data (git lfs pull)"),
+        ("a.jsonl", b"PAR1", "the file is a Parquet table: name it .parquet"),
         ("a.jsonl", b"[\n" + LINE + b"\n]", "a.jsonl:1: a JSON array in a .jsonl file: name the file .json"),
         ("a.json", b"", "a.json: the file is empty"),
         ("a.json", b"[]", "a.json: the array of rows is empty"),
@@ -96,6 +109,7 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
         ("a.json", b'[\n{"a": "\xe4"}]', "a.json:2: not UTF-8: byte 0xe4"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b'{\n"train": []\n}', "expected a JSON array of rows, found an object with the keys `train`"),
+        ("a.json", b'{\n"data": [' + LINE + b"]\n}", "keys `data`; write the list of `data` alone into the file"),
         ("a.json", b"5", "expected a JSON array of rows, found the number 5"),
         ("a.json", b"hello", "expected a JSON array of rows, found text that is not JSON"),
         ("a.parquet", b"", "a.parquet: the file is empty"),
@@ -109,6 +123,54 @@ def test_a_broken_file_is_named(tmp_path, name, data, words):
     with pytest.raises(DataError) as caught:
         read(path)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_is_the_same_in_blocks_of_any_size(tmp_path, monkeypatch, block, indent):
+    monkeypatch.setattr("mindspeed_simpo.data.json_array.BLOCK", block)
+    monkeypatch.setattr(Text.read_more, "__defaults__", (block,))
+    rows = [PLAIN, 12345, -1.5e-7, '巴黎 \\ " é😀', True, None, [], {}, {"a": [{"b": "\n"}]}, [1, [2, "]"]], 7]
+    path = tmp_path / "a.json"
+    path.write_text("\n " + json.dumps(rows, indent=indent, ensure_ascii=False) + " \n", encoding="utf-8")
+    assert [row for _, row in read(path)] == rows
+    text = path.read_text(encoding="utf-8")
+    lines = [int(place.rpartition(":")[2]) for place, _ in read(path)]
+    assert lines == sorted(lines)
+    assert lines[-1] == (len(text.splitlines()) - 1 if indent else 2)
+    for broken, words in ((text.rstrip()[:-1], "ends inside"), (text.replace("12345", "12e"), "not valid JSON")):
+        path.write_text(broken, encoding="utf-8")
+        with pytest.raises(DataError, match=words):
+            read(path)
+
+
+def test_an_array_takes_the_memory_of_its_rows_not_of_the_file(tmp_path):
+    path = tmp_path / "a.json"
+    row = json.dumps({**PLAIN, "chosen": "word " * 400})
+    path.write_text("[" + ",\n".join([row] * 20_000) + "]")
+    assert path.stat().st_size > 39 << 20
+    (source,) = open_sources(str(path), "train", COLUMNS)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in source.examples()) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_broken_row_does_not_read_the_rest_of_the_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[" + json.dumps(PLAIN) + ', {"a": nope},' + "1,\n" * 3_000_000 + "]")
+    (source,) = open_sources(str(path), "train", COLUMNS)
+    examples = source.examples()
+    assert next(examples) == (1, PLAIN)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"a.json:1: not valid JSON: Expecting value; the rest"):
+            next(examples)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_parquet_rows_have_their_numbers(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from mindspeed_simpo.data.problems import ExampleError
 from tests.tokenizers import FAMILIES
-from tests.unit.data_helpers import END, encode, tokenizer
+from tests.unit.data_helpers import END, PLAIN, encode, tokenizer
 
 LONG = {
     "prompt": [
@@ -19,7 +21,7 @@ LONG = {
 }
 HEADERS = {
     "qwen2": "<|im_start|>assistant\n",
-    "qwen3": "<|im_start|>assistant\n",
+    "qwen3": "<|im_start|>assistant\n<think>\n\n</think>\n\n",
     "llama": "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "mistral": " [/INST]",
     "gemma2": "<start_of_turn>model\n",
@@ -106,3 +108,12 @@ def test_responses_that_truncation_makes_equal_are_identical():
     with pytest.raises(ExampleError, match="the same in the 20 tokens that truncation leaves") as caught:
         encode(row, tokenizer(), seq_length=length + 20, prompt_limit=length, truncation="keep_end")
     assert caught.value.kind == "identical"
+
+
+def test_a_text_of_megabytes_is_not_tokenised():
+    begin = time.monotonic()
+    for truncation in ("error", "keep_end"):
+        with pytest.raises(ExampleError, match="a turn has 50000000 characters; more than 4000000 are not") as caught:
+            encode({**PLAIN, "chosen": "x" * 50_000_000}, tokenizer(), truncation=truncation)
+        assert caught.value.kind == "too_long"
+    assert time.monotonic() - begin < 5

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from mindspeed_simpo.cli.check import check, run_length_warnings, setting_warnings
 from mindspeed_simpo.config.config import Config
@@ -110,6 +111,45 @@ def model_folder(tmp_path: Path, **tokenizer_changes) -> Path:
     return folder
 
 
+def test_a_token_that_the_model_does_not_have(tmp_path):
+    folder = model_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    size = config["vocab_size"]
+
+    def shrink(vocab_size):
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+
+    tokens = AutoTokenizer.from_pretrained(folder)
+    end = tokens.convert_tokens_to_ids("<|im_end|>")
+    shrink(end)
+    verdict, report = run(tmp_path, model_name_or_path=str(folder))
+    assert not verdict
+    assert f"the end of turn: token '<|im_end|>' has the id {end}, beyond the model's vocab_size {end}" in report
+    assert "use the tokenizer of this model" in report
+    assert tokens.add_tokens(["It is Lima"]) == 1
+    tokens.save_pretrained(folder)
+    shrink(size)
+    verdict, _ = run(tmp_path, model_name_or_path=str(folder))
+    assert verdict == (len(tokens) <= size)
+    shrink(len(tokens) - 1)
+    verdict, report = run(tmp_path, model_name_or_path=str(folder))
+    assert not verdict
+    assert "train: 1 of 2 rows cannot be used" in report
+    assert "pairs.jsonl:1: malformed: token 'It is Lima' has the id" in report
+    shrink(len(tokens))
+    assert run(tmp_path, model_name_or_path=str(folder))[0]
+
+
+def test_what_the_template_does_of_itself_is_noted(tmp_path):
+    template = json.loads((QUICKSTART / "tokenizer_config.json").read_text())["chat_template"]
+    (tmp_path / "t.jinja").write_text("{{ strftime_now('%Y') }}{{ mood }}\n" + template)
+    verdict, report = run(tmp_path, chat_template=str(tmp_path / "t.jinja"), chat_template_kwargs={"mood": "glad"})
+    assert verdict
+    assert "note: the chat template prints the date, which is always 2024-07-26" in report
+    assert "note: the chat template is given mood = 'glad'" in report
+    assert "2024glad" in report
+
+
 def test_a_template_that_doubles_the_bos(tmp_path):
     template = json.loads((QUICKSTART / "tokenizer_config.json").read_text())["chat_template"]
     folder = model_folder(
@@ -170,11 +210,18 @@ def test_settings_outside_the_published_ranges(values, expected):
 
 
 @pytest.mark.parametrize(
-    ("train_iters", "pairs", "expected"),
-    [(None, 127, "do not fill one global batch"), (None, 128, ""), (4, 128, "4.0 passes"), (3, 128, "")],
+    ("length", "pairs", "expected"),
+    [
+        ({}, 127, "do not fill one global batch"),
+        ({}, 128, ""),
+        ({"train_iters": 4}, 128, "train_iters 4 makes 4.0 passes"),
+        ({"train_iters": 3}, 128, ""),
+        ({"num_train_epochs": 4}, 500, "num_train_epochs 4 makes 4.0 passes"),
+        ({"num_train_epochs": 3}, 500, ""),
+    ],
 )
-def test_run_lengths(train_iters, pairs, expected):
-    config = Config(model_name_or_path="m", data_path="d", train_iters=train_iters)
+def test_run_lengths(length, pairs, expected):
+    config = Config(model_name_or_path="m", data_path="d", **length)
     warnings = "".join(run_length_warnings(config, pairs))
     assert expected in warnings
     assert bool(expected) == bool(warnings)

@@ -1,0 +1,72 @@
+"""One part of the data, tokenised by all ranks of a run together."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from mindspeed_simpo.config.options import DataOptions
+from mindspeed_simpo.data.cache import not_writable
+from mindspeed_simpo.data.dataset import PairDataset, dataset_of, preparation_of
+from mindspeed_simpo.data.paths import Part
+from mindspeed_simpo.data.workers import cores
+from mindspeed_simpo.parallel.collectives import fail_together, of_all_ranks
+
+
+def prepare_together(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, part: Part, group: dist.ProcessGroup, *, vocab_size: int
+) -> PairDataset:
+    """As :func:`~mindspeed_simpo.data.dataset.prepare_pairs`, with the work divided over ranks; a collective.
+
+    Where all hosts share the cache folder, each rank tokenises its share of the shards; where each host has its own,
+    the ranks of each host divide them. One rank makes the cache file and verifies it, the others of the host map it.
+
+    Args:
+        options: Of the data.
+        tokenizer: Of the model.
+        part: Which part.
+        group: All ranks.
+        vocab_size: Of the model.
+
+    Raises:
+        SimpoError: on every rank, as :func:`~mindspeed_simpo.data.dataset.prepare_pairs`.
+    """
+    rank, ranks = group.rank(), group.size()
+    local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    with fail_together(group):
+        work = preparation_of(options, tokenizer, part, vocab_size)
+        table = work.load() if local_rank == 0 else None
+        mark = _leave_mark(work.path)
+    try:
+        names = of_all_ranks(mark.name, group)
+        shared = all(of_all_ranks(all(mark.with_name(name).exists() for name in names), group))
+    finally:
+        mark.unlink(missing_ok=True)
+    index, count = (rank, ranks) if shared else (local_rank, local_ranks)
+    found = of_all_ranks(table is not None, group)
+    missing = not (any(found) if shared else found[rank - local_rank])
+    with fail_together(group):
+        if missing:
+            workers = max(1, (options.num_workers or cores()) // local_ranks)
+            work.tokenise_share(index, count, num_workers=workers, progress=rank == 0)
+    with fail_together(group):
+        if missing and index == 0:
+            table = work.merge()
+    with fail_together(group):
+        table = table or work.load(verified=local_rank != 0)
+        return dataset_of(options, part, work, table)
+
+
+def _leave_mark(path: Path) -> Path:
+    """An empty file beside ``path`` by which the ranks see whether they share the folder."""
+    mark = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        raise not_writable(path, error) from None
+    return mark

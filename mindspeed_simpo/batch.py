@@ -29,11 +29,26 @@ class TokenizedPair:
     prompt_ids: list[int]
     """BOS (where the template has one), every turn before the response and the assistant header."""
     chosen_ids: list[int]
-    """Response tokens and the end-of-turn token; at least one."""
+    """Tokens of the answer, up to and including its last end-of-turn token; at least one."""
     rejected_ids: list[int]
-    """Response tokens and the end-of-turn token; at least one."""
+    """The same of the rejected answer."""
     source: str
     """Where the example comes from, for messages: ``FILE:LINE`` or ``FILE:row N``."""
+    chosen_unscored: Sequence[int] = ()
+    """First and stop index of each range of ``chosen_ids`` that is not scored, end to end: what tools return between
+    the assistant turns of an answer, and an empty thought that the model is given."""
+    rejected_unscored: Sequence[int] = ()
+    """The same for ``rejected_ids``."""
+
+    @property
+    def chosen_targets(self) -> list[int]:
+        """``chosen_ids`` with ``IGNORE_INDEX`` at the tokens that are not scored."""
+        return _scored_only(self.chosen_ids, self.chosen_unscored)
+
+    @property
+    def rejected_targets(self) -> list[int]:
+        """``rejected_ids`` with ``IGNORE_INDEX`` at the tokens that are not scored."""
+        return _scored_only(self.rejected_ids, self.rejected_unscored)
 
     @property
     def lengths(self) -> tuple[int, int, int]:
@@ -44,6 +59,13 @@ class TokenizedPair:
     def length(self) -> int:
         """Tokens of the longer of the two sequences."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+def _scored_only(ids: list[int], unscored: Sequence[int]) -> list[int]:
+    targets = list(ids)
+    for start, stop in zip(unscored[::2], unscored[1::2], strict=True):
+        targets[start:stop] = [IGNORE_INDEX] * (stop - start)
+    return targets
 
 
 class Branch(NamedTuple):

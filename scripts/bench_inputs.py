@@ -148,6 +148,6 @@ def _first_that_fit(
 def _as_messages(pair: ConversationPair) -> dict[str, Any]:
     return {
         "prompt": [{"role": turn.role, "content": turn.content} for turn in pair.prompt],
-        "chosen": [{"role": "assistant", "content": pair.chosen.content}],
-        "rejected": [{"role": "assistant", "content": pair.rejected.content}],
+        "chosen": [{"role": turn.role, "content": turn.content} for turn in pair.chosen],
+        "rejected": [{"role": turn.role, "content": turn.content} for turn in pair.rejected],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from mindspeed_simpo.batch import TokenizedPair
+from mindspeed_simpo.batch import IGNORE_INDEX, TokenizedPair
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.config.validation import make_layout, resolve_batching
@@ -240,9 +241,15 @@ def _print_sample(console: Console, pair: TokenizedPair, tokenizer: PreTrainedTo
     console.print(
         f"\nFirst pair, {escape(pair.source)}; the loss is computed on the coloured tokens only", soft_wrap=True
     )
-    for name, ids, style in (("chosen", pair.chosen_ids, "green"), ("rejected", pair.rejected_ids, "red")):
+    for name, ids, targets, style in (
+        ("chosen", pair.chosen_ids, pair.chosen_targets, "green"),
+        ("rejected", pair.rejected_ids, pair.rejected_targets, "red"),
+    ):
         console.print(Text(f"{name}, {len(pair.prompt_ids)} + {len(ids)} tokens", style="bold"))
-        console.print(Text.assemble((decoded(pair.prompt_ids), "dim"), (decoded(ids), style)), soft_wrap=True)
+        parts = [(decoded(pair.prompt_ids), "dim")]
+        for scored, run in groupby(zip(ids, targets, strict=True), lambda token: token[1] != IGNORE_INDEX):
+            parts.append((decoded([token for token, _ in run]), style if scored else "dim"))
+        console.print(Text.assemble(*parts), soft_wrap=True)
     console.print()
 
 

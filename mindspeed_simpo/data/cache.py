@@ -29,6 +29,8 @@ SCHEMA = pa.schema(
         ("prompt_ids", _TOKENS),
         ("chosen_ids", _TOKENS),
         ("rejected_ids", _TOKENS),
+        ("chosen_unscored", _TOKENS),
+        ("rejected_unscored", _TOKENS),
         ("prompt_cut", pa.int32()),
         ("chosen_cut", pa.int32()),
         ("rejected_cut", pa.int32()),
@@ -38,7 +40,8 @@ SCHEMA = pa.schema(
 
 _BATCH_EXAMPLES = 1000
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_unscored", "rejected_unscored")
+"""Columns of a pair's token ids, and of the ranges of them that are not scored."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,11 @@ class _ContentDigest:
     """Digest of the token ids of usable examples; how they are divided into batches does not change it."""
 
     def __init__(self) -> None:
-        self._parts = [hashlib.sha256() for _ in range(2 * len(_IDS))]
+        self._parts = [hashlib.sha256() for _ in range(2 * len(IDS))]
 
     def update(self, batch: Any) -> None:
         usable = batch.filter(batch.column("kind").is_null())
-        for name, lengths, ids in zip(_IDS, self._parts[::2], self._parts[1::2], strict=True):
+        for name, lengths, ids in zip(IDS, self._parts[::2], self._parts[1::2], strict=True):
             column = usable.column(name)
             lengths.update(column.value_lengths().to_numpy().tobytes())
             ids.update(column.flatten().to_numpy().tobytes())
@@ -174,7 +177,7 @@ def batches_of(results: Iterable[PlacedResult]) -> Iterator[Any]:
 def _columns(result: PlacedResult) -> dict[str, Any]:
     columns: dict[str, Any] = {"source": result.source, "line": result.number}
     if isinstance(result.value, Problem):
-        empty: dict[str, Any] = {key: [] for key in _IDS}
+        empty: dict[str, Any] = {key: [] for key in IDS}
         cuts = dict.fromkeys(("prompt_cut", "chosen_cut", "rejected_cut"), 0)
         return {**columns, "kind": result.value.kind, "message": result.value.message, **empty, **cuts}
     return {**columns, **vars(result.value)}

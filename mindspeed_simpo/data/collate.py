@@ -36,19 +36,18 @@ def collate_padded(
     """
     _check(pairs, pair_ids)
     rows: list[tuple[list[int], list[int]]] = [
-        ([_PADDING_ID], []) if pair is None else (pair.prompt_ids, getattr(pair, side))
-        for side in ("chosen_ids", "rejected_ids")
+        ([_PADDING_ID], [IGNORE_INDEX]) if pair is None else _sequence(pair, side)
+        for side in (_CHOSEN, _REJECTED)
         for pair in pairs
     ]
-    length = _rounded(max(len(prompt) + len(response) for prompt, response in rows), multiple_of)
+    length = _rounded(max(len(ids) for ids, _ in rows), multiple_of)
     tokens = torch.full((len(rows), length), _PADDING_ID, dtype=torch.int64)
     targets = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.int64)
-    for row, (prompt, response) in enumerate(rows):
-        end = len(prompt) + len(response)
-        tokens[row, :end] = torch.tensor([*prompt, *response])
-        targets[row, :end] = torch.tensor(_shifted(len(prompt), response))
-    ids = [FILLER_PAIR if pair is None else pair_id for pair, pair_id in zip(pairs, pair_ids, strict=True)]
-    return PairBatch(tokens, targets, _lengths(pairs), torch.tensor(ids, dtype=torch.int64))
+    for row, (ids, wanted) in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        targets[row, : len(ids)] = torch.tensor(wanted)
+    numbers = [FILLER_PAIR if pair is None else pair_id for pair, pair_id in zip(pairs, pair_ids, strict=True)]
+    return PairBatch(tokens, targets, _lengths(pairs), torch.tensor(numbers, dtype=torch.int64))
 
 
 def collate_packed(
@@ -72,11 +71,11 @@ def collate_packed(
     """
     kept, ids = _without_fillers(pairs, pair_ids)
     row = _Row(sum(_lengths(kept).tolist()), multiple_of)
-    for side, name in ((_CHOSEN, "chosen_ids"), (_REJECTED, "rejected_ids")):
+    for side in (_CHOSEN, _REJECTED):
         for number, pair in enumerate(kept):
             if pair is not None:
-                response = getattr(pair, name)
-                row.put([*pair.prompt_ids, *response], number, {side: _shifted(len(pair.prompt_ids), response)})
+                sequence, targets = _sequence(pair, side)
+                row.put(sequence, number, {side: targets})
     row.pad()
     return row.batch(kept, ids)
 
@@ -107,12 +106,12 @@ def collate_prefix_shared(
     starts = []
     for number, pair in real:
         prompt = len(pair.prompt_ids)
-        first_rejected = [IGNORE_INDEX] * (prompt - 1) + pair.rejected_ids[: min(prompt, 1)]
-        targets = {_CHOSEN: _shifted(prompt, pair.chosen_ids), _REJECTED: first_rejected}
-        starts.append(row.put([*pair.prompt_ids, *pair.chosen_ids], number, targets))
+        first_rejected = [IGNORE_INDEX] * (prompt - 1) + pair.rejected_targets[: min(prompt, 1)]
+        sequence, chosen_targets = _sequence(pair, _CHOSEN)
+        starts.append(row.put(sequence, number, {_CHOSEN: chosen_targets, _REJECTED: first_rejected}))
     row.pad()
     for (number, pair), start in zip(real, starts, strict=True):
-        targets = {_REJECTED: [*pair.rejected_ids[1:], IGNORE_INDEX]}
+        targets = {_REJECTED: [*pair.rejected_targets[1:], IGNORE_INDEX]}
         row.put(pair.rejected_ids, number, targets, prefix=(start, len(pair.prompt_ids)))
     return row.batch(kept, ids)
 
@@ -184,11 +183,13 @@ class _Row:
         )
 
 
-def _shifted(prompt: int, response: Sequence[int]) -> list[int]:
-    """Targets of a sequence: the response shifted left by one token, ``IGNORE_INDEX`` at all other tokens."""
-    wanted = response if prompt else response[1:]
-    ignored = [IGNORE_INDEX] * (prompt + len(response) - len(wanted) - 1)
-    return [*ignored, *wanted, IGNORE_INDEX]
+def _sequence(pair: TokenizedPair, side: int) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and answer, and the target of each: the next token where it is scored."""
+    ids, wanted = (
+        (pair.chosen_ids, pair.chosen_targets) if side == _CHOSEN else (pair.rejected_ids, pair.rejected_targets)
+    )
+    labels = [IGNORE_INDEX] * len(pair.prompt_ids) + wanted
+    return [*pair.prompt_ids, *ids], [*labels[1:], IGNORE_INDEX]
 
 
 def _lengths(pairs: Sequence[TokenizedPair | None]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from mindspeed_simpo.data.problems import ExampleError, as_text, found, malforme
 from mindspeed_simpo.data.turns import (
     Message,
     Tags,
+    check_answer,
     check_prompt,
     read_message,
     read_messages,
@@ -53,11 +54,12 @@ class _Cells:
 
 @dataclass(frozen=True)
 class ConversationPair:
-    """One example: the shared turns and the two last assistant turns."""
+    """One example: the shared turns and the two answers."""
 
     prompt: tuple[Message, ...]
-    chosen: Message
-    rejected: Message
+    chosen: tuple[Message, ...]
+    """One assistant turn, or several with tool turns between; only assistant turns are scored."""
+    rejected: tuple[Message, ...]
     tools: str | None = None
     """JSON list of tool descriptions, or ``None``."""
 
@@ -126,9 +128,9 @@ class ExampleReader:
         cells = self._select(self._plain(example))
         chosen, rejected = self._answers(cells)
         prompt = self._prompt(cells, chosen)
-        before_chosen, chosen_answer = _split_answer("chosen", prompt, chosen)
-        before_rejected, rejected_answer = _split_answer("rejected", prompt, rejected)
-        shared = _shared_prompt(before_chosen, before_rejected)
+        chosen, rejected = _whole("chosen", prompt, chosen), _whole("rejected", prompt, rejected)
+        shared = chosen[: _shared_turns(chosen, rejected) if prompt is None else len(prompt)]
+        answers = {"chosen": chosen[len(shared) :], "rejected": rejected[len(shared) :]}
         if cells.get("history") and (
             prompt is None or "messages" in cells.values or isinstance(cells.get("prompt"), list)
         ):
@@ -137,14 +139,14 @@ class ExampleReader:
             _check_prompt_text(cells, shared)
         if "system" in cells.values:
             shared = self._with_system(cells.text("system"), shared)
+        _check_answers(answers, len(chosen), len(rejected))
         check_prompt(shared)
-        for name, answer in (("chosen", chosen_answer), ("rejected", rejected_answer)):
-            if not answer.content.strip() and answer.tool_calls is None:
-                raise ExampleError("empty", f"{name}: the response has no text")
-        if chosen_answer == rejected_answer:
+        for name, answer in answers.items():
+            check_answer(name, shared, answer)
+        if answers["chosen"] == answers["rejected"]:
             raise ExampleError("identical", "chosen and rejected are the same text")
         tools = read_tools(cells.get("tools"), cells.columns["tools"]) if "tools" in cells.values else None
-        return ConversationPair(tuple(shared), chosen_answer, rejected_answer, tools)
+        return ConversationPair(tuple(shared), tuple(answers["chosen"]), tuple(answers["rejected"]), tools)
 
     def _plain(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         """The example in plain columns; ``map_keys`` that names the responses goes before every known layout."""
@@ -218,7 +220,7 @@ class ExampleReader:
         for name in ("messages", "prompt"):
             if (name == "messages" and name in cells.values) or isinstance(cells.get(name), list):
                 return read_messages(cells.get(name), cells.columns[name], self.tags)
-        if len(chosen) > 1:
+        if chosen[0].role != "assistant":
             return None
         if not cells.values.keys() & {"prompt", "query"}:
             wanted = [*self._columns["prompt"], *self._columns["messages"]]
@@ -285,29 +287,34 @@ def _history(value: Any, column: str) -> list[Message]:
     return turns
 
 
-def _split_answer(name: str, prompt: list[Message] | None, turns: list[Message]) -> tuple[list[Message], Message]:
-    """The turns before the last assistant turn, and that turn."""
+def _whole(name: str, prompt: list[Message] | None, turns: list[Message]) -> list[Message]:
+    """The conversation of prompt and answer; ``turns`` is the answer, or that conversation already."""
     if turns[-1].role != "assistant":
         raise malformed(f"{name}: the last turn must be an assistant turn, found {with_article(turns[-1].role)} turn")
-    if prompt is None:
-        return turns[:-1], turns[-1]
-    if len(turns) > 1 and turns[:-1] != prompt:
-        raise malformed(
-            f"{name}: expected one assistant turn, or the prompt's turns followed by one, found {len(turns)} turns"
-        )
-    return prompt, turns[-1]
+    if prompt is None or (len(turns) > len(prompt) and turns[: len(prompt)] == prompt):
+        return turns
+    return [*prompt, *turns]
 
 
-def _shared_prompt(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    if chosen != rejected:
-        common = 0
-        while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
-            common += 1
-        raise malformed(
-            f"chosen and rejected part at turn {common + 1} of {len(chosen) + 1} and {len(rejected) + 1}: "
-            "only the last assistant turn may differ"
-        )
-    return list(chosen)
+def _shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
+    """Number of turns before the answers: those that both have, up to an assistant turn of both."""
+    common = 0
+    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+        common += 1
+    while common and not chosen[common].role == rejected[common].role == "assistant":
+        common -= 1
+    return common
+
+
+def _check_answers(answers: Mapping[str, list[Message]], *turns: int) -> None:
+    """Check that only assistant and tool turns are in the answers; ``turns`` are those of both conversations."""
+    for name, answer in answers.items():
+        others = [message.role for message in answer if message.role not in ("assistant", "tool")]
+        if others:
+            raise malformed(
+                f"chosen and rejected part at turn {turns[0] - len(answers['chosen']) + 1} of {turns[0]} and "
+                f"{turns[1]}: an answer has assistant and tool turns only, {name} has {with_article(others[0])} turn"
+            )
 
 
 def _check_prompt_text(cells: _Cells, turns: list[Message]) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.config.options import DataOptions
-from mindspeed_simpo.data.cache import CachedTable, cache_folder
+from mindspeed_simpo.data.cache import IDS, CachedTable, cache_folder
 from mindspeed_simpo.data.conversations import ExampleReader
 from mindspeed_simpo.data.encoding import PairEncoder
 from mindspeed_simpo.data.paths import Part, open_sources
@@ -57,12 +57,9 @@ class PairDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         row = int(self._kept[index])
-        prompt, chosen, rejected = (
-            self._table.column(name)[row].values.to_numpy().tolist()
-            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-        )
+        ids = {name: self._table.column(name)[row].values.to_numpy().tolist() for name in IDS}
         source, number = (self._table.column(name)[row].as_py() for name in ("source", "line"))
-        return TokenizedPair(prompt, chosen, rejected, self._sources[source].where(number))
+        return TokenizedPair(source=self._sources[source].where(number), **ids)
 
 
 def has_eval_data(options: DataOptions) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.data.conversations import ConversationPair
 from mindspeed_simpo.data.problems import ExampleError, ProblemKind, malformed
-from mindspeed_simpo.data.template import ChatFormat, TemplateSettings
+from mindspeed_simpo.data.template import ChatFormat, Segment, TemplateSettings
 from mindspeed_simpo.errors import ModelError
 
 _ANCHOR = "\n"
@@ -25,6 +26,9 @@ class EncodedPair:
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    chosen_unscored: list[int]
+    """See :class:`~mindspeed_simpo.batch.TokenizedPair`."""
+    rejected_unscored: list[int]
     prompt_cut: int = 0
     """Tokens cut from the prompt."""
     chosen_cut: int = 0
@@ -108,7 +112,7 @@ class PairEncoder:
         """
         if isinstance(pair, TokenizedPair):
             return self._encode_tokenised(pair)
-        for message in (*pair.prompt, pair.chosen, pair.rejected):
+        for message in (*pair.prompt, *pair.chosen, *pair.rejected):
             if len(message.content) > LONGEST_TEXT:
                 raise ExampleError(
                     "too_long",
@@ -116,17 +120,21 @@ class PairEncoder:
                 )
         text = self._format.render(pair)
         anchor = _ANCHOR if self._anchor_ids else ""
-        # one call for all three: the tokenizer's own work is the smaller part of a call
-        prompt_ids, *anchored = self._ids(text.prompt, anchor + text.chosen, anchor + text.rejected)
-        chosen_ids = self._response_ids("chosen", text.chosen, anchored[0])
-        rejected_ids = self._response_ids("rejected", text.rejected, anchored[1])
-        return self._truncate_if_long(EncodedPair(prompt_ids, chosen_ids, rejected_ids), text.before_header)
+        # one call for all texts: the tokenizer's own work is the smaller part of a call
+        segments = (*text.chosen, *text.rejected)
+        prompt_ids, *anchored = self._ids(text.prompt, *(anchor + segment.text for segment in segments))
+        chosen = self._answer_ids("chosen", text.chosen, anchored[: len(text.chosen)])
+        rejected = self._answer_ids("rejected", text.rejected, anchored[len(text.chosen) :])
+        encoded = EncodedPair(prompt_ids, chosen[0], rejected[0], chosen[1], rejected[1])
+        return self._truncate_if_long(encoded, text.before_header)
 
     def _encode_tokenised(self, pair: TokenizedPair) -> EncodedPair:
         highest = max((*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids))
         if highest >= len(self._tokenizer):
             raise malformed(f"id {highest} is not one of the tokenizer's {len(self._tokenizer)}: tokenised by another")
-        return self._truncate_if_long(EncodedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids), None)
+        unscored = list(pair.chosen_unscored), list(pair.rejected_unscored)
+        encoded = EncodedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, *unscored)
+        return self._truncate_if_long(encoded, None)
 
     def _truncate_if_long(self, encoded: EncodedPair, before_header: str | None) -> EncodedPair:
         if self._vocab_size is not None:
@@ -171,10 +179,19 @@ class PairEncoder:
             cut_prompt,
             chosen[:room],
             rejected[:room],
+            self._cut_ranges("chosen", pair.chosen_unscored, room),
+            self._cut_ranges("rejected", pair.rejected_unscored, room),
             prompt_cut=len(prompt) - len(cut_prompt),
             chosen_cut=max(0, len(chosen) - room),
             rejected_cut=max(0, len(rejected) - room),
         )
+
+    def _cut_ranges(self, name: str, unscored: list[int], room: int) -> list[int]:
+        """The ranges within the first ``room`` tokens of an answer."""
+        if unscored and unscored[0] == 0 and unscored[1] >= room:
+            raise ExampleError("too_long", f"{name}: none of the {room} tokens that seq_length leaves is scored")
+        ranges = zip(unscored[::2], unscored[1::2], strict=True)
+        return [bound for start, stop in ranges if start < room for bound in (start, min(stop, room))]
 
     def _cut_prompt(self, prompt: list[int], keep: int, head: int, header: int) -> list[int]:
         if self._truncation == "keep_end":
@@ -192,16 +209,32 @@ class PairEncoder:
             common += 1
         return head, len(prompt) - max(common, head)
 
-    def _response_ids(self, name: str, text: str, anchored: list[int]) -> list[int]:
-        """Ids of a response and its end of turn, from the ids of the anchor and the response together."""
-        anchor = self._anchor_ids
-        ids = anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else self._ids(text)[0]
-        end = self._format.end_of_turn_id
-        if not ids:
-            raise ExampleError("empty", f"{name}: the response has no token")
-        if end in ids:
-            raise malformed(f"{name}: the end-of-turn token appears within the response")
-        return [*ids, end]
+    def _answer_ids(
+        self, name: str, segments: Sequence[Segment], anchored: Sequence[list[int]]
+    ) -> tuple[list[int], list[int]]:
+        """Ids of an answer, and the bounds of the ranges that are not scored.
+
+        Args:
+            name: ``chosen`` or ``rejected``.
+            segments: Of the answer.
+            anchored: Of each segment, the ids of the anchor and the segment's text together.
+        """
+        anchor, end = self._anchor_ids, self._format.end_of_turn_id
+        answer: list[int] = []
+        unscored: list[int] = []
+        for segment, with_anchor in zip(segments, anchored, strict=True):
+            separable = with_anchor[: len(anchor)] == anchor
+            ids = with_anchor[len(anchor) :] if separable else self._ids(segment.text)[0]
+            if not segment.scored:
+                unscored += [len(answer), len(answer) + len(ids)]
+                answer += ids
+                continue
+            if not ids:
+                raise ExampleError("empty", f"{name}: the response has no token")
+            if end in ids:
+                raise malformed(f"{name}: the end-of-turn token appears within the response")
+            answer += [*ids, end]
+        return answer, unscored
 
     def _ids(self, *texts: str) -> list[list[int]]:
         encoded = self._tokenizer(

@@ -100,19 +100,26 @@ class IndexedPairs(Sequence[TokenizedPair]):
 
         Raises:
             IndexError: outside ``0 .. len - 1``.
-            DataError: labels that are not the ids with -100 over one prompt, or an empty response.
+            DataError: labels that are not the ids with -100 over one prompt and what is not scored, or no response.
         """
         if not isinstance(index, int) or not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         where = self.where(index)
         chosen_ids, chosen_labels, rejected_ids, rejected_labels = (self._sequences[key][index] for key in KEYS)
-        chosen_prompt = _prompt_length(chosen_ids, chosen_labels, f"{where}: chosen")
-        rejected_prompt = _prompt_length(rejected_ids, rejected_labels, f"{where}: rejected")
-        prompt = chosen_ids[:chosen_prompt].tolist()
-        if rejected_ids[:rejected_prompt].tolist() != prompt:
+        length = min(
+            _prompt_length(chosen_ids, chosen_labels, f"{where}: chosen"),
+            _prompt_length(rejected_ids, rejected_labels, f"{where}: rejected"),
+        )
+        prompt = chosen_ids[:length].tolist()
+        if rejected_ids[:length].tolist() != prompt:
             raise DataError(f"{where}: chosen and rejected do not have the same prompt ids")
         return TokenizedPair(
-            prompt, chosen_ids[chosen_prompt:].tolist(), rejected_ids[rejected_prompt:].tolist(), where
+            prompt,
+            chosen_ids[length:].tolist(),
+            rejected_ids[length:].tolist(),
+            where,
+            _unscored(chosen_labels[length:]),
+            _unscored(rejected_labels[length:]),
         )
 
     def where(self, index: int) -> str:
@@ -172,9 +179,17 @@ def _prompt_length(ids: _Ids, labels: _Ids, where: str) -> int:
     if not len(scored):
         raise DataError(f"{where} has no response token: every label is {IGNORE_INDEX}")
     first = int(scored[0])
-    if len(ids) != len(labels) or not np.array_equal(ids[first:], labels[first:]):
-        raise DataError(f"{where}: expected labels that repeat the ids, with {IGNORE_INDEX} over the prompt only")
+    if len(ids) != len(labels) or not np.array_equal(ids[scored], labels[scored]):
+        raise DataError(
+            f"{where}: expected labels that repeat the ids, with {IGNORE_INDEX} where a token is not scored"
+        )
     return first
+
+
+def _unscored(labels: _Ids) -> list[int]:
+    """First and stop index of each range of ignored labels, end to end."""
+    ignored = np.concatenate([[False], labels == IGNORE_INDEX, [False]])
+    return [int(index) for index in np.flatnonzero(ignored[1:] != ignored[:-1])]
 
 
 def write_indexed_pairs(prefix: str | Path, pairs: Iterable[TokenizedPair]) -> int:
@@ -218,9 +233,9 @@ def _sequences(pair: TokenizedPair) -> dict[str, list[int]]:
     ignored = [IGNORE_INDEX] * len(pair.prompt_ids)
     return {
         "chosen_input_ids": pair.prompt_ids + pair.chosen_ids,
-        "chosen_labels": ignored + pair.chosen_ids,
+        "chosen_labels": ignored + pair.chosen_targets,
         "rejected_input_ids": pair.prompt_ids + pair.rejected_ids,
-        "rejected_labels": ignored + pair.rejected_ids,
+        "rejected_labels": ignored + pair.rejected_targets,
     }
 
 

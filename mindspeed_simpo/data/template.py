@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,12 +41,23 @@ class TemplateSettings:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A part of an answer as text."""
+
+    text: str
+    """An assistant turn, or what stands before it: tool turns with their headers, an empty thought."""
+    scored: bool
+    """Whether it is an assistant turn; ``text`` then lacks its end-of-turn token."""
+
+
+@dataclass(frozen=True)
 class RenderedPair:
-    """A pair as text; the responses do not contain their end-of-turn token."""
+    """A pair as text."""
 
     prompt: str
-    chosen: str
-    rejected: str
+    chosen: tuple[Segment, ...]
+    """In order; the last one is scored."""
+    rejected: tuple[Segment, ...]
     before_header: str
     """The part of ``prompt`` that truncation may cut; the assistant header is the rest."""
 
@@ -58,8 +69,9 @@ class ChatFormat:
     ``<|im_end|>``, ``<|eot_id|>``, ``</s>``); it need not be ``tokenizer.eos_token``. What the template renders after
     it (ChatML's newline) is no part of the response. Where the template renders none, it is ``tokenizer.eos_token``.
 
-    An empty thought that the template puts before both responses (Qwen3's ``<think>``, ``</think>``) belongs to the
-    prompt: the model is given it, and does not generate it, where it answers without thinking.
+    An empty thought that the template puts before a response (Qwen3's ``<think>``, ``</think>``) is not scored: the
+    model is given it, and does not generate it, where it answers without thinking. Where both answers begin with it, it
+    belongs to the prompt. Of an answer of several turns only the assistant's are scored, each with its end of turn.
 
     Args:
         tokenizer: With a chat template.
@@ -90,6 +102,7 @@ class ChatFormat:
         self._closing = prompt[prompt.rindex(_QUESTION) + len(_QUESTION) :]
         self._tail = whole[whole.rindex(_ANSWER) + len(_ANSWER) :]
         self._lead = whole[len(prompt) : whole.rindex(_ANSWER)] if whole.startswith(prompt) else ""
+        self._gives_empty_thought = _EMPTY_THOUGHT.fullmatch(self._lead) is not None
         added = tokenizer.added_tokens_decoder.values()
         special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
         self._end_of_turn = _first(special, self._tail) or _first({str(token) for token in added}, self._tail)
@@ -101,7 +114,7 @@ class ChatFormat:
         notes = [f"the chat template is given {name} = {value!r}" for name, value in self._settings.kwargs.items()]
         if self._reads("strftime_now"):
             notes.append(f"the chat template prints the date, which is always {self._settings.date}")
-        if _EMPTY_THOUGHT.fullmatch(self._lead):
+        if self._gives_empty_thought:
             notes.append(f"the chat template begins responses with {self._lead!r}: part of the prompt, not scored")
         elif self._lead.strip():
             notes.append(f"the chat template begins responses with {self._lead!r}, which is scored")
@@ -129,14 +142,43 @@ class ChatFormat:
         prompt = self._render(pair.prompt, tools, header=True)
         check_prompt_kept(pair.prompt, prompt)
         before_header = self._before_header(pair.prompt, tools, prompt)
-        responses = []
-        for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            response = self._response(name, prompt, self._render([*pair.prompt, answer], tools, header=False))
-            check_response_kept(name, answer, response)
-            responses.append(response)
-        thought = _common_empty_thought(*responses)
-        chosen, rejected = (response[len(thought) :] for response in responses)
-        return RenderedPair(prompt + thought, chosen, rejected, before_header)
+        chosen = self._segments("chosen", pair.prompt, pair.chosen, tools, prompt)
+        rejected = self._segments("rejected", pair.prompt, pair.rejected, tools, prompt)
+        thought = _common_empty_thought(chosen[0].text, rejected[0].text)
+        answers = []
+        for first, *rest in (chosen, rejected):
+            segments = [Segment(first.text[len(thought) :], scored=True), *rest]
+            answers.append(tuple(_without_thoughts(segments) if self._gives_empty_thought else segments))
+        return RenderedPair(prompt + thought, answers[0], answers[1], before_header)
+
+    def _segments(
+        self, name: str, prompt: Sequence[Message], answer: Sequence[Message], tools: Any, rendered: str
+    ) -> list[Segment]:
+        """The assistant turns of an answer, and between them what the template renders from one to the next.
+
+        The next turn begins where the generation prompt of all turns before it ends, as at generation.
+        """
+        whole = self._render([*prompt, *answer], tools, header=False)
+        if len(answer) > 1 and self._end_of_turn is None:
+            raise malformed(f"{name}: the chat template ends no assistant turn of an answer of several turns")
+        found: list[Segment] = []
+        before = rendered
+        for number, turn in enumerate(answer):
+            if turn.role != "assistant":
+                continue
+            if found:
+                end = len(before) + len(found[-1].text) + len(self._end_of_turn or "")
+                before = self._render([*prompt, *answer[:number]], tools, header=True)
+                if len(before) < end:
+                    raise malformed(f"{name}: the chat template leaves out an assistant turn of the answer")
+                self._check_prefix(name, before, whole)
+                tool_turns = [turn for turn in answer[:number] if turn.role == "tool"]
+                check_prompt_kept(tool_turns, before[len(rendered) :])
+                found.append(Segment(before[end:], scored=False))
+            response = self._response(name, before, whole)
+            check_response_kept(name, turn, response)
+            found.append(Segment(response, scored=True))
+        return found
 
     def _render(self, messages: Sequence[Message], tools: Any, *, header: bool) -> str:
         try:
@@ -156,7 +198,7 @@ class ChatFormat:
             raise malformed(f"the chat template refuses the conversation: {reason}") from None
         return str(text)
 
-    def _response(self, name: str, prompt: str, whole: str) -> str:
+    def _check_prefix(self, name: str, prompt: str, whole: str) -> None:
         if not whole.startswith(prompt):
             common = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
             raise ExampleError(
@@ -165,6 +207,10 @@ class ChatFormat:
                 f"{prompt[max(0, common - 20) : common]!r} the prompt has {prompt[common : common + 20]!r}, "
                 f"the conversation {whole[common : common + 20]!r}; {_advice(prompt[common:])}",
             )
+
+    def _response(self, name: str, prompt: str, whole: str) -> str:
+        """The text of the assistant turn that follows ``prompt``."""
+        self._check_prefix(name, prompt, whole)
         response = whole[len(prompt) :]
         if self._end_of_turn is None:
             response = response.removesuffix(self._tail)
@@ -185,7 +231,8 @@ class ChatFormat:
     def _check_texts(self, pair: ConversationPair) -> None:
         named = [(f"turn {number} ({turn.role})", turn) for number, turn in enumerate(pair.prompt, start=1)]
         texts = [("tools", pair.tools or "")]
-        for where, message in (*named, ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        named += [("chosen", turn) for turn in pair.chosen] + [("rejected", turn) for turn in pair.rejected]
+        for where, message in named:
             texts += [(where, text) for text in (message.content, message.tool_calls or "", *message.extras.values())]
         for where, text in texts:
             match = self._special.search(text)
@@ -224,6 +271,16 @@ def _common_empty_thought(chosen: str, rejected: str) -> str:
     thoughts = [match.group() for match in map(_EMPTY_THOUGHT.match, (chosen, rejected)) if match is not None]
     shorter = min(thoughts, key=len, default="")
     return shorter if len(thoughts) == 2 and all(text.startswith(shorter) for text in (chosen, rejected)) else ""
+
+
+def _without_thoughts(segments: Sequence[Segment]) -> Iterator[Segment]:
+    """The segments, with the empty thoughts at the start of assistant turns as segments that are not scored."""
+    for segment in segments:
+        thought = _EMPTY_THOUGHT.match(segment.text) if segment.scored else None
+        if thought is not None:
+            yield Segment(thought.group(), scored=False)
+            segment = Segment(segment.text[thought.end() :], scored=True)
+        yield segment
 
 
 def _advice(rest_of_prompt: str) -> str:

@@ -181,6 +181,34 @@ def check_prompt(messages: Sequence[Message]) -> None:
     Raises:
         ExampleError: naming the turn (counted from 1).
     """
+    state = _last_state(messages)
+    if state not in ("user", "tool"):
+        last = "nothing" if state == "start" else f"{with_article(messages[-1].role)} turn"
+        raise malformed(f"the prompt must end with a user turn, it ends with {last}")
+
+
+def check_answer(name: str, prompt: Sequence[Message], answer: Sequence[Message]) -> None:
+    """Check that the turns of an answer follow the prompt in order, and that none of the assistant's is empty.
+
+    Args:
+        name: ``chosen`` or ``rejected``.
+        prompt: Checked already.
+        answer: Assistant turns, with tool turns between.
+
+    Raises:
+        ExampleError: naming the turn.
+    """
+    for message in answer:
+        if message.role == "assistant" and not message.content.strip() and message.tool_calls is None:
+            raise ExampleError("empty", f"{name}: the response has no text")
+    try:
+        _last_state([*prompt, *answer])
+    except ExampleError as error:
+        raise ExampleError(error.kind, f"{name}: {error.message}") from None
+
+
+def _last_state(messages: Sequence[Message]) -> str:
+    """The key of ``_NEXT`` after all messages; raises at the first message that is out of order or empty."""
     state = "start"
     for number, message in enumerate(messages, start=1):
         if message.role not in _NEXT[state]:
@@ -192,6 +220,4 @@ def check_prompt(messages: Sequence[Message]) -> None:
         if message.role in ("user", "assistant") and not message.content.strip() and message.tool_calls is None:
             raise ExampleError("empty", f"turn {number} ({message.role}) of the prompt has no text")
         state = "call" if message.tool_calls is not None else message.role
-    if state not in ("user", "tool"):
-        last = "nothing" if state == "start" else f"{with_article(messages[-1].role)} turn"
-        raise malformed(f"the prompt must end with a user turn, it ends with {last}")
+    return state

@@ -49,11 +49,13 @@ def config_for(folder: Path, data: Any, **options: Any) -> Config:
     return Config(**(defaults | {"data_path": paths} | options))
 
 
-def prepare(folder: Path, data: Any, family: Family = "qwen2", part: Any = "train", **options: Any) -> PairDataset:
-    """Tokenise files; rows themselves are written to ``rows.jsonl`` first."""
+def prepare(
+    folder: Path, data: Any, family: Family = "qwen2", part: Any = "train", tok: Any = None, **options: Any
+) -> PairDataset:
+    """Tokenise files by the tokenizer of a family, or by ``tok``; rows are written to ``rows.jsonl`` first."""
     if isinstance(data, list) and not isinstance(data[0], Path):
         data = write_jsonl(folder / "rows.jsonl", data)
-    return prepare_pairs(config_for(folder, data, **options), tokenizer(family), part, progress=False)
+    return prepare_pairs(config_for(folder, data, **options), tok or tokenizer(family), part, progress=False)
 
 
 def texts(dataset: PairDataset, index: int = 0, family: Family = "qwen2") -> tuple[str, str, str]:

@@ -168,7 +168,11 @@ LAYOUTS = {
 
 
 def turns(pair):
-    return [(message.role, message.content) for message in pair.prompt], pair.chosen.content, pair.rejected.content
+    return (
+        [(message.role, message.content) for message in pair.prompt],
+        pair.chosen[-1].content,
+        pair.rejected[-1].content,
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -231,13 +235,13 @@ def test_columns_that_map_keys_names_do_not_hide_a_label(row, first, second, lab
     names = {"chosen": first, "rejected": second}
     with pytest.raises(ExampleError, match=f"`{first}` and `{second}` are read as .*`{label}`.*out of map_keys"):
         ExampleReader(names).read(row)
-    assert ExampleReader({**names, "label": ""}).read(row).chosen.content == "first"
+    assert ExampleReader({**names, "label": ""}).read(row).chosen[-1].content == "first"
 
 
 def test_map_keys_names_the_label_to_follow():
     row = safe_rlhf(0, 1)
-    assert ExampleReader({"label": "better_response_id"}).read(row).chosen.content == "first"
-    assert ExampleReader({"label": "safer_response_id"}).read(row).chosen.content == "second"
+    assert ExampleReader({"label": "better_response_id"}).read(row).chosen[-1].content == "first"
+    assert ExampleReader({"label": "safer_response_id"}).read(row).chosen[-1].content == "second"
     with pytest.raises(ConfigError, match="`label` must be one of preference_strength"):
         ExampleReader({"label": "upvotes"})
 

@@ -32,7 +32,11 @@ def gpt(text):
 
 
 def turns(pair):
-    return [(message.role, message.content) for message in pair.prompt], pair.chosen.content, pair.rejected.content
+    return (
+        [(message.role, message.content) for message in pair.prompt],
+        pair.chosen[-1].content,
+        pair.rejected[-1].content,
+    )
 
 
 ONE_TURN = ([("user", "q")], "good", "bad")
@@ -183,7 +187,7 @@ MALFORMED = [
     (ASK | {"chosen": 1.5}, "chosen: expected text, a message or a list of messages, found the number 1.5"),
     (ASK | {"chosen": ["good"]}, r"chosen\[0\]: expected a message object, found the text 'good'"),
     (ASK | {"chosen": [user("x")]}, "the last turn must be an assistant turn, found a user turn"),
-    (ASK | {"chosen": [assistant("x"), assistant("y")]}, "part at turn 1 of 2 and 1"),
+    (ASK | {"chosen": [assistant("x"), assistant("y")]}, r"chosen: turn 3 is an assistant turn after turn 2"),
     (ASK | {"chosen": {}}, "expected the keys `role` and `content`, or `from` and `value`"),
     (ASK | {"chosen": None}, "chosen: expected text, a message or a list of messages, found null"),
     (ASK | {"prompt": None}, "no prompt: .*and `prompt` is null"),
@@ -220,7 +224,7 @@ MALFORMED = [
     ),
     (
         {"chosen": [user("q"), assistant("a")], "rejected": [user("other"), assistant("b")]},
-        "part at turn 1 of 2 and 2: only the last assistant turn may differ",
+        "part at turn 1 of 2 and 2: an answer has assistant and tool turns only, chosen has a user turn",
     ),
     (
         {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("x"), user("y"), assistant("b")]},

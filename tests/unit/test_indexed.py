@@ -135,7 +135,7 @@ def test_damaged_files_are_named(tmp_path, damage, message):
     ("key", "ids", "message"),
     [
         ("chosen_labels", [-100] * 6, "pair 1: chosen has no response token"),
-        ("chosen_labels", [-100, -100, -100, 5, -100, 2], "pair 1: chosen: expected labels that repeat the ids"),
+        ("chosen_labels", [-100, -100, -100, 5, 1, 2], "pair 1: chosen: expected labels that repeat the ids"),
         ("rejected_input_ids", [1, 9, 70000, 6, 2], "pair 1: chosen and rejected do not have the same prompt"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from mindspeed_simpo.data.problems import malformed
+from mindspeed_simpo.data.problems import ExampleError, malformed
 from mindspeed_simpo.data.turns import REASONING_KEYS, Message
 
 _END_OF_THOUGHT = "</think>"
@@ -30,6 +30,27 @@ def check_prompt_kept(messages: Sequence[Message], prompt: str) -> None:
             raise malformed(f"the chat template leaves out the {message.role} turn")
         if lost := _lost_call(message, bare):
             raise malformed(f"the chat template leaves out the call of `{lost}` of an assistant turn")
+
+
+def check_system_in_place(name: str, messages: Sequence[Message], prompt: str, whole: str) -> None:
+    """Check that the system turn stands where it stood before the answer.
+
+    Args:
+        name: ``chosen`` or ``rejected``.
+        messages: The prompt.
+        prompt: As rendered.
+        whole: The rendered conversation.
+
+    Raises:
+        ExampleError: of kind ``not_prefix``.
+    """
+    text = messages[0].content.strip()
+    if messages[0].role == "system" and text and prompt.find(text) != whole.find(text):
+        raise ExampleError(
+            "not_prefix",
+            f"{name}: the chat template moves or drops the system turn once the conversation has an answer: write its "
+            "text into the user turn, or use a chat_template that keeps it in place",
+        )
 
 
 def check_response_kept(name: str, answer: Message, rendered: str) -> None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.config.options import DEFAULT_TEMPLATE_DATE, DataOptions
 from mindspeed_simpo.data.conversations import ConversationPair
-from mindspeed_simpo.data.fidelity import check_prompt_kept, check_response_kept
+from mindspeed_simpo.data.end_of_turn import any_of, find_end_of_turn, special_tokens
+from mindspeed_simpo.data.fidelity import check_prompt_kept, check_response_kept, check_system_in_place
 from mindspeed_simpo.data.frozen_date import with_frozen_date
 from mindspeed_simpo.data.problems import ExampleError, malformed
 from mindspeed_simpo.data.time_limit import TEMPLATE_SECONDS, time_limit
@@ -22,6 +23,7 @@ from mindspeed_simpo.errors import ConfigError, ModelError
 
 _QUESTION = "WhatIsTwoAndTwo"
 _ANSWER = "FourItIs"
+_THANKS = "ManyThanks"
 _EMPTY_THOUGHT = re.compile(r"\s*<(\w*:?think\w*)>\s*</\1>\n*")
 
 
@@ -65,9 +67,9 @@ class RenderedPair:
 class ChatFormat:
     """Render pairs with the tokenizer's chat template, and find the token that ends a response.
 
-    The end-of-turn token is the first special token that the template renders after an assistant turn (such as
-    ``<|im_end|>``, ``<|eot_id|>``, ``</s>``); it need not be ``tokenizer.eos_token``. What the template renders after
-    it (ChatML's newline) is no part of the response. Where the template renders none, it is ``tokenizer.eos_token``.
+    The end-of-turn token is what the template renders after an assistant turn (such as ``<|im_end|>``, ``<|eot_id|>``,
+    ``</s>``), see :func:`~mindspeed_simpo.data.end_of_turn.find_end_of_turn`. What the template renders after it
+    (ChatML's newline) is no part of the response.
 
     An empty thought that the template puts before a response (Qwen3's ``<think>``, ``</think>``) is not scored: the
     model is given it, and does not generate it, where it answers without thinking. Where both answers begin with it, it
@@ -89,11 +91,16 @@ class ChatFormat:
         self._takes_tools = self._reads("tools")
         self._reasoning_key = next((key for key in REASONING_KEYS if self._reads(key)), None)
         self._check_kwargs()
-        question, answer = Message("user", _QUESTION), Message("assistant", _ANSWER)
+        question, answer, thanks = (
+            Message("user", _QUESTION),
+            Message("assistant", _ANSWER),
+            Message("user", _THANKS),
+        )
         try:
             with time_limit(TEMPLATE_SECONDS):
                 prompt = self._render([question], None, header=True)
                 whole = self._render([question, answer], None, header=False)
+                longer = self._render([question, answer, thanks], None, header=False)
         except (ExampleError, TimeoutError) as error:
             raise ModelError(str(error)) from None
         if _QUESTION not in prompt or _ANSWER not in whole:
@@ -103,11 +110,10 @@ class ChatFormat:
         self._tail = whole[whole.rindex(_ANSWER) + len(_ANSWER) :]
         self._lead = whole[len(prompt) : whole.rindex(_ANSWER)] if whole.startswith(prompt) else ""
         self._gives_empty_thought = _EMPTY_THOUGHT.fullmatch(self._lead) is not None
-        added = tokenizer.added_tokens_decoder.values()
-        special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-        self._end_of_turn = _first(special, self._tail) or _first({str(token) for token in added}, self._tail)
-        self.end_of_turn_id = self._find_end_of_turn_id()
-        self._special = _any_of(special | {self._end_of_turn or ""})
+        inner = longer.rpartition(_ANSWER)[2].partition(_THANKS)[0]
+        self._end = find_end_of_turn(tokenizer, self._tail, inner, self._closing)
+        self.end_of_turn_id = self._end.id
+        self._special = any_of(special_tokens(tokenizer) | {self._end.rendered or ""})
 
     def notes(self) -> list[str]:
         """What the template does of itself, for a report."""
@@ -159,15 +165,16 @@ class ChatFormat:
         The next turn begins where the generation prompt of all turns before it ends, as at generation.
         """
         whole = self._render([*prompt, *answer], tools, header=False)
-        if len(answer) > 1 and self._end_of_turn is None:
-            raise malformed(f"{name}: the chat template ends no assistant turn of an answer of several turns")
+        check_system_in_place(name, prompt, rendered, whole)
+        if self._end.rendered is None and any(turn.tool_calls is not None for turn in answer):
+            raise malformed(f"{name}: the chat template does not render the token that ends a call")
         found: list[Segment] = []
         before = rendered
         for number, turn in enumerate(answer):
             if turn.role != "assistant":
                 continue
             if found:
-                end = len(before) + len(found[-1].text) + len(self._end_of_turn or "")
+                end = len(before) + len(found[-1].text) + len(self._end.rendered or "")
                 before = self._render([*prompt, *answer[:number]], tools, header=True)
                 if len(before) < end:
                     raise malformed(f"{name}: the chat template leaves out an assistant turn of the answer")
@@ -212,12 +219,12 @@ class ChatFormat:
         """The text of the assistant turn that follows ``prompt``."""
         self._check_prefix(name, prompt, whole)
         response = whole[len(prompt) :]
-        if self._end_of_turn is None:
+        if self._end.rendered is None:
             response = response.removesuffix(self._tail)
         else:
-            response, mark, _ = response.partition(self._end_of_turn)
+            response, mark, _ = response.partition(self._end.rendered)
             if not mark:
-                raise malformed(f"{name}: the chat template renders no {self._end_of_turn} after the response")
+                raise malformed(f"{name}: the chat template renders no {self._end.rendered} after the response")
         if not response.strip():
             raise ExampleError("empty", f"{name}: the chat template renders no text for the response")
         return response
@@ -238,17 +245,6 @@ class ChatFormat:
             match = self._special.search(text)
             if match is not None:
                 raise malformed(f"{where}: contains the special token {match.group()!r} as text; remove or escape it")
-
-    def _find_end_of_turn_id(self) -> int:
-        if self._end_of_turn is not None:
-            ids: Any = self.tokenizer.convert_tokens_to_ids(self._end_of_turn)
-            return int(ids)
-        if self.tokenizer.eos_token_id is None:
-            raise ModelError(
-                "no end-of-turn token: the chat template renders no special token after an assistant turn, "
-                "and the tokenizer has no eos_token; use a chat_template that ends assistant turns with one"
-            )
-        return int(self.tokenizer.eos_token_id)
 
     def _check_bos(self, prompt: str) -> None:
         bos = self.tokenizer.bos_token
@@ -290,13 +286,3 @@ def _advice(rest_of_prompt: str) -> str:
             "template can answer without thinking, else use a chat_template that keeps the reasoning of responses"
         )
     return "use a chat_template that keeps them alike"
-
-
-def _any_of(texts: set[str]) -> re.Pattern[str]:
-    # Longest first: where one token is a prefix of another, the longer one must match.
-    return re.compile("|".join(re.escape(text) for text in sorted(texts - {""}, key=len, reverse=True)) or "(?!)")
-
-
-def _first(texts: set[str], within: str) -> str | None:
-    match = _any_of(texts).search(within)
-    return match.group() if match else None

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mindspeed_simpo.batch import RunningStatistics
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import validate
+from mindspeed_simpo.config.options import ModelOptions
 from mindspeed_simpo.config.validation import make_layout, resolve_batching
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset
@@ -208,7 +209,7 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
             data_parallel_size=groups.data.size(),
         ),
         schedule=partial(build_schedule, config, description, groups, device, running.current),
-        export=partial(_export, models, description, groups, tokenizer, config.model_name_or_path),
+        export=partial(_export, models, description, groups, tokenizer, config),
     )
 
 
@@ -217,9 +218,18 @@ def _export(
     description: ModelDescription,
     groups: Groups,
     tokenizer: PreTrainedTokenizerBase,
-    source: str,
+    options: ModelOptions,
     output: Path,
 ) -> None:
-    folder = resolve_model(source, weights=False)
+    folder = resolve_model(options.model_name_or_path, weights=False)
+    template = None if options.chat_template is None else str(tokenizer.chat_template)
     with fail_together(groups.control):
-        export_hf(models, description, groups, source=folder, output=output, tokenizer=tokenizer)
+        export_hf(
+            models,
+            description,
+            groups,
+            source=folder,
+            output=output,
+            tokenizer=tokenizer,
+            chat_template=template,
+        )

@@ -18,6 +18,7 @@ from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.megatron.weights import gather_hf_tensors
 from mindspeed_simpo.model.naming import hf_tensors
+from mindspeed_simpo.model.tokenizer_files import write_tokenizer
 from mindspeed_simpo.model.weight_source import INDEX_FILE, SafetensorsFolder
 from mindspeed_simpo.parallel import Groups
 
@@ -36,6 +37,7 @@ def export_hf(
     source: Path,
     output: Path,
     tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
     value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.data,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -52,7 +54,8 @@ def export_hf(
         source: Hugging Face folder that the model was built from; config.json is copied with the dtype and
             architecture.
         output: Folder to write.
-        tokenizer: Tokenizer to save with the weights.
+        tokenizer: See :func:`~mindspeed_simpo.model.tokenizer_files.write_tokenizer`.
+        chat_template: The template that takes the place of the tokenizer's own; None keeps that.
         value: See :func:`~mindspeed_simpo.model.megatron.weights.gather_hf_tensors`.
         max_shard_bytes: Largest size of a safetensors file; rank 0 needs this much host memory.
 
@@ -66,7 +69,7 @@ def export_hf(
         return
     try:
         _check_replaceable(output)
-        _write_folder(tensors, description, source, output, tokenizer, max_shard_bytes)
+        _write_folder(tensors, description, source, output, tokenizer, chat_template, max_shard_bytes)
     except Exception as error:
         for _ in tensors:  # take part in the remaining collectives, or the other ranks hang
             pass
@@ -81,6 +84,7 @@ def _write_folder(
     source: Path,
     output: Path,
     tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
     max_shard_bytes: int,
 ) -> None:
     new, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("incomplete", "replaced"))
@@ -91,7 +95,7 @@ def _write_folder(
         dtypes = _stored_dtypes(source, description)
         _write_weights(new, tensors, description, dtypes, max_shard_bytes)
         _write_config(new, source, description, dtypes)
-        tokenizer.save_pretrained(new)
+        write_tokenizer(source, new, tokenizer, chat_template)
         if output.exists():
             output.rename(old)
         new.rename(output)

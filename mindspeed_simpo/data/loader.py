@@ -92,14 +92,26 @@ class PairLoader:
         return self._micro_batches(self._stream.take(consumed_pairs, self.global_batch_size))
 
     def eval_steps(self, max_global_batches: int | None = None) -> Iterator[list[PairBatch]]:
-        """This rank's micro-batches of each global batch of one pass in the order of the data set.
+        """This rank's micro-batches of the first global batches of one pass in the order of the data set."""
+        return self.steps_of(self.eval_pairs(max_global_batches))
+
+    def eval_pairs(self, max_global_batches: int | None = None) -> Int64[np.ndarray, " pair"]:
+        """Indices of the pairs of :meth:`eval_steps`."""
+        pairs = len(self._dataset)
+        wanted = pairs if max_global_batches is None else max_global_batches * self.global_batch_size
+        return np.arange(min(pairs, wanted))
+
+    def train_pairs(self, first_step: int, last_step: int) -> Int64[np.ndarray, " pair"]:
+        """Ascending indices of the distinct pairs of the global batches ``first_step`` to ``last_step - 1``."""
+        return self._stream.between(self.consumed_pairs(first_step), self.consumed_pairs(last_step))
+
+    def steps_of(self, pairs: Int64[np.ndarray, " pair"]) -> Iterator[list[PairBatch]]:
+        """This rank's micro-batches of global batches of the given pairs, in their order.
 
         The last global batch is filled up with filler pairs, so that every rank has at least one micro-batch.
         """
-        total = -(-len(self._dataset) // self.global_batch_size)
-        for step in range(total if max_global_batches is None else min(total, max_global_batches)):
-            start = step * self.global_batch_size
-            yield self._micro_batches(range(start, min(start + self.global_batch_size, len(self._dataset))))
+        for start in range(0, len(pairs), self.global_batch_size):
+            yield self._micro_batches(pairs[start : start + self.global_batch_size].tolist())
 
     def _micro_batches(self, pairs: Sequence[int]) -> list[PairBatch]:
         pair_ids = [*pairs, *[FILLER_PAIR] * (self.global_batch_size - len(pairs))]
@@ -139,6 +151,17 @@ class PairStream:
         epoch, start = divmod(consumed_pairs, self._num_pairs)
         taken: list[int] = self._order(epoch)[start : start + self.left(consumed_pairs, batch_size)].tolist()
         return taken
+
+    def between(self, first: int, last: int) -> Int64[np.ndarray, " pair"]:
+        """Ascending indices of the distinct pairs of the stream from place ``first`` to place ``last - 1``."""
+        if last - first >= 2 * self._num_pairs - 1:  # a whole epoch is among them
+            return np.arange(self._num_pairs)
+        taken = []
+        while first < last:
+            epoch, start = divmod(first, self._num_pairs)
+            taken.append(self._order(epoch)[start : start + last - first])
+            first += len(taken[-1])
+        return np.unique(np.concatenate([np.arange(0), *taken]))
 
     def _order(self, epoch: int) -> Int64[np.ndarray, " pair"]:
         if self._last_order is None or self._last_order[0] != epoch:

@@ -10,7 +10,7 @@ from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import TrainingError
 from mindspeed_simpo.training import checkpoint
 from mindspeed_simpo.training.optimizer import wrap_precision
-from mindspeed_simpo.training.reference_pass import configured_tables
+from mindspeed_simpo.training.reference_pass import UsedPairs, configured_tables
 from mindspeed_simpo.training.schedule.runner import PairSchedule
 from mindspeed_simpo.training.session import Session, on_every_rank, open_session
 
@@ -30,14 +30,15 @@ def evaluate(config: Config, device: Device) -> dict[str, float]:
     """
     with open_session(config, device) as session:
         data = session.prepare("eval")
-        [table] = configured_tables(session, config, [data])
+        loader = session.loader(data)
+        [table] = configured_tables(session, config, [UsedPairs(data, loader.eval_pairs())])
         if config.load is not None:
             load = config.output_dir if config.load == "auto" else config.load
             folder, state = checkpoint.find(load, session.groups.control)
             checkpoint.load(folder, session.models, None, session.groups, device)
             session.running.load(state.running)
         schedule = session.schedule(wrap_precision(session.models, bf16=config.bf16), table)
-        values = mean_metrics(session, schedule, session.loader(data), None)
+        values = mean_metrics(session, schedule, loader, None)
     if not math.isfinite(values["loss"]):
         weights = config.load or config.model_name_or_path
         raise on_every_rank(

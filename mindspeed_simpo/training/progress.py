@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from mindspeed_simpo.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
+LINE_SECONDS = 30.0
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 # stdout is reserved for results that another program reads
@@ -71,19 +73,31 @@ def log_to_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def counting(description: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar for the body.
+    """A progress bar for the body; off a terminal a log line, every ``LINE_SECONDS`` at most.
 
     Args:
         description: Text before the bar.
         total: Number of parts.
-        shown: Whether to show the bar, on a terminal.
+        shown: Whether to show anything.
 
     Yields:
         A function that the body calls after each part.
     """
-    with progress.Progress(console=console, disable=not (shown and console.is_terminal)) as bar:
+    lines = shown and not console.is_terminal
+    with progress.Progress(console=console, disable=not shown or lines) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)
+        begin = last = time.monotonic()
+
+        def advance() -> None:
+            nonlocal last
+            bar.advance(task)
+            now = time.monotonic()
+            done = int(bar.tasks[task].completed)
+            if lines and (done == total or now - last >= LINE_SECONDS):
+                last = now
+                logger.info("%s: %d of %d, %.0f s", description, done, total, now - begin)
+
+        yield advance
 
 
 class Progress:

@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Int64
+from torch import Tensor
 
 from mindspeed_simpo.batch import LossInputs, LossOutput, PairBatch
 from mindspeed_simpo.config.config import Config
@@ -17,13 +20,13 @@ from mindspeed_simpo.data.dataset import PairDataset
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.loss import reference
-from mindspeed_simpo.loss.reference import ReferenceTable
+from mindspeed_simpo.loss.reference import SHARD_PAIRS, ReferenceCache, ReferenceTable
 from mindspeed_simpo.loss.scoring import PairScorer
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.hf_config import read_description, resolve_model
 from mindspeed_simpo.model.megatron.weights import fill_weights, load_hf_weights
 from mindspeed_simpo.parallel import Groups
-from mindspeed_simpo.parallel.collectives import fail_together
+from mindspeed_simpo.parallel.collectives import fail_together, of_all_ranks
 from mindspeed_simpo.training.optimizer import wrap_precision
 from mindspeed_simpo.training.progress import counting
 from mindspeed_simpo.training.schedule.runner import PairSchedule
@@ -45,37 +48,49 @@ class ReferenceModel:
     cache: Path
     """Folder of the cache."""
 
-    def fingerprint(self, policy: ModelDescription) -> str:
-        """Digest of the reference's weights.
+    def fingerprint(self, policy: ModelDescription, control: dist.ProcessGroup) -> str:
+        """Digest of the reference's weights; a collective, in which each rank reads its share of the files.
 
         Raises:
-            ModelError: where ``ref_model`` cannot be read or has another shape than ``policy``.
+            ModelError: on every rank, where ``ref_model`` cannot be read or has another shape than ``policy``.
         """
-        if self.path is not None and (difference := policy.difference(read_description(self.path))):
-            raise ModelError(
-                f"ref_model: {self.path} has another {difference}; the reference must be a model of the same shape and "
-                "vocabulary"
-            )
         random = self.path is None and self.start.init_from == "config"
-        folder = resolve_model(self.path or self.start.model_name_or_path, weights=not random)
-        return reference.model_fingerprint(folder, self.seed if random else None)
+        with fail_together(control):
+            if self.path is not None and (difference := policy.difference(read_description(self.path))):
+                raise ModelError(
+                    f"ref_model: {self.path} has another {difference}; the reference must be a model of the same shape "
+                    "and vocabulary"
+                )
+            folder = resolve_model(self.path or self.start.model_name_or_path, weights=not random)
+            own = reference.file_digests(folder, weights=not random, rank=control.rank(), size=control.size())
+        digests = {name: digest for part in of_all_ranks(own, control) for name, digest in part.items()}
+        return reference.model_fingerprint(digests, self.seed if random else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class UsedPairs:
+    """The pairs of a dataset whose reference sums a run needs."""
+
+    data: PairDataset
+    indices: Int64[np.ndarray, " pair"]
+    """Distinct, ascending."""
 
 
 def configured_tables(
-    session: Session, config: Config, datasets: Sequence[PairDataset | None]
+    session: Session, config: Config, used: Sequence[UsedPairs | None]
 ) -> Sequence[ReferenceTable | None]:
     """:func:`reference_tables` of the configured reference model; None for every dataset without a reference model."""
     if not config.objective.needs_reference:
-        return [None for _ in datasets]
+        return [None for _ in used]
     cache = cache_folder(config.data_cache_dir)
     model = ReferenceModel(config.ref_model, config, config.seed, config.bf16, cache)
-    return reference_tables(session, model, datasets)
+    return reference_tables(session, model, used)
 
 
 def reference_tables(
-    session: Session, model: ReferenceModel, datasets: Sequence[PairDataset | None]
+    session: Session, model: ReferenceModel, used: Sequence[UsedPairs | None]
 ) -> list[ReferenceTable | None]:
-    """Log-probability sums of each dataset under the reference model, from the cache or from a forward-only pass.
+    """Log-probability sums of the used pairs under the reference model, from the cache or from a forward-only pass.
 
     The pass loads the reference weights into the session's model and restores the starting weights afterwards, so
     there is never a second model in memory. A collective of the world.
@@ -83,7 +98,7 @@ def reference_tables(
     Args:
         session: The run's session; its model has the starting weights.
         model: The reference model.
-        datasets: The datasets; None for a dataset that the run does not have.
+        used: Of each dataset; None for a dataset that the run does not have.
 
     Returns:
         One table for each dataset; None for None.
@@ -92,77 +107,93 @@ def reference_tables(
         ModelError: on every rank, where ``ref_model`` cannot be read or has another tokenizer or shape.
     """
     groups = session.groups
-    with fail_together(groups.control):
-        digest = model.fingerprint(session.description)
-    present = [data for data in datasets if data is not None]
-    paths = {
-        data.fingerprint: reference.cache_path(model.cache, data.fingerprint, digest, bf16=model.bf16)
-        for data in present
-    }
-    tables: dict[str, ReferenceTable] = {}
-    for data in present:
-        cached = _cached(paths[data.fingerprint], data, session)
-        if cached is not None:
-            tables[data.fingerprint] = cached
-    if missing := [data for data in present if data.fingerprint not in tables]:
+    digest = model.fingerprint(session.description, groups.control)
+    parts = [None if part is None else _Part(part, _cache(model, part.data, digest), groups.control) for part in used]
+    if any(part is not None and len(part.missing) for part in parts):
         if model.path is not None:
             load_hf_weights(session.models, session.description, model.path, groups)
         schedule = session.schedule(wrap_precision(session.models, bf16=model.bf16), None)
-        for data in missing:
-            tables[data.fingerprint] = _scored(session, schedule, data)
-            with fail_together(groups.control):
-                if session.is_main:
-                    reference.write_cache(paths[data.fingerprint], tables[data.fingerprint])
+        for part in parts:
+            if part is not None:
+                part.score(session, schedule)
         if model.path is not None:
             fill_weights(session.models, session.description, model.start, groups, model.seed)
-    return [None if data is None else tables[data.fingerprint] for data in datasets]
+    return [None if part is None else part.table(session.device) for part in parts]
 
 
-def _cached(path: Path, data: PairDataset, session: Session) -> ReferenceTable | None:
-    table = reference.read_cached(path, len(data), session.device)
-    # the cache may exist on some hosts only, but all ranks must agree on whether to compute
-    seen = torch.tensor([table is not None], dtype=torch.int32, device=session.device.torch_device)
-    dist.all_reduce(seen, op=dist.ReduceOp.MIN, group=session.groups.world)
-    return table if bool(seen.item()) else None
+def _cache(model: ReferenceModel, data: PairDataset, digest: str) -> ReferenceCache:
+    return ReferenceCache(model.cache, data.fingerprint, digest, bf16=model.bf16, num_pairs=len(data))
 
 
-def _scored(session: Session, schedule: PairSchedule, data: PairDataset) -> ReferenceTable:
-    loader = session.loader(data)
-    total = -(-len(data) // loader.global_batch_size)
-    with counting("reference log-probabilities", total, shown=session.is_main) as on_step:
-        return compute(schedule, loader.eval_steps(None), len(data), session.groups, session.device, on_step)
+class _Part:
+    """The sums of one dataset: those of the cache, and those that are still to be computed."""
+
+    def __init__(self, used: UsedPairs, cache: ReferenceCache, control: dist.ProcessGroup) -> None:
+        self._data, self._cache, self._control = used.data, cache, control
+        self._sums = cache.read()
+        # a cache may exist on some hosts only, but all ranks must agree on what to compute
+        missing = torch.from_numpy(np.isnan(self._sums[used.indices]).any(axis=1).astype(np.int8))
+        dist.all_reduce(missing, op=dist.ReduceOp.MAX, group=control)
+        self.missing = used.indices[missing.numpy().astype(bool)]
+
+    def score(self, session: Session, schedule: PairSchedule) -> None:
+        """Compute the missing sums; rank 0 writes each shard when its pairs are done."""
+        loader = session.loader(self._data)
+        size = loader.global_batch_size
+        total = sum(-(-len(chunk) // size) for chunk in _chunks(self.missing))
+        with counting("reference log-probabilities", total, shown=session.is_main) as on_step:
+            for chunk in _chunks(self.missing):
+                steps = loader.steps_of(chunk)
+                found = compute(schedule, steps, chunk, session.groups, session.device, on_step)
+                self._sums[chunk] = found.double().cpu().numpy()
+                with fail_together(self._control):
+                    if session.is_main:
+                        self._cache.write(self._sums, chunk)
+
+    def table(self, device: Device) -> ReferenceTable:
+        return ReferenceTable(torch.from_numpy(self._sums).to(device.torch_device, device.reduction_dtype))
+
+
+def _chunks(pairs: Int64[np.ndarray, " pair"]) -> list[Int64[np.ndarray, " chunk"]]:
+    """Ascending indices divided at the bounds of the cache's shards."""
+    bounds = np.flatnonzero(np.diff(pairs // SHARD_PAIRS)) + 1
+    return np.split(pairs, bounds) if len(pairs) else []
 
 
 def compute(
     schedule: PairSchedule,
     steps: Iterable[list[PairBatch]],
-    num_pairs: int,
+    pairs: Int64[np.ndarray, " pair"],
     groups: Groups,
     device: Device,
     on_step: Callable[[], None],
-) -> ReferenceTable:
-    """Log-probability sums of every pair under the current weights; a collective of the world.
+) -> Float[Tensor, "pair 2"]:
+    """Log-probability sums under the current weights; a collective of the world.
 
     Args:
         schedule: Its models have the reference weights; its loss is not computed.
-        steps: This rank's micro-batches of each global batch; all ranks' micro-batches cover the dataset.
-        num_pairs: Pairs of the dataset.
+        steps: This rank's micro-batches of each global batch of ``pairs``.
+        pairs: Indices of the pairs, ascending.
         groups: The sums are all-reduced over ``groups.world``.
-        device: The device of the table.
+        device: The device of the sums.
         on_step: Called after each global batch, for progress.
+
+    Returns:
+        Sums of the chosen and of the rejected response, nats, fp64 (fp32 on NPUs).
     """
     schedule = dataclasses.replace(schedule, scorer=PairScorer(_no_loss))
-    sums = torch.zeros(num_pairs, 2, dtype=device.reduction_dtype, device=device.torch_device)
+    ids = torch.from_numpy(pairs).to(device.torch_device)
+    sums = torch.zeros(len(pairs), 2, dtype=device.reduction_dtype, device=device.torch_device)
     for micro_batches in steps:
         for item in schedule.forward(micro_batches):
             real = item.batch.pair_ids >= 0
             rows = torch.stack([item.inputs.chosen_logprob, item.inputs.rejected_logprob], dim=1)
-            sums[item.batch.pair_ids[real]] = rows[real]
+            sums[torch.searchsorted(ids, item.batch.pair_ids[real])] = rows[real]
         on_step()
     if not groups.contributes_loss:
         sums.zero_()
     dist.all_reduce(sums, group=groups.world)
-    return ReferenceTable(sums)
+    return sums
 
 
 def _no_loss(inputs: LossInputs) -> LossOutput:

@@ -31,7 +31,7 @@ from mindspeed_simpo.training.metrics import MetricsWriter
 from mindspeed_simpo.training.optimizer import Stepper, build_stepper, wrap_for_training
 from mindspeed_simpo.training.output import claimed
 from mindspeed_simpo.training.progress import Progress, log_to_file
-from mindspeed_simpo.training.reference_pass import configured_tables
+from mindspeed_simpo.training.reference_pass import UsedPairs, configured_tables
 from mindspeed_simpo.training.resume import check_resumable, find_resumed
 from mindspeed_simpo.training.session import Session, on_every_rank, open_session
 from mindspeed_simpo.training.stop import StopRequests
@@ -58,11 +58,16 @@ def train(config: Config, device: Device) -> int:
         resumed = find_resumed(root, config.load, session.groups)
         train_data = session.prepare("train")
         eval_data = session.prepare("eval") if has_eval_data(config) and config.eval_iters != 0 else None
-        tables = configured_tables(session, config, [train_data, eval_data])
-        models = wrap_for_training(session.models, config, bf16=config.bf16)
+        order = session.loader(train_data)
         train_iters = config.train_iters
         if train_iters is None:
-            train_iters = (config.num_train_epochs or 1) * session.loader(train_data).steps_per_epoch
+            train_iters = (config.num_train_epochs or 1) * order.steps_per_epoch
+        used = UsedPairs(train_data, order.train_pairs(resumed[1].step if resumed else 0, train_iters))
+        used_of_eval = None
+        if eval_data is not None:
+            used_of_eval = UsedPairs(eval_data, session.loader(eval_data).eval_pairs(config.eval_iters))
+        tables = configured_tables(session, config, [used, used_of_eval])
+        models = wrap_for_training(session.models, config, bf16=config.bf16)
         stepper = build_stepper(models, config, config, device, train_iters)
         run = Run(session, config, models, stepper, train_data, eval_data, tables, train_iters)
         if resumed is not None:

@@ -3,6 +3,7 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -176,11 +177,37 @@ def test_a_mirror_that_is_not_installed_is_named(program, tmp_path):
         assert not (tmp_path / name / "checkpoints").exists()
 
 
+def test_the_reference_scores_the_pairs_that_are_used(program, tmp_path, eval_pairs):
+    program.config |= {"stage": "dpo", "eval_data_path": str(eval_pairs), "eval_iters": 1, "global_batch_size": 4}
+    program.config |= {"micro_batch_size": 1, "train_iters": 2, "save_interval": 1}
+
+    def scored():
+        files = sorted((program.home / ".cache" / "mindspeed_simpo" / "reference").glob("*/*.npy"))
+        return sorted(int((~np.isnan(np.load(file)[:, 0])).sum()) for file in files)
+
+    done = program.run("train", 2)
+    assert done.code == 0, done.stderr
+    assert scored() == [4, 8]
+    assert "reference log-probabilities: 2 of 2" in done.stderr
+    before = lines_of(tmp_path / "out")
+    # a longer run with another layout computes what is not there
+    done = program.run("train", 2, output_dir=tmp_path / "longer", train_iters=4, **{TP: 2})
+    assert done.code == 0, done.stderr
+    assert scored() == [4, 16]
+    assert "reference log-probabilities: 2 of 2" in done.stderr
+    longer = lines_of(tmp_path / "longer")
+    assert [line["loss"] for line in longer[:2]] == pytest.approx([line["loss"] for line in before], rel=EXACT)
+    # and one that resumes needs the pairs of the steps to come
+    done = program.run("train", 2, load=tmp_path / "longer" / "checkpoints" / "iter_0000003", train_iters=6)
+    assert done.code == 0, done.stderr
+    assert scored() == [4, 24]
+
+
 def test_dpo_takes_its_reference_from_the_cache(program, model, train_pairs, tmp_path):
     program.config |= {"stage": "dpo", "lr": 1e-4}
     done = program.run("train", 2, **{TP: 2})
     assert done.code == 0, done.stderr
-    [cached] = (program.home / ".cache" / "mindspeed_simpo" / "reference").iterdir()
+    [cached] = (program.home / ".cache" / "mindspeed_simpo" / "reference").glob("*/*.npy")
     written = cached.stat().st_mtime_ns
 
     done = program.run("train", output_dir=tmp_path / "again")

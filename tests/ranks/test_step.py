@@ -25,7 +25,7 @@ def make_run(folder, data, output, options):
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
     from mindspeed_simpo.training.optimizer import build_stepper, wrap_for_training
-    from mindspeed_simpo.training.reference_pass import configured_tables
+    from mindspeed_simpo.training.reference_pass import UsedPairs, configured_tables
     from mindspeed_simpo.training.session import build_session
     from mindspeed_simpo.training.trainer import Run
 
@@ -45,7 +45,8 @@ def make_run(folder, data, output, options):
     layout = make_layout(config, torch.distributed.get_world_size())
     session = build_session(config, device, initialize(layout, device))
     pairs = session.prepare("train")
-    tables = configured_tables(session, config, [pairs, None])
+    used = UsedPairs(pairs, session.loader(pairs).train_pairs(0, 4))
+    tables = configured_tables(session, config, [used, None])
     models = wrap_for_training(session.models, config, bf16=config.bf16)
     stepper = build_stepper(models, config, config, device, 4)
     return Run(session, config, models, stepper, pairs, None, tables, 4)

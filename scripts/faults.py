@@ -1,16 +1,17 @@
-"""Faults at random moments of training and saving, each followed by a resume: what is lost, and how long a run takes to end.
+"""Faults at random moments of training and saving, each followed by a resume: what is lost, how soon a run ends.
 
     python -m scripts.faults --cycles 100 --seed 0
 
-Each cycle starts a run of two ranks, causes one fault, waits for the end of all processes, verifies every checkpoint, goes
-on with the same command (``load: auto``) and compares parameters, optimizer state and metrics with those of a run without
-faults, bit by bit. The result is a Markdown table.
+Each cycle starts a run of two ranks, causes one fault, waits for the end of all processes, verifies every checkpoint,
+goes on with the same command (``load: auto``) and compares parameters, optimizer state and metrics with those of a run
+without faults, bit by bit. The result is a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.fault_kinds import FAULTS, Fault, Skipped
+from scripts.fault_kinds import FAULTS, Fault, NotAllowedError
 from scripts.fault_run import SETTINGS, Launched, differences, problems_of
 
 
@@ -85,9 +86,10 @@ def campaign(cycles: int, seed: int, folder: Path, names: Sequence[str]) -> tupl
         fault, setting = faults[number % len(faults)], chance.choice(list(SETTINGS))
         try:
             outcomes.append(cycle(fault, setting, expected[setting], folder / f"cycle{number:04d}", chance))
-        except Skipped as reason:
+        except NotAllowedError as reason:
             skipped.append(f"{fault.name}: {reason}")
             continue
+        shutil.rmtree(folder / f"cycle{number:04d}", ignore_errors=True)
         latest = outcomes[-1]
         said = "; ".join(latest.problems) or "nothing lost"
         sys.stderr.write(f"{number + 1}/{cycles} {fault.name} ({setting}): ended with {latest.code} ")
@@ -100,10 +102,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
     by_fault: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         by_fault[outcome.fault].append(outcome)
-    lines = [
-        "| fault | cycles | exit codes | seconds to the end, median and longest | lost or different |",
-        "|---" * 5 + "|",
-    ]
+    head = ("fault", "cycles", "exit codes", "seconds to the end, median and longest", "lost or different")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, part in by_fault.items():
         seconds = sorted(outcome.seconds for outcome in part)
         codes = ", ".join(map(str, sorted({outcome.code for outcome in part})))

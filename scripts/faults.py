@@ -70,11 +70,13 @@ def cycle(fault: Fault, setting: str, expected: Path, folder: Path, chance: rand
     return Outcome(fault.name, setting, code, seconds, tuple(problems))
 
 
-def campaign(cycles: int, seed: int, folder: Path, names: Sequence[str]) -> tuple[list[Outcome], list[str]]:
+def campaign(
+    cycles: int, seed: int, folder: Path, names: Sequence[str], settings: Sequence[str] = tuple(SETTINGS)
+) -> tuple[list[Outcome], list[str]]:
     """The outcomes of ``cycles`` cycles, each fault in turn, and the faults that this machine does not allow."""
     chance = random.Random(seed)
     expected = {}
-    for setting in SETTINGS:
+    for setting in settings:
         run = Launched(folder / "expected" / setting, setting)
         if run.wait() != 0:
             raise SystemExit(f"error: the run without faults fails: {run.stderr()}")
@@ -83,7 +85,7 @@ def campaign(cycles: int, seed: int, folder: Path, names: Sequence[str]) -> tupl
     skipped: list[str] = []
     faults = [FAULTS[name] for name in names]
     for number in range(cycles):
-        fault, setting = faults[number % len(faults)], chance.choice(list(SETTINGS))
+        fault, setting = faults[number % len(faults)], chance.choice(settings)
         try:
             outcomes.append(cycle(fault, setting, expected[setting], folder / f"cycle{number:04d}", chance))
         except NotAllowedError as reason:

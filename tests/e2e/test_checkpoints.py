@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.e2e.cli import TIMEOUT_S, Program, lines_of, wait_until
-from tests.e2e.test_cli_ranks import children, is_running, wait_for
+from tests.e2e.cli import Program, lines_of, wait_until
 from tests.hf import make_checkpoint
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
@@ -121,25 +120,6 @@ def test_a_run_killed_during_a_save_goes_on_bit_by_bit(program, tmp_path, in_bac
     assert done.code == 0, done.stderr
     assert_same_bits(output, tmp_path / "whole")
     assert not any((output / "checkpoints").glob(".*"))
-
-
-def test_a_killed_launcher_takes_its_ranks_along_and_the_run_resumes(program, tmp_path):
-    done = program.run("train", 2, output_dir=tmp_path / "whole")
-    assert done.code == 0, done.stderr
-    launcher = program.shell("train", nproc_per_node=2)
-    try:
-        first = tmp_path / "out" / "checkpoints" / "iter_0000002"
-        wait_for(lambda: first.exists() or launcher.poll() is not None, TIMEOUT_S)
-        assert launcher.poll() is None, launcher.stderr.read()
-        ranks = children(launcher.pid)
-        os.kill(launcher.pid, signal.SIGKILL)
-    finally:
-        launcher.kill()
-        launcher.communicate()
-    wait_for(lambda: not any(map(is_running, ranks)), 20)
-    done = program.run("train", 2, load=tmp_path / "out")
-    assert done.code == 0, done.stderr
-    assert_same_bits(tmp_path / "out", tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")

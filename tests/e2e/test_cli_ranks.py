@@ -102,11 +102,13 @@ def test_a_killed_rank_brings_the_run_down(training):
 
 
 def test_a_rank_that_hangs_is_named_and_ends_the_run(config_file, tmp_path):
-    timeout_s, grace_s, launcher_s = 5, 5, 30  # ours, the roll call's, torch's before it kills what ignores SIGTERM
+    # ours, long enough for the start on a busy machine; the roll call's; torch's before it kills what ignores SIGTERM
+    timeout_s, grace_s, launcher_s = 15, 5, 30
     flags = ("--distributed-timeout-minutes", timeout_s / 60)
     launcher = start("train", config_file, "--nproc-per-node", 2, *flags)
     try:
         wait_for(lambda: launcher.poll() is not None or _steps(tmp_path / "out" / "metrics.jsonl") >= 3)
+        assert launcher.poll() is None, launcher.stderr.read()
         ranks = children(launcher.pid)
         begin = time.monotonic()
         os.kill(ranks[1], signal.SIGSTOP)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -72,12 +73,12 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.fixture
-def training(config_file, tmp_path):
+@contextmanager
+def started(config_file, *flags):
     """A launcher whose two ranks are in the middle of training, and the ranks' process ids."""
-    launcher = start("train", config_file, "--nproc-per-node", 2)
+    launcher = start("train", config_file, "--nproc-per-node", 2, *flags)
     try:
-        wait_for(lambda: launcher.poll() is not None or _steps(tmp_path / "out" / "metrics.jsonl") >= 3)
+        wait_for(lambda: launcher.poll() is not None or _steps(config_file.parent / "out" / "metrics.jsonl") >= 3)
         assert launcher.poll() is None, launcher.stderr.read()
         ranks = children(launcher.pid)
         assert len(ranks) == 2
@@ -85,6 +86,12 @@ def training(config_file, tmp_path):
     finally:
         launcher.kill()
         launcher.communicate()
+
+
+@pytest.fixture
+def training(config_file):
+    with started(config_file) as processes:
+        yield processes
 
 
 def _steps(metrics: Path) -> int:
@@ -101,22 +108,14 @@ def test_a_killed_rank_brings_the_run_down(training):
     assert not any(map(is_running, ranks))
 
 
-def test_a_rank_that_hangs_is_named_and_ends_the_run(config_file, tmp_path):
+def test_a_rank_that_hangs_is_named_and_ends_the_run(config_file):
     # ours, long enough for the start on a busy machine; the roll call's; torch's before it kills what ignores SIGTERM
     timeout_s, grace_s, launcher_s = 15, 5, 30
-    flags = ("--distributed-timeout-minutes", timeout_s / 60)
-    launcher = start("train", config_file, "--nproc-per-node", 2, *flags)
-    try:
-        wait_for(lambda: launcher.poll() is not None or _steps(tmp_path / "out" / "metrics.jsonl") >= 3)
-        assert launcher.poll() is None, launcher.stderr.read()
-        ranks = children(launcher.pid)
+    with started(config_file, "--distributed-timeout-minutes", timeout_s / 60) as (launcher, ranks):
         begin = time.monotonic()
         os.kill(ranks[1], signal.SIGSTOP)
         _, stderr = launcher.communicate(timeout=90)
         seconds = time.monotonic() - begin
-    finally:
-        launcher.kill()
-        launcher.communicate()
     assert launcher.returncode == 1, stderr
     messages = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1, stderr

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,6 +39,7 @@ from tests.ranks.matrix import (
     Matrix,
     Row,
     all_rows,
+    megatron_version,
     objectives_of,
     quick_objectives,
     quick_rows,
@@ -48,11 +48,6 @@ from tests.ranks.matrix import (
 DOCS = Path(__file__).parent.parent / "docs" / "numerics.md"
 MEASURES = ("loss", "grad_norm", "gradient", "parameter")
 HEADER = ("loss", "gradient norm", "worst gradient", "of", "worst parameter", "of")
-
-
-def megatron_version() -> str:
-    """Of the megatron-core that the ranks import: the first in the path."""
-    return metadata.version("megatron-core")
 
 
 def conditions(seconds: float, load: float) -> str:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -74,12 +75,12 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.fixture
-def training(config_file, tmp_path):
+@contextmanager
+def started(config_file, *flags):
     """A launcher whose two ranks are in the middle of training, and the ranks' process ids."""
-    launcher = start("train", config_file, "--nproc-per-node", 2)
+    launcher = start("train", config_file, "--nproc-per-node", 2, *flags)
     try:
-        wait_for(lambda: launcher.poll() is not None or _steps(tmp_path / "out" / "metrics.jsonl") >= 3)
+        wait_for(lambda: launcher.poll() is not None or _steps(config_file.parent / "out" / "metrics.jsonl") >= 3)
         assert launcher.poll() is None, launcher.stderr.read()
         ranks = children(launcher.pid)
         assert len(ranks) == 2
@@ -87,6 +88,12 @@ def training(config_file, tmp_path):
     finally:
         launcher.kill()
         launcher.communicate()
+
+
+@pytest.fixture
+def training(config_file):
+    with started(config_file) as processes:
+        yield processes
 
 
 def _steps(metrics: Path) -> int:
@@ -103,20 +110,14 @@ def test_a_killed_rank_brings_the_run_down(training):
     assert not any(map(is_running, ranks))
 
 
-def test_a_rank_that_hangs_is_named_and_ends_the_run(config_file, tmp_path):
-    timeout_s, roll_call_s = 5, 5
-    flags = ("--distributed-timeout-minutes", timeout_s / 60)
-    launcher = start("train", config_file, "--nproc-per-node", 2, *flags)
-    try:
-        wait_for(lambda: launcher.poll() is not None or _steps(tmp_path / "out" / "metrics.jsonl") >= 3)
-        ranks = children(launcher.pid)
+def test_a_rank_that_hangs_is_named_and_ends_the_run(config_file):
+    # the first one long enough for the start on a busy machine
+    timeout_s, roll_call_s = 15, 5
+    with started(config_file, "--distributed-timeout-minutes", timeout_s / 60) as (launcher, ranks):
         begin = time.monotonic()
         os.kill(ranks[1], signal.SIGSTOP)
         _, stderr = launcher.communicate(timeout=90)
         seconds = time.monotonic() - begin
-    finally:
-        launcher.kill()
-        launcher.communicate()
     assert launcher.returncode == 1, stderr
     messages = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1, stderr

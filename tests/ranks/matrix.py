@@ -107,12 +107,17 @@ def objectives_of(row: Row) -> tuple[str, ...]:
     return tuple(OBJECTIVES) if row.family == "qwen2" and covering else ON_EVERY_ROW
 
 
+def megatron_version() -> str:
+    """Of the megatron-core that the ranks import: the first in the path."""
+    return metadata.version("megatron-core")
+
+
 def quick_objectives(row: Row) -> tuple[str, ...]:
     """The objectives of a row in continuous integration: all where most axes and options meet, else a choice.
 
     Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
     """
-    if row.family != "qwen2" or metadata.version("megatron-core").startswith("0.12."):
+    if row.family != "qwen2" or megatron_version().startswith("0.12."):
         return OF_FAMILIES
     return tuple(OBJECTIVES) if row in _rows_of_all_objectives() else ON_EVERY_ROW
 

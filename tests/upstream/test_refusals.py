@@ -103,7 +103,7 @@ TWO_PASS_VPP = (
     "--micro-batch-size 1 --global-batch-size 8"
 )
 LORA = "--lora-r 4 --lora-target-modules linear_qkv linear_proj"
-OUTSIDE = ("unpaired", TWO_PASS_VPP, LORA)
+OUTSIDE = ("unpaired", "unfused", TWO_PASS_VPP, LORA)
 """Answers that depend on the version, or on what is missing."""
 PAIRS = make_pairs(8)
 
@@ -115,10 +115,12 @@ def command_line(flags):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What each command line is answered, in one process of 8 imagined ranks; the first lacks pairs."""
+    """What each command line is answered, in one process of 8 imagined ranks; the first two lack a flag."""
     data = write_data(tmp_path_factory.mktemp("refusals"), PAIRS)
-    unpaired = [word for word in command_line("") if word != "--is-pairwise-dataset"]
-    lines = [unpaired + data, *(command_line(flags) + data for flags in (*OUTSIDE[1:], *CASES))]
+    unpaired, unfused = (
+        [word for word in command_line("") if word != flag] for flag in ("--is-pairwise-dataset", "--use-flash-attn")
+    )
+    lines = [unpaired + data, unfused + data, *(command_line(flags) + data for flags in (*OUTSIDE[2:], *CASES))]
     process = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(lines)],
         env=environment() | {"RANK": "0", "WORLD_SIZE": "8"},
@@ -148,10 +150,11 @@ def test_two_pass_with_virtual_stages_is_refused_by_2_2_0_alone(answers):
     assert ("two_pass: not with virtual stages here" if refused else "accepted") in answers[TWO_PASS_VPP]
 
 
-def test_lora_is_refused_where_transformer_engine_is_the_default(answers):
+def test_what_transformer_engine_cannot_do_is_refused_where_it_is_the_default(answers):
     # since 26.0.0
     local = "default='local'" in upstream_file("mindspeed_llm/training/arguments.py").read_text()
     assert ("accepted" if local else "add --transformer-impl local") in answers[LORA]
+    assert ("accepted" if local else "add --use-flash-attn or --transformer-impl local") in answers["unfused"]
 
 
 def test_a_refusal_is_one_message_before_the_model(tmp_path):

@@ -104,6 +104,20 @@ def _lists(original):
     return all_to_all_single
 
 
+def _without_capability(original):
+    # PyTorch after 2.7.1 asks for that of the tensor's device, which MindSpeed 2's replacement does not take
+    @functools.wraps(original)
+    def broadcast(*args, **kwargs):
+        replaced = torch.cuda.get_device_capability
+        torch.cuda.get_device_capability = lambda _=None: replaced()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            torch.cuda.get_device_capability = replaced
+
+    return broadcast
+
+
 def _keep_the_sent_alive():
     # gloo reads the buffer after isend returns, and Megatron empties a pipeline output as soon as it was sent
     posted = []
@@ -157,6 +171,8 @@ def _redirect():
     for name in ("init_process_group", "new_group"):
         setattr(torch.distributed, name, _gloo(getattr(torch.distributed, name)))
     torch.distributed.all_to_all_single = _lists(torch.distributed.all_to_all_single)
+    broadcast = _without_capability(torch.distributed.broadcast)
+    torch.distributed.broadcast = torch.distributed.distributed_c10d.broadcast = broadcast
     torch.distributed.is_nccl_available = lambda: True
     loader_init = torch.utils.data.DataLoader.__init__
     torch.utils.data.DataLoader.__init__ = lambda self, *args, **kwargs: loader_init(

@@ -45,6 +45,7 @@ print("ANSWERS " + json.dumps(answers))
 """
 MOE = "--num-experts 4 --moe-token-dispatcher-type alltoall"
 CP2 = "--transformer-impl local --context-parallel-size 2 --use-flash-attn"
+MC2 = "--use-ascend-mc2 --tensor-model-parallel-size 2 --sequence-parallel"
 CASES = {
     "": "accepted",
     "--use-legacy-models --ckpt-format torch": "--use-legacy-models: legacy models return other logits",
@@ -74,6 +75,8 @@ CASES = {
     "--fused-logprob --logprob-chunk-tokens 0": "--logprob-chunk-tokens 0: at least 1",
     "--fused-logprob --output-logit-softcapping 30": "the head with --output-logit-softcapping 30.0 needs its logits",
     "--fused-logprob --add-output-layer-bias": "the head with --add-output-layer-bias True needs its logits",
+    MC2: "accepted",
+    f"{MC2} --fused-logprob": "--fused-logprob: the output layer of --use-ascend-mc2 is another one",
     "--lora-target-modules linear_qkv --transformer-impl local": "accepted",
     "--simpo-beta 0": "--simpo-beta 0.0: Input should be greater than 0",
     "--simpo-label-smoothing 0.6": "--simpo-label-smoothing 0.6:",

@@ -154,10 +154,15 @@ def _refused_schedule(args: Namespace, objective: Objective) -> Iterator[str]:
             "--pair-schedule two_pass: the rejected forward runs twice and must not differ; "
             "add --attention-dropout 0 --hidden-dropout 0"
         )
-    if not args.fused_logprob:
-        return
+    if args.fused_logprob:
+        yield from _refused_head(args)
+
+
+def _refused_head(args: Namespace) -> Iterator[str]:
     if args.logprob_chunk_tokens < 1:
         yield f"--logprob-chunk-tokens {args.logprob_chunk_tokens}: at least 1"
+    if getattr(args, "use_ascend_mc2", False) and args.sequence_parallel and args.tensor_model_parallel_size > 1:
+        yield "--fused-logprob: the output layer of --use-ascend-mc2 is another one; remove one of them"
     for name, neutral in (
         ("output_multiplier_scale", None),
         ("output_logit_softcapping", None),

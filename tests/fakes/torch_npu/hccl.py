@@ -97,7 +97,7 @@ def _check_strides(name, tensor, *, flattened):
     if tensor.is_sparse:
         raise RuntimeError(f"HCCL {name}: Tensors must be NPU and dense")
     if flattened:
-        if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        if not tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).is_contiguous():
             raise RuntimeError(f"HCCL {name}: Tensors must be non-overlapping and dense, found {tensor.stride()}")
     elif not tensor.is_contiguous():
         raise RuntimeError(f"HCCL {name}: Tensors must be contiguous, found strides {tensor.stride()}")

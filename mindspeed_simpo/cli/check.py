@@ -273,7 +273,9 @@ def _print_layout(
     )
     console.print(_memory_options(config), soft_wrap=True)
     table = Table("GiB per rank", *(f"pipeline rank {estimate.pipeline_rank}" for estimate in estimates))
-    for name in ("parameters", "gradients", "optimizer", "activations", "head", "backward", "total"):
+    names = ["parameters", "gradients", "optimizer", "activations", "head", "backward"]
+    names += ["communication"] if any(estimate.communication for estimate in estimates) else []
+    for name in (*names, "total"):
         table.add_row(name, *(_gib(getattr(estimate, name)) for estimate in estimates))
     console.print(table)
 

@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from mindspeed_simpo.device import npu_environment
 _RIGHT_DOWN_CAUSAL = 3
 _BAND = 4
 _COMPRESSED_MASK_SIZE = 2048
+_MOST_DOCUMENTS = 2048
+"""Documents of one call of npu_fusion_attention."""
+_MOST_ROTATED = 999
+"""Rows of one call of npu_rotary_mul; in the mode interleave, rows times heads."""
 
 
 def is_available() -> bool:
@@ -69,16 +73,25 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor, *, interleaved: bool =
     """``heads cosines + turned(heads) sines``, ``turned(a, b) = (-b, a)`` of each pair, by ``npu_rotary_mul``.
 
     Args:
-        heads: ``[seq, row, heads, dim]``; the operator requires fewer than 1000 rows and heads.
+        heads: ``[seq, row, heads, dim]``, fewer than 1000 heads. One call of the operator takes fewer than 1000 rows,
+            in the mode ``interleave`` fewer than ``1000 / heads``, of the same angles: more rows take more calls.
         cosines: ``[seq, 1 or row, 1, dim]``, of the dtype of ``heads``.
         sines: As ``cosines``.
         interleaved: Whether the pairs are ``(x[2i], x[2i + 1])``; else they are ``(x[i], x[dim / 2 + i])``.
     """
     import torch_npu
 
-    mode = "interleave" if interleaved else "half"
-    rotated: Tensor = torch_npu.npu_rotary_mul(heads, cosines, sines, rotary_mode=mode)
-    return rotated
+    mode, at_once = "half", _MOST_ROTATED
+    if interleaved:
+        mode, at_once = "interleave", 1 if cosines.shape[1] > 1 else max(1, _MOST_ROTATED // heads.shape[2])
+    parts = torch.split(heads, at_once, dim=1)
+    tables = [(cosines, sines)] * len(parts)
+    if cosines.shape[1] > 1:
+        tables = list(zip(torch.split(cosines, at_once, dim=1), torch.split(sines, at_once, dim=1), strict=True))
+    rotated = [
+        torch_npu.npu_rotary_mul(part, *table, rotary_mode=mode) for part, table in zip(parts, tables, strict=True)
+    ]
+    return rotated[0] if len(rotated) == 1 else torch.cat(rotated, dim=1)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
@@ -120,6 +133,8 @@ def varlen_attention(
 ) -> Tensor:
     """Causal attention of concatenated documents by ``npu_fusion_attention`` in the layout TND.
 
+    One call of the operator takes 2,048 documents: more take more calls.
+
     Args:
         query: ``[queries, 1, heads, dim]``, of all documents.
         key: ``[keys, 1, groups, dim]``; ``heads / groups`` consecutive query heads share one key-value head.
@@ -134,6 +149,9 @@ def varlen_attention(
     """
     import torch_npu
 
+    if len(query_lengths) > _MOST_DOCUMENTS:
+        blocks = _blocks(query, key, value, query_lengths, key_lengths)
+        return torch.cat([varlen_attention(*block, scale, window) for block in blocks])
     context: Tensor = torch_npu.npu_fusion_attention(
         query[:, 0],
         key[:, 0],
@@ -147,6 +165,19 @@ def varlen_attention(
         **_visible(window),
     )[0]
     return context.flatten(1)[:, None]
+
+
+def _blocks(
+    query: Tensor, key: Tensor, value: Tensor, query_lengths: Sequence[int], key_lengths: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Sequence[int], Sequence[int]]]:
+    """The arguments of :func:`varlen_attention`, in blocks of as many documents as one call of the operator takes."""
+    starts = range(0, len(query_lengths), _MOST_DOCUMENTS)
+    of_queries, of_keys = (
+        [lengths[start : start + _MOST_DOCUMENTS] for start in starts] for lengths in (query_lengths, key_lengths)
+    )
+    queries = torch.split(query, [sum(lengths) for lengths in of_queries])
+    keys, values = (torch.split(tensor, [sum(lengths) for lengths in of_keys]) for tensor in (key, value))
+    return zip(queries, keys, values, of_queries, of_keys, strict=True)
 
 
 def _visible(window: int | None) -> dict[str, int]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
+
+from mindspeed_simpo.errors import ConfigError
 
 _FOLDER = Path(__file__).parent
 _HCCL_SHARE = 0.9
@@ -36,3 +39,30 @@ def set_defaults(timeout_minutes: float | None = None) -> None:
 def defaults(name: str) -> dict[str, str]:
     """The lines ``VARIABLE=value`` of the file ``NAME.env`` beside this module."""
     return dict(re.findall(r"^(\w+)=(.*)$", (_FOLDER / f"{name}.env").read_text(), re.MULTILINE))
+
+
+class CommunicatorBuffers(NamedTuple):
+    """Bytes of the send buffer and the receive buffer, together, of one communicator of HCCL."""
+
+    collective: int
+    """Of a process group, for its collectives."""
+    pair: int
+    """Of two ranks that send messages to each other; 0 where messages use the communicator of the process group."""
+
+
+def communicator_buffers() -> CommunicatorBuffers:
+    """Twice ``HCCL_BUFFSIZE`` MiB (200 by default) and twice ``P2P_HCCL_BUFFSIZE`` MiB (20 by default).
+
+    Raises:
+        ConfigError: where the environment has a value that HCCL or torch_npu does not take.
+
+    Source: ``HCCL_BUFFSIZE`` in CANN's reference of environment variables; ``P2P_HCCL_BUFFSIZE`` in torch_npu's.
+    """
+    return CommunicatorBuffers(_two_buffers("HCCL_BUFFSIZE", 200, 1), _two_buffers("P2P_HCCL_BUFFSIZE", 20, 0))
+
+
+def _two_buffers(name: str, default: int, lowest: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or int(value) < lowest:
+        raise ConfigError(f"{name}={value} in the environment: expected a whole number of MiB, at least {lowest}")
+    return 2 * int(value) * 2**20

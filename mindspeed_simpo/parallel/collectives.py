@@ -27,7 +27,7 @@ class _CopyWithSummedBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].contiguous().clone()
+        total = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total, None
 
@@ -35,7 +35,8 @@ class _CopyWithSummedBackward(torch.autograd.Function):
 class _SumWithIdentityBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ARG004
-        total = value.clone()
+        # HCCL and NCCL reduce contiguous tensors only
+        total = value.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 

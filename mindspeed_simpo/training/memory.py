@@ -13,6 +13,7 @@ from mindspeed_simpo.device import DeviceName
 from mindspeed_simpo.model.blockwise import block_size
 from mindspeed_simpo.model.description import Attention, HeadShare, Layer, ModelDescription
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
+from mindspeed_simpo.training.communicators import buffer_bytes
 
 _FP32 = 4
 _SCORES = 3
@@ -33,11 +34,13 @@ class MemoryEstimate:
     """Logits and the tensors computed from them, while these exist."""
     backward: int
     """Gradients inside of a layer during the layer's backward; they do not exist at the same time as ``head``."""
+    communication: int
+    """Buffers of HCCL's communicators; 0 on other devices than NPUs."""
 
     @property
     def total(self) -> int:
-        """Peak bytes, without libraries, communication buffers and fragmentation."""
-        lasting = self.parameters + self.gradients + self.optimizer + self.activations
+        """Peak bytes, without libraries, fragmentation and, on other devices than NPUs, communication buffers."""
+        lasting = self.parameters + self.gradients + self.optimizer + self.activations + self.communication
         return lasting + max(self.head, self.backward)
 
 
@@ -62,7 +65,8 @@ def estimate_memory(
       ``8 r vocabulary / t``, or with ``fused_logprob`` ``(4, in bf16 8) vocabulary / t`` for each of at most
       ``logprob_chunk_tokens`` tokens; with a softcap of the logits ``4 vocabulary / t`` more for each of them;
     - backward ``4 b n ffn / t``: the gradients of SwiGLU while the layer's saved tensors still exist; or, where larger,
-      three tensors of the scores of one block of queries if the scores have a soft cap.
+      three tensors of the scores of one block of queries if the scores have a soft cap;
+    - communication, on NPUs: :func:`~mindspeed_simpo.training.communicators.buffer_bytes`.
 
     Args:
         model: The description; layers may differ.
@@ -119,14 +123,16 @@ class _PassMemory:
         """Memory of one pipeline rank, which has these chunks."""
         count = count_parameters(self.model, chunks, self.layout.tensor)
         shards = self.layout.data * self.layout.context if self.config.use_distributed_optimizer else 1
+        place = chunks[0].pipeline_rank
         return MemoryEstimate(
-            pipeline_rank=chunks[0].pipeline_rank,
+            pipeline_rank=place,
             parameters=self.width * count,
             gradients=_FP32 * count,
             optimizer=(12 if self.config.bf16 else 8) * count // shards,
             activations=self.activation_bytes(chunks) + self.mask_bytes(),
             head=self.head_bytes() if chunks[-1].has_head else 0,
             backward=max(self.backward_bytes(layer) for chunk in chunks for layer in chunk.layers(self.model)),
+            communication=buffer_bytes(self.model, self.config, self.layout, place) if self.device == "npu" else 0,
         )
 
     def activation_bytes(self, chunks: Sequence[Chunk]) -> int:

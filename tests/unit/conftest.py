@@ -1,8 +1,14 @@
 """What several unit tests use."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+
+FAKES = Path(__file__).parent.parent / "fakes"
 
 
 @pytest.fixture
@@ -26,3 +32,14 @@ def in_fp64(monkeypatch):
     torch.set_default_dtype(torch.float64)
     yield load
     torch.set_default_dtype(default)
+
+
+@pytest.fixture
+def torch_npu(monkeypatch):
+    """The stand-in for torch_npu."""
+    monkeypatch.syspath_prepend(str(FAKES))
+    for name in [name for name in sys.modules if name.split(".")[0] == "torch_npu"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch.npu", None)
+    monkeypatch.setattr(torch, "npu", None, raising=False)
+    return importlib.import_module("torch_npu")

@@ -11,6 +11,7 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.largest import largest_pass
+from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.naming import pipeline_chunks
 from mindspeed_simpo.training import memory
@@ -153,3 +154,37 @@ def test_the_largest_passes_are_those_of_the_run():
     assert largest(batching="prefix_shared", max_tokens_per_micro_batch=20).passes == 3
     assert largest(batching="prefix_shared", max_tokens_per_micro_batch=52, data=2).shape.tokens < 52
     assert largest(train_iters=1, global_batch_size=1).shape.tokens in (30, 26, 8)
+
+
+def test_the_buffers_of_hccl_are_counted_on_npus_alone(spec, monkeypatch):
+    for name in ("HCCL_BUFFSIZE", "P2P_HCCL_BUFFSIZE"):
+        monkeypatch.delenv(name, raising=False)
+    size = 2 * 2**20
+    # the groups of the world, the data ranks, the gradient norm and the pipeline; on the last rank that of tensor ranks
+    piped = config(pipeline_model_parallel_size=2)
+    whole, halves = Layout(), Layout(pipeline=2)
+    assert [each.communication for each in estimate_memory(spec, config(), whole)] == [0]
+    [npu] = estimate_memory(spec, config(), whole, "npu")
+    assert npu.communication == 4 * 200 * size
+    assert npu.total == npu.communication + npu.parameters + npu.gradients + npu.optimizer + npu.activations + max(
+        npu.head, npu.backward
+    )
+    tied = spec.tied
+    found = [each.communication for each in estimate_memory(spec, piped, halves, "npu")]
+    assert found == [(4 + tied) * 200 * size, (5 + tied) * 200 * size]
+    virtual = config(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)
+    found = [each.communication for each in estimate_memory(spec, virtual, halves, "npu")]
+    assert found == [((3 + tied) * 200 + 2 * 20) * size, ((4 + tied) * 200 + 2 * 20) * size]
+    monkeypatch.setenv("HCCL_BUFFSIZE", "50")
+    monkeypatch.setenv("P2P_HCCL_BUFFSIZE", "0")
+    found = [each.communication for each in estimate_memory(spec, virtual, halves, "npu")]
+    assert found == [(4 + tied) * 50 * size, (5 + tied) * 50 * size], "messages in the group of the pipeline"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("HCCL_BUFFSIZE", "0"), ("HCCL_BUFFSIZE", "a"), ("P2P_HCCL_BUFFSIZE", "-1")]
+)
+def test_a_size_of_buffers_that_hccl_does_not_take(spec, name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name}={value} in the environment: expected a whole number of MiB"):
+        estimate_memory(spec, config(), Layout(), "npu")

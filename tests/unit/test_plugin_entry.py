@@ -10,13 +10,16 @@ PTH_LINE = PTH.read_text()
 
 
 def test_refusals_are_one_message_and_exit_code_2():
-    process = entry("--stage", "simpo", "--mtp-num-layers", "1", "--num-experts", "8")
+    layers = ("--mtp-num-layers", "1", "--num-experts", "8", "--transformer-impl", "transformer_engine")
+    process = entry("--stage", "simpo", *layers)
     assert process.returncode == 2
     assert "Traceback" not in process.stderr
     assert [line for line in process.stderr.splitlines() if line.startswith("  - ")] == [
         "  - add --is-pairwise-dataset: the data must be chosen and rejected pairs",
         "  - --mtp-num-layers 1: multi-token prediction has no preference loss; remove it",
         "  - --num-experts 8: mixture-of-experts models are not in the parity matrix; use a dense model",
+        "  - --transformer-impl transformer_engine: it hands the NPU's operator a mask of the wrong shape; add "
+        "--use-flash-attn or --transformer-impl local",
     ]
 
 

@@ -68,6 +68,12 @@ def test_layout_of_several_ranks(tmp_path):
     assert "pipeline rank 1" in report
 
 
+def test_the_buffers_of_hccl_are_a_line_of_their_own_on_npus(tmp_path):
+    assert "communication" not in run(tmp_path)[1]
+    _, report = run(tmp_path, device="npu")
+    assert "│ communication │ 1.56 " in report  # four communicators of 2 x 200 MiB
+
+
 def test_rows_that_cannot_be_used_are_errors_with_statistics_of_the_rest(tmp_path):
     bad = [{"prompt": "A", "chosen": "same", "rejected": "same"}, {"prompt": "A", "chosen": "", "rejected": "x"}]
     verdict, report = run(tmp_path, [*PAIRS, *bad])

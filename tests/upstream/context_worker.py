@@ -1,14 +1,15 @@
 """One rank of ``test_context_parallel``: RANK ALGORITHM RANKS HEADS GROUPS STORE."""
 
+import importlib
 import sys
 
 import torch
-import torch_npu  # noqa: F401 - the stand-in turns CUDA's names into the CPU's, as MindSpeed's imports need
 
 
 def main():
     rank, ranks, heads, groups = (int(sys.argv[index]) for index in (1, 3, 4, 5))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[6]}", rank=rank, world_size=ranks)
+    importlib.import_module("torch_npu.contrib.transfer_to_npu")
+    torch.distributed.init_process_group("nccl", init_method=f"file://{sys.argv[6]}", rank=rank, world_size=ranks)
     import mindspeed.megatron_adaptor  # noqa: F401
 
     from mindspeed_simpo.model.megatron.context import CONTEXT_PARALLEL_ATTENTION

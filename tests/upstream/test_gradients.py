@@ -20,7 +20,7 @@ OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gat
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 CASES = {
     "one rank": (1, ""),
-    "fused operators": (1, "--use-flash-attn --use-fused-rmsnorm --use-fused-swiglu"),
+    "fused operators": (1, "--use-fused-rmsnorm --use-fused-swiglu"),
     "tp2": (2, TP2),
     "tp2 sp": (2, f"{TP2} --sequence-parallel"),
     "pp2": (2, PP2),

@@ -45,6 +45,7 @@ print("ANSWERS " + json.dumps(answers))
 """
 MOE = "--num-experts 4 --moe-token-dispatcher-type alltoall"
 CP2 = "--transformer-impl local --context-parallel-size 2 --use-flash-attn"
+MC2 = "--use-ascend-mc2 --tensor-model-parallel-size 2 --sequence-parallel"
 CASES = {
     "": "accepted",
     "--use-legacy-models --ckpt-format torch": "--use-legacy-models: legacy models return other logits",
@@ -74,6 +75,8 @@ CASES = {
     "--fused-logprob --logprob-chunk-tokens 0": "--logprob-chunk-tokens 0: at least 1",
     "--fused-logprob --output-logit-softcapping 30": "the head with --output-logit-softcapping 30.0 needs its logits",
     "--fused-logprob --add-output-layer-bias": "the head with --add-output-layer-bias True needs its logits",
+    MC2: "accepted",
+    f"{MC2} --fused-logprob": "--fused-logprob: the output layer of --use-ascend-mc2 is another one",
     "--lora-target-modules linear_qkv --transformer-impl local": "accepted",
     "--simpo-beta 0": "--simpo-beta 0.0: Input should be greater than 0",
     "--simpo-label-smoothing 0.6": "--simpo-label-smoothing 0.6:",
@@ -103,7 +106,7 @@ TWO_PASS_VPP = (
     "--micro-batch-size 1 --global-batch-size 8"
 )
 LORA = "--lora-r 4 --lora-target-modules linear_qkv linear_proj"
-OUTSIDE = ("unpaired", TWO_PASS_VPP, LORA)
+OUTSIDE = ("unpaired", "unfused", TWO_PASS_VPP, LORA)
 """Answers that depend on the version, or on what is missing."""
 PAIRS = make_pairs(8)
 
@@ -115,10 +118,12 @@ def command_line(flags):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What each command line is answered, in one process of 8 imagined ranks; the first lacks pairs."""
+    """What each command line is answered, in one process of 8 imagined ranks; the first two lack a flag."""
     data = write_data(tmp_path_factory.mktemp("refusals"), PAIRS)
-    unpaired = [word for word in command_line("") if word != "--is-pairwise-dataset"]
-    lines = [unpaired + data, *(command_line(flags) + data for flags in (*OUTSIDE[1:], *CASES))]
+    unpaired, unfused = (
+        [word for word in command_line("") if word != flag] for flag in ("--is-pairwise-dataset", "--use-flash-attn")
+    )
+    lines = [unpaired + data, unfused + data, *(command_line(flags) + data for flags in (*OUTSIDE[2:], *CASES))]
     process = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(lines)],
         env=environment() | {"RANK": "0", "WORLD_SIZE": "8"},
@@ -148,10 +153,11 @@ def test_two_pass_with_virtual_stages_is_refused_by_2_2_0_alone(answers):
     assert ("two_pass: not with virtual stages here" if refused else "accepted") in answers[TWO_PASS_VPP]
 
 
-def test_lora_is_refused_where_transformer_engine_is_the_default(answers):
+def test_what_transformer_engine_cannot_do_is_refused_where_it_is_the_default(answers):
     # since 26.0.0
     local = "default='local'" in upstream_file("mindspeed_llm/training/arguments.py").read_text()
     assert ("accepted" if local else "add --transformer-impl local") in answers[LORA]
+    assert ("accepted" if local else "add --use-flash-attn or --transformer-impl local") in answers["unfused"]
 
 
 def test_a_refusal_is_one_message_before_the_model(tmp_path):

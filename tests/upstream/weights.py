@@ -24,7 +24,7 @@ MODEL_FLAGS = f"""
     --padded-vocab-size {VOCABULARY} --make-vocab-size-divisible-by 1 --untie-embeddings-and-output-weights
     --disable-bias-linear --position-embedding-type rope --rotary-base 10000 --normalization RMSNorm
     --norm-epsilon 1e-5 --swiglu --attention-dropout 0.0 --hidden-dropout 0.0 --no-masked-softmax-fusion
-    --attention-softmax-in-fp32 --no-gradient-accumulation-fusion --max-position-embeddings 4096
+    --attention-softmax-in-fp32 --no-gradient-accumulation-fusion --max-position-embeddings 4096 --use-flash-attn
 """
 
 

@@ -89,12 +89,23 @@ def _refused_flags(args: Namespace) -> Iterator[str]:
         if is_refused(value):
             shown = "" if value is True else f" {value}"
             yield f"--{name.replace('_', '-')}{shown}: {reason}"
-    if getattr(args, "lora_target_modules", None) and getattr(args, "transformer_impl", "") == "transformer_engine":
+    engine = getattr(args, "transformer_impl", "") == "transformer_engine"
+    if engine and not getattr(args, "use_flash_attn", False) and _is_causal(args):
+        # MindSpeed then calls npu_fusion_attention with sparse_mode 2, and the operator takes [2048, 2048] alone there
+        yield (
+            "--transformer-impl transformer_engine: it hands the NPU's operator a mask of the wrong shape; add "
+            "--use-flash-attn or --transformer-impl local"
+        )
+    if engine and getattr(args, "lora_target_modules", None):
         # the LoRA of MindSpeed-LLM adapts megatron-core's own layers only, and raises while the model is built
         yield (
             "--lora-target-modules: MindSpeed-LLM's LoRA does not know the layers of --transformer-impl "
             "transformer_engine; add --transformer-impl local"
         )
+
+
+def _is_causal(args: Namespace) -> bool:
+    return bool(getattr(args, "attention_mask_type", "causal") == "causal")
 
 
 def _refused_parallelism(args: Namespace) -> Iterator[str]:
@@ -143,10 +154,15 @@ def _refused_schedule(args: Namespace, objective: Objective) -> Iterator[str]:
             "--pair-schedule two_pass: the rejected forward runs twice and must not differ; "
             "add --attention-dropout 0 --hidden-dropout 0"
         )
-    if not args.fused_logprob:
-        return
+    if args.fused_logprob:
+        yield from _refused_head(args)
+
+
+def _refused_head(args: Namespace) -> Iterator[str]:
     if args.logprob_chunk_tokens < 1:
         yield f"--logprob-chunk-tokens {args.logprob_chunk_tokens}: at least 1"
+    if getattr(args, "use_ascend_mc2", False) and args.sequence_parallel and args.tensor_model_parallel_size > 1:
+        yield "--fused-logprob: the output layer of --use-ascend-mc2 is another one; remove one of them"
     for name, neutral in (
         ("output_multiplier_scale", None),
         ("output_logit_softcapping", None),

@@ -2,14 +2,15 @@
 
 Put the folder above on PYTHONPATH. Importing this module names ``torch.npu``; importing ``contrib.transfer_to_npu``
 redirects ``torch.cuda`` and NCCL to the CPU and gloo, as the real one redirects them to the NPU and HCCL. Operators
-compute what the public documentation of torch_npu says, with plain PyTorch.
+compute what the public documentation of torch_npu says, with plain PyTorch, and refuse what it or the sources refuse;
+each check names where that is written.
 """
 
 import sys
 
 import torch
 
-from torch_npu import _C, contrib, npu, utils
+from torch_npu import _C, contrib, hccl, npu, utils
 from torch_npu.attention import npu_fusion_attention, npu_fusion_attention_grad
 from torch_npu.operators import npu_rms_norm, npu_rotary_mul, npu_swiglu
 
@@ -18,6 +19,7 @@ unsupported_dtype = ()
 __all__ = [
     "_C",
     "contrib",
+    "hccl",
     "npu",
     "npu_fusion_attention",
     "npu_fusion_attention_grad",

@@ -1,8 +1,11 @@
 """``npu_fusion_attention`` for SBH, BSH, BSND, BNSD and TND, and its gradient for all but the last, in PyTorch."""
 
+import functools
 import math
 
 import torch
+
+from torch_npu.attention_rules import TND_BACKWARD_WIDTH, check, check_dtypes, check_shapes, refuse
 
 MAX_STATISTIC = 8
 """The softmax statistics repeat their value along a last dimension of this size."""
@@ -14,11 +17,7 @@ def _to_heads(tensor, layout, head_num):
         return tensor.unflatten(-1, (head_num, -1)).permute(1, 2, 0, 3)
     if layout == "BSH":
         return tensor.unflatten(-1, (head_num, -1)).transpose(1, 2)
-    if layout == "BSND":
-        return tensor.transpose(1, 2)
-    if layout == "BNSD":
-        return tensor
-    raise NotImplementedError(f"input_layout {layout}")
+    return tensor.transpose(1, 2) if layout == "BSND" else tensor
 
 
 def _from_heads(tensor, layout):
@@ -30,7 +29,12 @@ def _from_heads(tensor, layout):
 
 
 def _hidden(mask, sparse_mode, pre, following, query_len, key_len, device):
-    """True where attention is not allowed, broadcastable to [B, N, Sq, Sk], or None."""
+    """True where attention is not allowed, broadcastable to [B, N, Sq, Sk], or None.
+
+    Without a mask attention is full: ``sparse_mode``, ``pre_tockens`` and ``next_tockens`` have no effect then.
+    """
+    if mask is None:
+        return None
     if sparse_mode in (2, 3):
         shift = key_len - query_len if sparse_mode == 3 else 0
         return torch.ones(query_len, key_len, dtype=torch.bool, device=device).triu(1 + shift)
@@ -40,23 +44,26 @@ def _hidden(mask, sparse_mode, pre, following, query_len, key_len, device):
         return ones.triu(1 + shift + following) | ones.tril(shift - pre - 1)
     if sparse_mode not in (0, 1):
         raise NotImplementedError(f"sparse_mode {sparse_mode}")
-    hidden = None if mask is None else mask.bool()
+    hidden = mask.bool()
     if sparse_mode == 0 and (pre < key_len or following < key_len):
         distance = torch.arange(key_len, device=device) - torch.arange(query_len, device=device)[:, None]
-        band = (distance > following) | (distance < -pre)
-        hidden = band if hidden is None else hidden | band
+        hidden = hidden | (distance > following) | (distance < -pre)
     return hidden
 
 
-def _documents(query, key, value, head_num, query_ends, key_ends):
-    """Query, key and value [1, S, N, D] of each member of a TND batch."""
-    for tensor, ends in ((query, query_ends), (key, key_ends), (value, key_ends)):
-        if tensor.dim() != 3 or not isinstance(ends, list) or ends != sorted(ends) or ends[-1] != tensor.shape[0]:
-            raise RuntimeError(f"TND: shape {tuple(tensor.shape)} and ends {ends}")
-    if query.shape[1] != head_num or len(query_ends) != len(key_ends):
-        raise RuntimeError(f"TND: {head_num} heads of {tuple(query.shape)}, {len(query_ends)} and {len(key_ends)} ends")
-    for q_start, q_end, k_start, k_end in zip([0, *query_ends], query_ends, [0, *key_ends], key_ends, strict=False):
-        yield query[None, q_start:q_end], key[None, k_start:k_end], value[None, k_start:k_end]
+def _heads(query, key, value, scale, hidden):
+    """Context, maximum and sum of ``[B, N, S, D]`` heads in fp32."""
+    groups = query.shape[1] // key.shape[1]
+    k, v = (t.repeat_interleave(groups, dim=1).float() for t in (key, value))
+    scores = scale * query.float() @ k.transpose(-1, -2)
+    if hidden is not None:
+        if bool(hidden.all(-1).any()):
+            raise NotImplementedError("a query without a key: its result is not documented")
+        scores = scores.masked_fill(hidden, -math.inf)
+    maximum = scores.amax(-1, keepdim=True)
+    weights = (scores - maximum.detach()).exp()
+    total = weights.sum(-1, keepdim=True)
+    return (weights / total) @ v, maximum.detach(), total.detach()
 
 
 def npu_fusion_attention(
@@ -77,44 +84,79 @@ def npu_fusion_attention(
     actual_seq_qlen=None,
     actual_seq_kvlen=None,
     sparse_mode=0,
-    **kwargs,
+    gen_mask_parallel=True,
+    sync=False,
+    softmax_layout="",
+    sink=None,
+    dropout_mask=None,
+    seed=0,
+    offset=0,
 ):
-    """``softmax(scale * q k^T, masked) v``; returns (out, softmax max, softmax sum, out, seed, offset, numels).
+    """``softmax(scale * q k^T, masked) v``; (out, softmax max, softmax sum, an empty tensor, seed, offset, numels).
 
     ``atten_mask`` is True (1) where attention is not allowed. The statistics are fp32 [B, N, Sq, 8].
 
     TND has the tokens of all batch members end to end, [T, N, D]; ``actual_seq_qlen`` and ``actual_seq_kvlen`` are the
     running sums of their lengths, and sparse_mode 3 and 4 align the mask to the last query and key of each of them. The
-    statistics are [T, N, 8].
+    statistics have the shape [T, N, 8], and the order of [N, T, 8] in memory unless ``softmax_layout`` is TND. Rows of
+    the result beyond the last document are not written: NaN here.
+
+    Source: :mod:`torch_npu.attention_rules`.
     """
-    if pse is not None or keep_prob != 1.0:
-        raise NotImplementedError("pse and dropout")
-    if input_layout == "TND":
-        if sparse_mode not in (2, 3, 4) or atten_mask is None or atten_mask.shape != (2048, 2048):
-            raise NotImplementedError("TND without a compressed mask")
-        documents = _documents(query, key, value, head_num, actual_seq_qlen, actual_seq_kvlen)
-        shape = {"scale": scale, "sparse_mode": sparse_mode, "pre_tockens": pre_tockens, "next_tockens": next_tockens}
-        parts = [npu_fusion_attention(*d, head_num, "BSND", **shape) for d in documents]
-        out = torch.cat([part[0][0] for part in parts])
-        statistics = [torch.cat([part[i][0].transpose(0, 1) for part in parts]) for i in (1, 2)]
-        return out, *statistics, out.detach(), 0, 0, 0
-    if actual_seq_qlen is not None:
-        raise NotImplementedError("variable lengths but with TND")
-    q = _to_heads(query, input_layout, head_num)
-    kv_heads = key.shape[-1] * head_num // query.shape[-1] if input_layout in ("SBH", "BSH") else None
-    k, v = (_to_heads(t, input_layout, kv_heads) for t in (key, value))
-    groups = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(groups, dim=1).float() for t in (k, v))
-    scores = scale * q.float() @ k.transpose(-1, -2)
-    hidden = _hidden(atten_mask, sparse_mode, pre_tockens, next_tockens, q.shape[2], k.shape[2], q.device)
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, -math.inf)
-    maximum = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weights = (scores - maximum.detach()).exp()
-    total = weights.sum(-1, keepdim=True)
-    out = _from_heads(((weights / total) @ v).to(query.dtype), input_layout)
-    statistics = [t.detach().expand(*t.shape[:-1], MAX_STATISTIC).contiguous() for t in (maximum, total)]
-    return out, *statistics, out.detach(), 0, 0, 0
+    window, ends = (pre_tockens, next_tockens), (actual_seq_qlen, actual_seq_kvlen)
+    layout, sizes = check(
+        query, key, value, head_num, input_layout, atten_mask, keep_prob, sparse_mode, window, ends, softmax_layout
+    )
+    if any(each is not None for each in (pse, padding_mask, sink, dropout_mask, prefix)) or keep_prob != 1.0:
+        raise NotImplementedError("pse, padding_mask, sink, prefix and dropout")
+    nothing = query.new_empty(0)
+    hide = functools.partial(_hidden, atten_mask, sparse_mode, *window)
+    if layout == "TND":
+        if sparse_mode in (0, 1) and atten_mask is not None:
+            raise NotImplementedError("TND with a mask that is not compressed")
+        out, statistics, numels = _varlen(query, key, value, scale, hide, ends)
+        if softmax_layout != "TND":
+            statistics = [each.transpose(0, 1).contiguous().view(each.shape) for each in statistics]
+        if out.requires_grad and sizes.widths[0] > TND_BACKWARD_WIDTH:
+            out.register_hook(functools.partial(_refuse_backward, sizes.widths[0]))
+        return out, *statistics, nothing, seed, offset, head_num * numels
+    if actual_seq_qlen is not None or actual_seq_kvlen is not None:
+        raise NotImplementedError("lengths of documents but with TND")
+    q, k, v = (_to_heads(t, layout, heads) for t, heads in zip((query, key, value), sizes.heads, strict=True))
+    out, *statistics = _heads(q, k, v, scale, hide(q.shape[2], k.shape[2], q.device))
+    statistics = [t.expand(*t.shape[:-1], MAX_STATISTIC).contiguous() for t in statistics]
+    numels = q.shape[0] * head_num * q.shape[2] * k.shape[2]
+    return _from_heads(out, layout).to(query.dtype), *statistics, nothing, seed, offset, numels
+
+
+def _varlen(query, key, value, scale, hide, ends):
+    """Result and statistics of TND, and the sum of queries times keys."""
+    parts, numels = [], 0
+    for queries, keys in zip(*map(_spans, ends), strict=True):
+        if queries.start >= queries.stop:
+            continue
+        q, k, v = (t[None, span].transpose(1, 2) for t, span in ((query, queries), (key, keys), (value, keys)))
+        parts.append([t[0].transpose(0, 1) for t in _heads(q, k, v, scale, hide(q.shape[2], k.shape[2], q.device))])
+        numels += q.shape[2] * k.shape[2]
+    unwritten = query.shape[0] - sum(len(part[0]) for part in parts)
+    parts.append([query.new_full((unwritten, query.shape[1], size), math.nan) for size in (value.shape[2], 1, 1)])
+    out, *statistics = (torch.cat([part[i] for part in parts]) for i in range(3))
+    statistics = [t.float().expand(*t.shape[:2], MAX_STATISTIC).contiguous() for t in statistics]
+    return out.to(query.dtype), statistics, numels
+
+
+def _spans(ends):
+    return [slice(start, max(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _refuse_backward(width, grad):
+    """The backward of TND takes widths of up to 512.
+
+    Source: CANN ops-transformer of CANN 8.5, ``attention/flash_attention_score_grad/docs/
+    aclnnFlashAttentionUnpaddingScoreGrad.md``; later documents say 768.
+    """
+    refuse(width <= TND_BACKWARD_WIDTH, f"a head width of at most {TND_BACKWARD_WIDTH} in the backward of TND", width)
+    return grad
 
 
 def npu_fusion_attention_grad(
@@ -137,14 +179,24 @@ def npu_fusion_attention_grad(
     sparse_mode=0,
     **kwargs,
 ):
-    """(dq, dk, dv, dpse) with the softmax given by its statistics, which may span more keys than ``key`` holds."""
-    q, grad, whole = (_to_heads(t, input_layout, head_num).float() for t in (query, dy, attention_in))
-    kv_heads = key.shape[-1] * head_num // query.shape[-1] if input_layout in ("SBH", "BSH") else None
-    k, v = (_to_heads(t, input_layout, kv_heads).float() for t in (key, value))
+    """(dq, dk, dv, dpse) with the softmax given by its statistics, which may span more keys than ``key`` holds.
+
+    Source: ``npu_fusion_attention_grad`` of ``op_plugin/ops/opapi/FlashAttentionKernelNpuOpApi.cpp`` in op-plugin.
+    """
+    layout = input_layout.upper()
+    if layout == "TND":
+        raise NotImplementedError("the gradient of TND")
+    window = (pre_tockens, next_tockens)
+    _, sizes = check(query, key, value, head_num, layout, atten_mask, 1.0, sparse_mode, window, (None, None), "")
+    check_dtypes((query, dy, attention_in))
+    check_shapes((dy, key, value), head_num, layout)
+    refuse(softmax_max.dtype == softmax_sum.dtype == torch.float32, "fp32 statistics", softmax_max.dtype)
+    q, grad, whole = (_to_heads(t, layout, head_num).float() for t in (query, dy, attention_in))
+    k, v = (_to_heads(t, layout, sizes.heads[1]).float() for t in (key, value))
     groups = q.shape[1] // k.shape[1]
     k_all, v_all = (t.repeat_interleave(groups, dim=1) for t in (k, v))
     scores = scale_value * q @ k_all.transpose(-1, -2)
-    hidden = _hidden(atten_mask, sparse_mode, pre_tockens, next_tockens, q.shape[2], k.shape[2], q.device)
+    hidden = _hidden(atten_mask, sparse_mode, *window, q.shape[2], k.shape[2], q.device)
     if hidden is not None:
         scores = scores.masked_fill(hidden, -math.inf)
     weights = (scores - softmax_max[..., :1]).exp() / softmax_sum[..., :1]
@@ -155,4 +207,4 @@ def npu_fusion_attention_grad(
         t.unflatten(1, (-1, groups)).sum(2)
         for t in (grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad)
     )
-    return *(_from_heads(t.to(query.dtype), input_layout) for t in (dq, dk, dv)), None
+    return *(_from_heads(t.to(query.dtype), layout) for t in (dq, dk, dv)), None

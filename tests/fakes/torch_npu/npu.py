@@ -1,4 +1,7 @@
-"""``torch_npu.npu`` and ``torch.npu``: one device, the CPU."""
+"""``torch_npu.npu`` and ``torch.npu``: devices with numbers, each of which is the CPU.
+
+Source: ``torch_npu/npu/utils.py`` and ``torch_npu/npu/random.py`` of Ascend pytorch, for devices and generators.
+"""
 
 import contextlib
 
@@ -7,7 +10,8 @@ import torch
 DEVICES = 8
 """As many as one host can have, whatever the machine; every rank's device is the CPU."""
 
-default_generators = dict.fromkeys([torch.device("cpu"), *range(DEVICES)], torch.default_generator)
+default_generators = (torch.default_generator,) * DEVICES
+_current = 0
 
 
 class Stream:
@@ -92,11 +96,17 @@ def device_count():
 
 
 def current_device():
-    return torch.device("cpu")
+    """A number, as in torch_npu."""
+    return _current
 
 
 def set_device(device):
-    pass
+    global _current
+    index = device if isinstance(device, int) else torch.device(device).index or 0
+    if index >= DEVICES:
+        raise RuntimeError(f"set_device: {index} of {DEVICES} devices")
+    if index >= 0:
+        _current = index
 
 
 def synchronize(device=None):

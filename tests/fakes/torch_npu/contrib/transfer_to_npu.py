@@ -1,16 +1,22 @@
-"""Every ``torch.cuda`` call, CUDA device and NCCL group that Megatron names, on the CPU with gloo."""
+"""Every ``torch.cuda`` call, CUDA device and NCCL group that Megatron names, on the CPU with gloo.
+
+No tensor knows whether it would be on the NPU: ``is_cuda`` and ``is_npu`` are true of all.
+
+Source: ``torch_npu/contrib/transfer_to_npu.py`` of Ascend pytorch.
+"""
 
 import functools
 
 import torch
 
-from torch_npu import npu
+from torch_npu import hccl, npu
 
 CPU = torch.device("cpu")
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor", "full_like")
 FACTORIES += ("zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "linspace", "eye", "load")
 DTYPES = {"Long": torch.int64, "Int": torch.int32, "Byte": torch.uint8, "Float": torch.float32}
-DTYPES |= {"Half": torch.float16, "BFloat16": torch.bfloat16, "Bool": torch.bool, "Double": torch.float64}
+DTYPES |= {"Half": torch.float16, "BFloat16": torch.bfloat16, "Bool": torch.bool}
+DTYPES["Double"] = torch.float32  # as there: torch.cuda.DoubleTensor becomes torch.npu.FloatTensor
 
 
 def _is_accelerator(device):
@@ -73,13 +79,17 @@ class _Typed(type):
 def _gloo(original):
     @functools.wraps(original)
     def make(*args, **kwargs):
+        asked = kwargs.get("backend") or next((each for each in args if isinstance(each, str)), None)
         if args and isinstance(args[0], str):
             args = ("gloo", *args[1:])
-        if "backend" in kwargs or original.__name__ == "init_process_group":
+        elif "backend" in kwargs or original.__name__ == "init_process_group":
             kwargs["backend"] = "gloo"
         for name in ("pg_options", "device_id"):
             kwargs.pop(name, None)
-        return original(*args, **kwargs)
+        group = original(*args, **kwargs)
+        if asked != "gloo":
+            hccl.stand_for_hccl(torch.distributed.group.WORLD if group is None else group)
+        return group
 
     return make
 
@@ -92,6 +102,20 @@ def _lists(original):
         return original(output, input, *splits, **kwargs)
 
     return all_to_all_single
+
+
+def _without_capability(original):
+    # PyTorch after 2.7.1 asks for that of the tensor's device, which MindSpeed 2's replacement does not take
+    @functools.wraps(original)
+    def broadcast(*args, **kwargs):
+        replaced = torch.cuda.get_device_capability
+        torch.cuda.get_device_capability = lambda _=None: replaced()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            torch.cuda.get_device_capability = replaced
+
+    return broadcast
 
 
 def _keep_the_sent_alive():
@@ -132,7 +156,8 @@ def _redirect():
     for name in ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"):
         setattr(torch.Tensor, name, _without_device(getattr(torch.Tensor, name)))
     torch.Tensor.type = _type(torch.Tensor.type)
-    torch.Tensor.pin_memory = lambda self, device=None: self
+    torch.Tensor.pin_memory = lambda self, device=None: self.clone()  # a copy in other memory
+    torch.Tensor.is_cuda = torch.Tensor.is_npu = property(lambda _: True)
     torch.Tensor.record_stream = lambda self, stream: None
     for name in vars(npu):
         if not name.startswith("__"):
@@ -142,9 +167,12 @@ def _redirect():
     for name, dtype in DTYPES.items():
         setattr(torch.cuda, f"{name}Tensor", _Typed(f"{name}Tensor", (), {"dtype": dtype}))
     torch.cuda.get_device_capability = lambda device=None: (8, 0)
+    hccl.install()
     for name in ("init_process_group", "new_group"):
         setattr(torch.distributed, name, _gloo(getattr(torch.distributed, name)))
     torch.distributed.all_to_all_single = _lists(torch.distributed.all_to_all_single)
+    broadcast = _without_capability(torch.distributed.broadcast)
+    torch.distributed.broadcast = torch.distributed.distributed_c10d.broadcast = broadcast
     torch.distributed.is_nccl_available = lambda: True
     loader_init = torch.utils.data.DataLoader.__init__
     torch.utils.data.DataLoader.__init__ = lambda self, *args, **kwargs: loader_init(

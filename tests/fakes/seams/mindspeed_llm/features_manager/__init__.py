@@ -28,6 +28,7 @@ class MegatronBasicFeature(MindSpeedFeature):
             "--variable-seq-lengths",
         ):
             parser.add_argument(flag, action="store_true")
+        parser.add_argument("--transformer-impl", default="local")
         parser.add_argument("--attention-dropout", type=float, default=0.1)
         parser.add_argument("--hidden-dropout", type=float, default=0.1)
 

@@ -53,13 +53,14 @@ def train(config: Config, device: Device) -> int:
         SimpoError: on every rank; files that are already complete remain valid.
     """
     with open_session(config, device) as session, ExitStack() as stack:
+        config = session.config
         root = Path(config.output_dir)
         stack.enter_context(claimed(root, session.groups))
         resumed = find_resumed(root, config.load, session.groups)
         train_data = session.prepare("train")
         eval_data = session.prepare("eval") if has_eval_data(config) and config.eval_iters != 0 else None
         tables = configured_tables(session, config, [train_data, eval_data])
-        models = wrap_for_training(session.models, config, bf16=config.bf16)
+        models = wrap_for_training(session.models, config, bf16=config.bf16_in_use)
         train_iters = config.train_iters
         if train_iters is None:
             train_iters = (config.num_train_epochs or 1) * session.loader(train_data).steps_per_epoch

@@ -46,7 +46,7 @@ def make_run(folder, data, output, options):
     session = build_session(config, device, initialize(layout, device))
     pairs = session.prepare("train")
     tables = configured_tables(session, config, [pairs, None])
-    models = wrap_for_training(session.models, config, bf16=config.bf16)
+    models = wrap_for_training(session.models, config, bf16=config.bf16_in_use)
     stepper = build_stepper(models, config, config, device, 4)
     return Run(session, config, models, stepper, pairs, None, tables, 4)
 

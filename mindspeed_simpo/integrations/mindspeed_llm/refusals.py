@@ -145,7 +145,7 @@ def _refused_schedule(args: Namespace, objective: Objective) -> Iterator[str]:
         )
     if not args.fused_logprob:
         return
-    if args.logprob_chunk_tokens < 1:
+    if args.logprob_chunk_tokens is not None and args.logprob_chunk_tokens < 1:
         yield f"--logprob-chunk-tokens {args.logprob_chunk_tokens}: at least 1"
     for name, neutral in (
         ("output_multiplier_scale", None),

@@ -142,7 +142,7 @@ def transformer_config(model: ModelDescription, config: Config, device: Device) 
         config: Precision, parallel degrees and recomputation.
         device: Device of the ranks.
     """
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    dtype = torch.bfloat16 if config.bf16_in_use else torch.float32
     pipeline, tensor = config.pipeline_model_parallel_size, config.tensor_model_parallel_size
     interleaved = config.num_layers_per_virtual_pipeline_stage is not None
     uneven = layers_per_pipeline_rank(model.num_layers, pipeline) if model.num_layers % pipeline else None
@@ -166,7 +166,7 @@ def transformer_config(model: ModelDescription, config: Config, device: Device) 
             bias_dropout_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,
-            bf16=config.bf16,
+            bf16=config.bf16_in_use,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             perform_initialization=False,

@@ -17,8 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 FP32 = 4
-SHAPE_MESSAGE = 3 * 8
-"""Each tensor between stages is announced by its shape, for the lengths of micro-batches differ."""
 DOCS = Path(__file__).parent.parent / "docs" / "parallelism.md"
 BEGIN, END = "<!-- communication: begin -->", "<!-- communication: end -->"
 
@@ -83,7 +81,7 @@ def micro_batch_traffic(shape: Shape, axes: Axes, layers: int, *, first: bool, l
         sent["reduce", "context"] += last * shape.rows * 2 * FP32
     if axes.pipeline > 1:
         part = activations // axes.tensor if axes.sequence_parallel else activations
-        sent["send", "pipeline"] += (part + SHAPE_MESSAGE) * ((not last) + (not first))
+        sent["send", "pipeline"] += part * ((not last) + (not first))
     return sent
 
 

@@ -31,5 +31,5 @@ def build_engine(
     spec = read_description(config.model_name_or_path)
     models = build_model(spec, config, groups, device)
     fill_weights(models, spec, config, groups, config.seed)
-    wrapped = wrap_for_training(models, config, bf16=config.bf16)
+    wrapped = wrap_for_training(models, config, bf16=config.bf16_in_use)
     return wrapped, build_schedule(config, spec, groups, device, running, wrapped, table)

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from mindspeed_simpo.batch import IGNORE_INDEX, TokenizedPair
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
-from mindspeed_simpo.config.validation import make_layout, resolve_batching
+from mindspeed_simpo.config.resolution import resolve
+from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data, prepare_pairs
 from mindspeed_simpo.data.largest import LargestPass, largest_pass
@@ -71,7 +72,7 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     device = find_device() if config.device == "auto" else config.device
     spec = findings.attempt(lambda: _model(config, world_size, device))
     if spec is not None:
-        config = resolve_batching(config, spec)
+        config = resolve(config, spec, device)
     tokenizer = findings.attempt(lambda: load_tokenizer(config.model_name_or_path, config.chat_template))
     parts: dict[str, PairDataset] = {}
     if tokenizer is not None:
@@ -177,7 +178,7 @@ def _inspected(dataset: PairDataset) -> list[TokenizedPair]:
 
 def _model(config: Config, world_size: int, device: str) -> ModelDescription:
     spec = read_description(config.model_name_or_path)
-    make_layout(resolve_batching(config, spec), world_size, spec, device)
+    make_layout(resolve(config, spec, device), world_size, spec, device)
     if config.init_from == "weights":
         SafetensorsFolder(resolve_model(config.model_name_or_path, weights=True), spec)
     return spec
@@ -281,13 +282,13 @@ def _print_layout(
 
 
 def _memory_options(config: Config) -> str:
-    """One line of the options that change the memory and the time of a step but not its result."""
+    """One line of the precision, and of the options that change the memory and the time of a step only."""
     form = config.batching_in_use
     size = f"{config.micro_batch_size} pairs" if form == "padded" else f"up to {config.token_budget} tokens"
-    fused = "on" if config.fused_logprob else "off"
+    fused = f"chunks of {config.chunk_tokens_in_use} tokens" if config.fused_logprob else "off"
     return (
-        f"batching: {form}, {size}; pair_schedule: {config.pair_schedule}; fused_logprob: {fused}; "
-        f"recompute: {config.recompute_granularity or 'off'}"
+        f"bf16: {str(config.bf16_in_use).lower()}; batching: {form}, {size}; pair_schedule: {config.pair_schedule}; "
+        f"fused_logprob: {fused}; recompute: {config.recompute_granularity or 'off'}"
     )
 
 

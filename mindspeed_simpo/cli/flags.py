@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin
 import tyro
 from pydantic.fields import FieldInfo
 
-from mindspeed_simpo.config.options import OPTION_GROUPS
+from mindspeed_simpo.config.options import OPTION_GROUPS, takes_bool
 from mindspeed_simpo.config.ranges import describe_range
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR"}
@@ -56,7 +56,7 @@ def _flag(name: str, field: FieldInfo) -> tuple[str, Any, Any]:
     kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)] or [field.annotation]
     metavar: str | None = None
     flag_type: Any = str
-    if field.annotation is bool:
+    if takes_bool(field):
         flag_type = bool
     elif any(get_origin(kind) is dict for kind in kinds):
         metavar = "JSON"

@@ -27,6 +27,7 @@ ContextParallelAlgo = Literal["gathered", "megatron_cp_algo", "ulysses_cp_algo"]
 BatchingForm = Literal["padded", "packed", "prefix_shared"]
 BatchingName = Literal["auto", BatchingForm]
 DEFAULT_TEMPLATE_DATE = "2024-07-26"
+CPU_CHUNK_TOKENS = 512
 
 Effect = Literal["result", "arithmetic", "layout", "none"]
 """What a change of the option's value affects.
@@ -53,6 +54,11 @@ def effect_of(field: FieldInfo) -> Effect:
     return effect  # type: ignore[return-value]
 
 
+def takes_bool(field: FieldInfo) -> bool:
+    """Whether an option's values are true and false."""
+    return bool in (field.annotation, *get_args(field.annotation))
+
+
 class _Options(BaseModel):
     """Base of the option groups; creating a subclass raises TypeError where a field declares no effect."""
 
@@ -76,7 +82,7 @@ class _Options(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _flags_are_not_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        if isinstance(value, bool) and not takes_bool(cls.model_fields[str(info.field_name)]):
             raise ValueError("expected a value, not true or false")
         return value
 
@@ -368,10 +374,11 @@ class TrainingOptions(_Options):
     seed: int = _option(
         42, ge=1, lt=2**31, effect="result", description="Seed of the data order and of random initial weights."
     )
-    bf16: bool = _option(
-        False,
+    bf16: bool | None = _option(
+        None,
         effect="result",
-        description="Compute in bfloat16, with main parameters, gradients and optimizer state in fp32.",
+        description="Compute in bfloat16, with main parameters, gradients and optimizer state in fp32. Default: true "
+        "on npu and cuda, false on cpu.",
     )
     pair_schedule: Literal["concat", "split", "two_pass"] = _option(
         "concat",
@@ -387,11 +394,12 @@ class TrainingOptions(_Options):
         "the "
         "backward computes them again.",
     )
-    logprob_chunk_tokens: int = _option(
-        512,
+    logprob_chunk_tokens: int | None = _option(
+        None,
         ge=1,
         effect="arithmetic",
-        description="With fused_logprob, response tokens per chunk, whose logits are in memory at the same time.",
+        description="With fused_logprob, response tokens per chunk, whose logits are in memory at the same time. "
+        "Default: 512 on cpu; on npu and cuda 4096, or as many as have fp32 logits of 1 GiB on a rank.",
     )
     recompute_granularity: Literal["full", "selective"] | None = _option(
         None,
@@ -413,6 +421,16 @@ class TrainingOptions(_Options):
         effect="arithmetic",
         description="With recompute_granularity: full, a number of layers; see recompute_method.",
     )
+
+    @property
+    def bf16_in_use(self) -> bool:
+        """``bf16``; before :func:`~mindspeed_simpo.config.resolution.resolve` its default is that of CPUs."""
+        return bool(self.bf16)
+
+    @property
+    def chunk_tokens_in_use(self) -> int:
+        """``logprob_chunk_tokens``; before :func:`~mindspeed_simpo.config.resolution.resolve` as on CPUs."""
+        return CPU_CHUNK_TOKENS if self.logprob_chunk_tokens is None else self.logprob_chunk_tokens
 
     @model_validator(mode="after")
     def _step_agrees(self) -> TrainingOptions:

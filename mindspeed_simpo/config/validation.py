@@ -59,22 +59,15 @@ class Model(Protocol):
     """The part of a model description that validation reads."""
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the output weight."""
+
+    @property
     def layers(self) -> Sequence[LayerSizes]:
         """The decoder layers, from first to last."""
 
     def shares_prefixes(self, seq_length: int) -> bool:
         """Whether chosen and rejected may share one copy of their prompt, in sequences of ``seq_length`` tokens."""
-
-
-def resolve_batching(config: Config, model: Model) -> Config:
-    """``config``, with ``batching: auto`` set to ``packed`` where only the model forbids ``prefix_shared``.
-
-    See :meth:`Model.shares_prefixes`.
-    """
-    shared = config.batching == "auto" and config.batching_in_use == "prefix_shared"
-    if shared and not model.shares_prefixes(config.seq_length):
-        return config.model_copy(update={"batching": "packed"})
-    return config
 
 
 def make_layout(config: Config, world_size: int, model: Model | None = None, device: str | None = None) -> Layout:

@@ -116,16 +116,20 @@ def _attend(
     size = block_size(window, softcap)
     mask = _mask(size, window, mask_dtype, query.device, query.shape[0], key.shape[0])
     if softcap is None:
-        if repeats > 1 and not query.is_cuda:
-            k, v = (each[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for each in (k, v))
-        grouped = repeats > 1 and query.is_cuda
-        context = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        # no kernel of CUDA takes both a mask and shared key-value heads without dense scores
+        k, v = repeat_heads(k, repeats), repeat_heads(v, repeats)
+        context = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
         q = q.reshape(q.shape[0], -1, repeats, *q.shape[2:]).to(wide)
         scores = q @ k[:, :, None].to(wide).transpose(-1, -2) * (scale / softcap)
         weights = torch.softmax(scores.tanh() * softcap + mask, dim=-1)
         context = (weights @ v[:, :, None].to(wide)).to(query.dtype).flatten(1, 2)
     return context.permute(2, 0, 1, 3)
+
+
+def repeat_heads(heads: Float[Tensor, "row groups seq dim"], repeats: int) -> Float[Tensor, "row heads seq dim"]:
+    """Each key-value head ``repeats`` times in succession; the same tensor for 1."""
+    return heads if repeats == 1 else heads.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2)
 
 
 def _mask(

@@ -12,7 +12,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from mindspeed_simpo.device import npu
-from mindspeed_simpo.model.blockwise import blockwise_attention
+from mindspeed_simpo.model.blockwise import blockwise_attention, repeat_heads
 
 
 def causal_attention(
@@ -45,9 +45,10 @@ def causal_attention(
         return blockwise_attention(query, key, value, scale, window, softcap)
     repeats = query.shape[2] // key.shape[2]
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-    grouped = repeats > 1 and query.is_cuda
-    if repeats > 1 and not grouped:
-        k, v = _repeat_heads(k, repeats), _repeat_heads(v, repeats)
+    # of CUDA's kernels without dense scores only flash attention shares key-value heads, and only in half precision
+    grouped = repeats > 1 and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if not grouped:
+        k, v = repeat_heads(k, repeats), repeat_heads(v, repeats)
     square = query.shape[0] == key.shape[0]
     context = scaled_dot_product_attention(
         q,
@@ -59,10 +60,6 @@ def causal_attention(
         enable_gqa=grouped,
     )
     return context.permute(2, 0, 1, 3).flatten(2)
-
-
-def _repeat_heads(heads: Tensor, repeats: int) -> Tensor:
-    return heads[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)
 
 
 def _lower_right(query: Tensor, key: Tensor) -> Tensor:

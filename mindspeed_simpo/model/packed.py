@@ -45,10 +45,14 @@ def packed_attention(
     context = varlen_attention(query[:end], *own, documents.wholes, documents.wholes, scale, window, softcap)
     if not documents.branches:
         return context
-    seen = _branch_keys(documents, key.device)
+    lengths_of_pieces, seen = _branch_pieces(documents)
     lengths = [branch.length for branch in documents.branches]
     key_lengths = [branch.prefix_length + branch.length for branch in documents.branches]
-    keys, values = key.index_select(0, seen), value.index_select(0, seen)
+    # pieces, not an index, whose backward adds element by element
+    keys, values = (
+        torch.cat([pieces[piece] for piece in seen])
+        for pieces in (torch.split(tensor, lengths_of_pieces) for tensor in (key, value))
+    )
     branches = varlen_attention(query[end:], keys, values, lengths, key_lengths, scale, window, softcap)
     return torch.cat([context, branches])
 
@@ -125,20 +129,28 @@ def _has_flash_attention() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-# The tensors below are the same for all layers of a micro-batch; the caches copy each to the device once
+# What follows is the same for all layers of a micro-batch; the caches copy each tensor to the device once
 
 _MICRO_BATCHES_IN_FLIGHT = 64
 
 
 @functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
-def _branch_keys(documents: Documents, device: torch.device) -> Int[Tensor, " key"]:
-    """Positions in the row of the keys of each branch: those of its prefix, then those of the branch."""
-    parts, start = [], sum(documents.wholes)
+def _branch_pieces(documents: Documents) -> tuple[list[int], list[int]]:
+    """The row in pieces, and the pieces that are the keys of the branches.
+
+    Returns:
+        The lengths of the pieces, in the order of the row; and indices of pieces: for each branch those of its prefix,
+        then those of the branch.
+    """
+    spans, start = [], sum(documents.wholes)
     for branch in documents.branches:
-        parts.append(torch.arange(branch.prefix_start, branch.prefix_start + branch.prefix_length))
-        parts.append(torch.arange(start, start + branch.length))
+        spans.append((branch.prefix_start, branch.prefix_start + branch.prefix_length))
+        spans.append((start, start + branch.length))
         start += branch.length
-    return to_device(torch.cat(parts), device)
+    cuts = sorted({0, start}.union(*spans))
+    number = {cut: index for index, cut in enumerate(cuts)}
+    lengths = [stop - begin for begin, stop in itertools.pairwise(cuts)]
+    return lengths, [piece for begin, stop in spans for piece in range(number[begin], number[stop])]
 
 
 @functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)

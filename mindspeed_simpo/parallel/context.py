@@ -7,7 +7,7 @@ that order (the order of megatron-core and MindSpeed). Under a causal mask all r
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -37,7 +37,25 @@ def positions_of(rank: int, size: int, seq_length: int, device: torch.device) ->
     )
 
 
-def natural_order(size: int, seq_length: int, device: torch.device) -> Int[Tensor, " seq"]:
-    """int64 index ``[seq_length]`` that brings the slices, concatenated in rank order, into the sequence's order."""
-    held = torch.cat([positions_of(rank, size, seq_length, device) for rank in range(size)])
-    return torch.argsort(held)
+def in_sequence_order(slices: Float[Tensor, "seq *rest dim"], size: int) -> Float[Tensor, "seq *rest dim"]:
+    """The full sequence from the slices of all ranks, concatenated in rank order; a copy of whole chunks.
+
+    An index would have an accumulating backward, an atomic addition for each element.
+
+    Args:
+        slices: ``positions_of(0, size, seq)``, then those of rank 1, and so on.
+        size: Number of context-parallel ranks, at least 2.
+    """
+    chunks, held = slices.chunk(2 * size), _held(size)
+    return torch.cat([chunks[held.index(chunk)] for chunk in range(2 * size)])
+
+
+def in_rank_order(sequence: Float[Tensor, "seq *rest dim"], size: int) -> Float[Tensor, "seq *rest dim"]:
+    """The inverse of :func:`in_sequence_order`."""
+    chunks = sequence.chunk(2 * size)
+    return torch.cat([chunks[chunk] for chunk in _held(size)])
+
+
+def _held(size: int) -> list[int]:
+    """The chunks that the ranks hold, in rank order."""
+    return [chunk for rank in range(size) for chunk in chunks_of(rank, size)]

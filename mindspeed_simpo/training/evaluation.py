@@ -29,6 +29,7 @@ def evaluate(config: Config, device: Device) -> dict[str, float]:
         SimpoError: on every rank.
     """
     with open_session(config, device) as session:
+        config = session.config
         data = session.prepare("eval")
         loader = session.loader(data)
         [table] = configured_tables(session, config, [UsedPairs(data, loader.eval_pairs())])
@@ -37,7 +38,7 @@ def evaluate(config: Config, device: Device) -> dict[str, float]:
             folder, state = checkpoint.find(load, session.groups.control)
             checkpoint.load(folder, session.models, None, session.groups, device)
             session.running.load(state.running)
-        schedule = session.schedule(wrap_precision(session.models, bf16=config.bf16), table)
+        schedule = session.schedule(wrap_precision(session.models, bf16=config.bf16_in_use), table)
         values = mean_metrics(session, schedule, loader, None)
     if not math.isfinite(values["loss"]):
         weights = config.load or config.model_name_or_path

@@ -102,7 +102,7 @@ class _PassMemory:
     @property
     def width(self) -> int:
         """Bytes of the compute dtype."""
-        return 2 if self.config.bf16 else 4
+        return 2 if self.config.bf16_in_use else 4
 
     @property
     def batch(self) -> PassShape:
@@ -128,7 +128,7 @@ class _PassMemory:
             pipeline_rank=place,
             parameters=self.width * count,
             gradients=_FP32 * count,
-            optimizer=(12 if self.config.bf16 else 8) * count // shards,
+            optimizer=(12 if self.config.bf16_in_use else 8) * count // shards,
             activations=self.activation_bytes(chunks) + self.mask_bytes(),
             head=self.head_bytes() if chunks[-1].has_head else 0,
             backward=max(self.backward_bytes(layer) for chunk in chunks for layer in chunk.layers(self.model)),
@@ -265,6 +265,6 @@ class _PassMemory:
         vocabulary = self.model.vocab_size // self.layout.tensor
         capped = 0 if self.model.logit_softcap is None else _FP32
         if self.config.fused_logprob:
-            chunk = min(scored, self.config.logprob_chunk_tokens)
-            return states + chunk * vocabulary * ((8 if self.config.bf16 else 4) + capped)
+            chunk = min(scored, self.config.chunk_tokens_in_use)
+            return states + chunk * vocabulary * ((8 if self.config.bf16_in_use else 4) + capped)
         return states + scored * vocabulary * (8 + capped)

@@ -83,7 +83,7 @@ def configured_tables(
     if not config.objective.needs_reference:
         return [None for _ in used]
     cache = cache_folder(config.data_cache_dir)
-    model = ReferenceModel(config.ref_model, config, config.seed, config.bf16, cache)
+    model = ReferenceModel(config.ref_model, config, config.seed, config.bf16_in_use, cache)
     return reference_tables(session, model, used)
 
 

@@ -18,7 +18,8 @@ from mindspeed_simpo.batch import RunningStatistics
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import validate
 from mindspeed_simpo.config.options import ModelOptions
-from mindspeed_simpo.config.validation import make_layout, resolve_batching
+from mindspeed_simpo.config.resolution import resolve
+from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset
 from mindspeed_simpo.data.loader import PairLoader
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 class Session:
     """The configured parts of a run on one rank, before training."""
 
+    config: Config
+    """The configuration, with the defaults that depend on model and device set."""
     device: Device
     groups: Groups
     description: ModelDescription
@@ -102,7 +105,7 @@ def build_schedule(
         vocab_size=description.vocab_size,
         sum_dtype=device.reduction_dtype,
         softcap=description.logit_softcap,
-        chunk_tokens=config.logprob_chunk_tokens if config.fused_logprob else None,
+        chunk_tokens=config.chunk_tokens_in_use if config.fused_logprob else None,
         sequence_parallel=config.sequence_parallel and groups.tensor.size() > 1,
         weight_grad_awaited=config.overlap_grad_reduce,
     )
@@ -183,7 +186,7 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
     seed_model_ranks(config.seed)
     with fail_together(groups.control):
         description = read_description(config.model_name_or_path)
-        config = resolve_batching(config, description)
+        config = resolve(config, description, device.name)
         make_layout(config, groups.world.size(), description, device.name)
         tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     with fail_together(groups.control):
@@ -192,6 +195,7 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
             fill_weights(models, description, config, groups, config.seed)
     running = RunningTracker(config.objective, groups, device)
     return Session(
+        config,
         device,
         groups,
         description,

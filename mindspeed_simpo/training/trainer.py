@@ -53,6 +53,7 @@ def train(config: Config, device: Device) -> int:
         SimpoError: on every rank; files that are already complete remain valid.
     """
     with open_session(config, device) as session, ExitStack() as stack:
+        config = session.config
         root = Path(config.output_dir)
         stack.enter_context(claimed(root, session.groups))
         resumed = find_resumed(root, config.load, session.groups)
@@ -67,7 +68,7 @@ def train(config: Config, device: Device) -> int:
         if eval_data is not None:
             used_of_eval = UsedPairs(eval_data, session.loader(eval_data).eval_pairs(config.eval_iters))
         tables = configured_tables(session, config, [used, used_of_eval])
-        models = wrap_for_training(session.models, config, bf16=config.bf16)
+        models = wrap_for_training(session.models, config, bf16=config.bf16_in_use)
         stepper = build_stepper(models, config, config, device, train_iters)
         run = Run(session, config, models, stepper, train_data, eval_data, tables, train_iters)
         if resumed is not None:

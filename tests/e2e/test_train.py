@@ -141,7 +141,7 @@ def test_what_a_run_leaves(program, tmp_path, eval_pairs, caplog):
     assert {path.name for path in out.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "run.log", ".lock")
     }
-    assert load_config(out / "config.yaml") == Config(**program.config)
+    assert load_config(out / "config.yaml") == Config(**program.config, logprob_chunk_tokens=512)
     assert yaml.safe_load((out / "config.yaml").read_text()).keys() == Config.model_fields.keys()
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"iter_0000002", "iter_0000003"}
 

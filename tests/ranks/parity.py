@@ -114,7 +114,7 @@ def build(config, groups, device, num_steps):
     spec = read_description(config.model_name_or_path)
     models = build_model(spec, config, groups, device)
     fill_weights(models, spec, config, groups, config.seed)
-    wrapped = wrap_for_training(models, config, bf16=config.bf16)
+    wrapped = wrap_for_training(models, config, bf16=config.bf16_in_use)
     return spec, wrapped, build_stepper(wrapped, config, config, device, num_steps)
 
 

@@ -119,7 +119,7 @@ def _micro_batch(folder, options):
     kinds = {"allreduce": "reduce", "allgather_base": "gather", "reduce_scatter_base": "scatter", "send": "send"}
     for (operator, axis), size in traffic.bytes.items():
         if operator == "send":
-            sent["send", "pipeline"] += size  # megatron-core 0.12 sends shapes between stages in the group of all ranks
+            sent["send", "pipeline"] += size
         elif axis != "other":
             sent[kinds[operator], axis] += size
     tokens = int((batch.targets != IGNORE_INDEX).sum())

@@ -47,7 +47,7 @@ def make_run(folder, data, output, options):
     pairs = session.prepare("train")
     used = UsedPairs(pairs, session.loader(pairs).train_pairs(0, 4))
     tables = configured_tables(session, config, [used, None])
-    models = wrap_for_training(session.models, config, bf16=config.bf16)
+    models = wrap_for_training(session.models, config, bf16=config.bf16_in_use)
     stepper = build_stepper(models, config, config, device, 4)
     return Run(session, config, models, stepper, pairs, None, tables, 4)
 

@@ -10,6 +10,7 @@ import pytest
 from mindspeed_simpo.cli import flags, launch
 from mindspeed_simpo.cli import main as cli
 from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.options import takes_bool
 from mindspeed_simpo.errors import PeerLostError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -228,7 +229,7 @@ def test_flags_become_keys(words, expected):
 def test_every_key_is_a_flag_that_its_default_passes():
     for name, field in Config.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
-        if field.annotation is bool:
+        if takes_bool(field):
             assert given(flag) == {name: True}
         else:
             assert given(flag, "7") == {name: "7"}

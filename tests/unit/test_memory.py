@@ -1,5 +1,6 @@
 """The memory estimate: parameters are exact, the rest follows its formula."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mindspeed_simpo.config import supported
 from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.file import load_config
 from mindspeed_simpo.config.layout import Layout
+from mindspeed_simpo.config.resolution import resolve
+from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.largest import largest_pass
 from mindspeed_simpo.errors import ConfigError
@@ -188,3 +192,32 @@ def test_a_size_of_buffers_that_hccl_does_not_take(spec, name, value, monkeypatc
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=f"{name}={value} in the environment: expected a whole number of MiB"):
         estimate_memory(spec, config(), Layout(), "npu")
+
+
+LARGE_MODELS = {
+    "llama3_8b_instruct_simpo": {"model_type": "llama", "intermediate_size": 14336, "num_hidden_layers": 32}
+    | {"vocab_size": 128256, "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5},
+    **dict.fromkeys(
+        ("qwen3_8b_simpo", "qwen3_8b_dpo"),
+        {"model_type": "qwen3", "intermediate_size": 12288, "num_hidden_layers": 36}
+        | {"vocab_size": 151936, "architectures": ["Qwen3ForCausalLM"], "rms_norm_eps": 1e-6},
+    ),
+}
+"""The shapes that the models' publishers give, in the terms of config.json."""
+COMMON = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+COMMON |= {"hidden_act": "silu", "tie_word_embeddings": False, "max_position_embeddings": 8192, "rope_theta": 5e5}
+
+
+def test_the_memory_that_the_large_configurations_name_is_what_check_expects(tmp_path):
+    paths = sorted(Path(QUICKSTART).parent.glob("*_8b_*.yaml"))
+    assert {path.stem for path in paths} == LARGE_MODELS.keys()
+    for path in paths:
+        (tmp_path / "config.json").write_text(json.dumps(COMMON | LARGE_MODELS[path.stem]))
+        model = read_description(str(tmp_path))
+        run = resolve(load_config(path, {}), model, "npu")
+        half = run.seq_length // 2
+        layout = make_layout(run, 8, model, "npu")
+        assert layout.sequence_parallel
+        longest = largest_pass(np.full((run.global_batch_size, 3), half), run, Batching.of(run), layout)
+        [estimate] = memory.estimate_memory(model, run, layout, longest, "npu")
+        assert f"`check` expects {estimate.total / 2**30:.3g} GiB per rank" in path.read_text(), path

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from mindspeed_simpo.device import npu
 from mindspeed_simpo.model import blockwise
@@ -81,3 +83,20 @@ def test_blocks_keep_their_inputs_alone_and_see_no_whole_row():
         context.sum().backward()
     assert stored.peak == 0, "the inputs are the caller's"
     assert made.peak < 4 * 3000 * 1000, "scores of the whole row would be nine times as many"
+
+
+@pytest.mark.parametrize(("dtype", "shared"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)])
+def test_gpus_share_key_value_heads_only_where_a_kernel_without_dense_scores_does(dtype, shared):
+    calls = []
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                calls.append((args[1].shape[1], kwargs["enable_gqa"]))
+            return func(*args, **(kwargs or {}))
+
+    # tensors without storage: no GPU is needed to see which kernels the call admits
+    with FakeTensorMode(), Calls():
+        query, key = (torch.empty(16, 1, heads, 8, device="cuda", dtype=dtype) for heads in (4, 2))
+        causal_attention(query, key, key, 0.3)
+    assert calls == [(2, True) if shared else (4, False)]

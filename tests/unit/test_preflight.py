@@ -48,7 +48,8 @@ def test_a_good_run_is_ready(tmp_path):
     assert "<|im_start|>user\nName the capital of Peru.<|im_end|>\n<|im_start|>assistant\nHappy to help!" in report
     assert "qwen3, 1,033,600 parameters; tensor 1 x pipeline 1 x context 1 x data 1; 2 pairs per step" in report
     assert (
-        "batching: prefix_shared, up to 128 tokens; pair_schedule: concat; fused_logprob: on; recompute: off" in report
+        "bf16: false; batching: prefix_shared, up to 128 tokens; pair_schedule: concat; "
+        "fused_logprob: chunks of 512 tokens; recompute: off" in report
     )
     assert "optimizer" in report
 

@@ -86,7 +86,7 @@ def _literals(annotation):
 def test_a_claim_that_is_gone_closes_every_value_of_its_option(monkeypatch):
     left = tuple(claim for claim in supported.CLAIMS if claim.key != "logprob_chunk_tokens")
     monkeypatch.setattr(supported, "CLAIMS", left)
-    with pytest.raises(ConfigError, match="logprob_chunk_tokens: 512 is not claimed"):
+    with pytest.raises(ConfigError, match="logprob_chunk_tokens: None is not claimed"):
         make_layout(config(batching="padded"), 1)
 
 

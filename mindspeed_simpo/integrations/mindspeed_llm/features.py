@@ -37,7 +37,7 @@ class SimpoArguments(MindSpeedFeature):  # type: ignore[misc]
         options = Config.model_fields
         _add(group, "pair_schedule", **_argument(options["pair_schedule"]) | {"choices": ["concat", "two_pass"]})
         _add(group, "fused_logprob", action="store_true", help=options["fused_logprob"].description)
-        _add(group, "logprob_chunk_tokens", **_argument(options["logprob_chunk_tokens"]))
+        _add(group, "logprob_chunk_tokens", type=int, help=options["logprob_chunk_tokens"].description)
         exact = f"With --stage {stages.UPSTREAM_STAGE}: gradients that are exact under tensor and context parallelism."
         _add(group, "dpo_exact", action="store_true", help=exact)
 

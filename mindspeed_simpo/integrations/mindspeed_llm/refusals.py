@@ -159,7 +159,7 @@ def _refused_schedule(args: Namespace, objective: Objective) -> Iterator[str]:
 
 
 def _refused_head(args: Namespace) -> Iterator[str]:
-    if args.logprob_chunk_tokens < 1:
+    if args.logprob_chunk_tokens is not None and args.logprob_chunk_tokens < 1:
         yield f"--logprob-chunk-tokens {args.logprob_chunk_tokens}: at least 1"
     if getattr(args, "use_ascend_mc2", False) and args.sequence_parallel and args.tensor_model_parallel_size > 1:
         yield "--fused-logprob: the output layer of --use-ascend-mc2 is another one; remove one of them"

@@ -12,7 +12,8 @@ from megatron.training import get_args, get_timers
 from mindspeed_llm.tasks.posttrain.sft import SFTTrainer
 from torch import Tensor
 
-from mindspeed_simpo.device import reduction_dtype
+from mindspeed_simpo.config.resolution import default_chunk_tokens
+from mindspeed_simpo.device import find_device, reduction_dtype
 from mindspeed_simpo.integrations.mindspeed_llm import adapters
 from mindspeed_simpo.integrations.mindspeed_llm.head import OutputLayerHead
 from mindspeed_simpo.integrations.mindspeed_llm.pairs import (
@@ -39,12 +40,13 @@ class PairTrainer(SFTTrainer):  # type: ignore[misc]
         self._groups = upstream_groups()
         self._head: OutputLayerHead | None = None
         if args.fused_logprob:
+            local_vocabulary = args.padded_vocab_size // self._groups.tensor.size()
             head = ResponseHead(
                 self._groups.tensor,
                 self._groups.context,
                 vocab_size=args.padded_vocab_size,
                 sum_dtype=reduction_dtype(torch.device("cpu")),
-                chunk_tokens=args.logprob_chunk_tokens,
+                chunk_tokens=args.logprob_chunk_tokens or default_chunk_tokens(find_device(), local_vocabulary),
                 sequence_parallel=args.sequence_parallel,
                 weight_grad_awaited=args.overlap_grad_reduce,
             )

@@ -13,7 +13,7 @@ from mindspeed_simpo.config.options import ContextParallelAlgo
 from mindspeed_simpo.device import npu_context
 from mindspeed_simpo.model.causal import causal_attention
 from mindspeed_simpo.parallel.collectives import gather_along_first
-from mindspeed_simpo.parallel.context import chunks_of, natural_order
+from mindspeed_simpo.parallel.context import chunks_of, in_rank_order, in_sequence_order
 
 
 def gathered_attention(
@@ -40,8 +40,7 @@ def gathered_attention(
         group: The context-parallel ranks.
     """
     size = group.size()
-    order = natural_order(size, size * query.shape[0], query.device)
-    key, value = (gather_along_first(tensor, group)[order] for tensor in (key, value))
+    key, value = (in_sequence_order(gather_along_first(tensor, group), size) for tensor in (key, value))
     length = query.shape[0] // 2
     parts = [
         causal_attention(part, key[: (chunk + 1) * length], value[: (chunk + 1) * length], scale, window, softcap)
@@ -70,11 +69,11 @@ def ulysses_attention(
         softcap: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
         group: The context-parallel ranks.
     """
-    order = natural_order(group.size(), group.size() * query.shape[0], query.device)
+    size = group.size()
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        whole = causal_attention(query[order], key[order], value[order], scale, window, softcap)
-        return whole[torch.argsort(order)]
+        query, key, value = (in_sequence_order(tensor, size) for tensor in (query, key, value))
+        return in_rank_order(causal_attention(query, key, value, scale, window, softcap), size)
 
     return npu_context.ulysses_attention(query, key, value, attend, group)
 

@@ -142,7 +142,7 @@ def transformer_config(model: ModelDescription, config: Config, device: Device) 
         config: Precision, parallel degrees and recomputation.
         device: Device of the ranks.
     """
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    dtype = torch.bfloat16 if config.bf16_in_use else torch.float32
     pipeline, tensor = config.pipeline_model_parallel_size, config.tensor_model_parallel_size
     interleaved = config.num_layers_per_virtual_pipeline_stage is not None
     uneven = layers_per_pipeline_rank(model.num_layers, pipeline) if model.num_layers % pipeline else None
@@ -166,7 +166,7 @@ def transformer_config(model: ModelDescription, config: Config, device: Device) 
             bias_dropout_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,
-            bf16=config.bf16,
+            bf16=config.bf16_in_use,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             perform_initialization=False,
@@ -175,13 +175,17 @@ def transformer_config(model: ModelDescription, config: Config, device: Device) 
             pipeline_model_parallel_size=pipeline,
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_size(model.num_layers),
             num_layers_in_first_pipeline_stage=uneven[0] if uneven else None,
-            num_layers_in_last_pipeline_stage=uneven[-1] if uneven else None,
+            # megatron-core 0.12 divides the layers between the first and the last rank by the number of these ranks
+            num_layers_in_last_pipeline_stage=uneven[-1] if uneven and pipeline > 2 else None,
             sequence_parallel=config.sequence_parallel and config.tensor_model_parallel_size > 1,
+            # no shape is exchanged: see device/receive_shapes.py
             variable_seq_lengths=pipeline > 1 and not interleaved,
             # the interleaved schedule sends forward and backward messages at once: batched, these would be matched
             # wrongly between two pipeline ranks
             overlap_p2p_comm=interleaved,
             batch_p2p_comm=not interleaved,
+            # the host would wait for the device after each message, for a defect that torch no longer has
+            batch_p2p_sync=False,
             # megatron-core requires this value with variable_seq_lengths, also without experts
             moe_token_dispatcher_type="alltoall",
             # gloo's isend reads its buffer after the call returns

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from mindspeed_simpo.batch import PairBatch, to_device
+from mindspeed_simpo.device.receive_shapes import Shape, known_receive_shapes
 from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.loss.scoring import PairScorer, ScoredBatch, TwoPassLoss
 from mindspeed_simpo.parallel import Groups
@@ -118,15 +119,23 @@ class PairSchedule:
             passes = [dataclasses.replace(each, rows=each.rows.padded_to(longest)) for each in passes]
         # response tokens are searched on the host: nonzero() on the device forces a host synchronisation
         steps = [(self._shards(each.rows, forward_only), each.loss) for each in passes]
-        return get_forward_backward_func()(  # type: ignore[no-any-return]
-            forward_step_func=partial(self._forward_step, len(passes)),
-            data_iterator=[iter(steps) for _ in self.models],
-            model=list(self.models),
-            num_microbatches=len(passes),
-            seq_length=passes[0].rows.tokens.shape[1],
-            micro_batch_size=passes[0].rows.tokens.shape[0],
-            forward_only=forward_only,
-        )
+        with known_receive_shapes([self._sent_shape(each.rows) for each in passes]):
+            return get_forward_backward_func()(  # type: ignore[no-any-return]
+                forward_step_func=partial(self._forward_step, len(passes)),
+                data_iterator=[iter(steps) for _ in self.models],
+                model=list(self.models),
+                num_microbatches=len(passes),
+                seq_length=passes[0].rows.tokens.shape[1],
+                micro_batch_size=passes[0].rows.tokens.shape[0],
+                forward_only=forward_only,
+            )
+
+    def _sent_shape(self, rows: Rows) -> Shape:
+        """Shape of the hidden states that pipeline ranks exchange for one pass."""
+        config = get_model_config(self.models[0])
+        number, length = rows.tokens.shape
+        shards = self.groups.context.size() * (self.groups.tensor.size() if config.sequence_parallel else 1)
+        return length // shards, number, config.hidden_size
 
     def _shards(self, rows: Rows, forward_only: bool) -> list[RowShard]:
         """This context-parallel rank's inputs of the forwards of one pass: one, or two for ``split``."""

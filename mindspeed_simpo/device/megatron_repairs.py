@@ -1,10 +1,9 @@
-"""Patches of megatron-core: for newer versions of torch, for runs without TransformerEngine, and for speed."""
+"""Patches of megatron-core: for runs without TransformerEngine, and for parameters that share a bucket."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import queue
 from typing import Any
 
 
@@ -15,9 +14,7 @@ def repair() -> None:
     Each patch first inspects the code of megatron-core and is skipped where that code does not have the defect.
     """
     _allow_optimizers_without_fp8()
-    _write_checkpoints_as_torch_saves()
     _start_tied_embeddings_at_a_bucket()
-    _collect_write_results_in_process()
 
 
 def _allow_optimizers_without_fp8() -> None:
@@ -34,21 +31,6 @@ def _allow_optimizers_without_fp8() -> None:
             original(model_params, *args)
 
     fp8_utils._quantize_param_shard_impl = quantize
-
-
-def _write_checkpoints_as_torch_saves() -> None:
-    # 0.12.1: dist_checkpointing/strategies/filesystem_async.py does not pass an argument that newer torch requires
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    original = filesystem_async._write_item
-    parameters = inspect.signature(original).parameters
-    takes_format = "serialization_format" in parameters
-    source = inspect.getsource(filesystem_async)
-    if not takes_format or "serialization_format" in source:
-        return
-    from torch.distributed.checkpoint.filesystem import SerializationFormat
-
-    filesystem_async._write_item = functools.partial(original, serialization_format=SerializationFormat.TORCH_SAVE)
 
 
 def _start_tied_embeddings_at_a_bucket() -> None:
@@ -71,12 +53,3 @@ def _start_tied_embeddings_at_a_bucket() -> None:
         original(*bound.args, **bound.kwargs)
 
     _ParamAndGradBuffer.__init__ = initialise
-
-
-def _collect_write_results_in_process() -> None:
-    # 0.16: dist_checkpointing/strategies/filesystem_async.py spawns a process on every rank, which imports this program
-    # again, for a queue between processes; a synchronous save uses the queue within one process only
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    if '"spawn"' in inspect.getsource(filesystem_async._get_write_results_queue):
-        filesystem_async._results_queue = queue.Queue()

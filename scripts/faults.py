@@ -71,7 +71,7 @@ def cycle(fault: Fault, setting: str, expected: Path, folder: Path, chance: rand
 
 
 def campaign(
-    cycles: int, seed: int, folder: Path, names: Sequence[str], settings: Sequence[str] = tuple(SETTINGS)
+    cycles: int, seed: int, folder: Path, names: Sequence[str], settings: Sequence[str]
 ) -> tuple[list[Outcome], list[str]]:
     """The outcomes of ``cycles`` cycles, each fault in turn, and the faults that this machine does not allow."""
     chance = random.Random(seed)
@@ -123,9 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cycles", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="default: all")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: all")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        outcomes, skipped = campaign(arguments.cycles, arguments.seed, Path(folder), arguments.faults)
+        outcomes, skipped = campaign(
+            arguments.cycles, arguments.seed, Path(folder), arguments.faults, arguments.settings
+        )
     sys.stdout.write(table(outcomes) + "\n")
     sys.stdout.writelines(f"not run: {reason}\n" for reason in skipped)
     return 1 if any(outcome.problems for outcome in outcomes) else 0

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
@@ -34,16 +33,15 @@ class PairDataset:
     """Pairs in the order of the data, read from the memory-mapped cache."""
 
     def __init__(self, table: Any, sources: Sequence[Source], fingerprint: str, report: DataReport) -> None:
-        kept = np.flatnonzero(table.column("kind").is_null().to_numpy())
         self._table = table
-        self._kept = kept
+        self._kept = report.kept_rows
         self._sources = list(sources)
         self.fingerprint = fingerprint
         """Hex digest of the token ids of all examples and of the part that this data set is; equal for equal ids,
         whatever versions of the libraries made them."""
         self.report = report
         self.lengths = report.lengths
-        """Tokens of prompt, chosen and rejected response of each pair, ``int64[pair, 3]``."""
+        """Tokens of prompt, chosen and rejected response of each pair, ``int32[pair, 3]``."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -103,16 +101,23 @@ def prepare_pairs(
 
 
 def preparation_of(
-    options: DataOptions, tokenizer: PreTrainedTokenizerBase, part: Part, vocab_size: int | None
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    part: Part,
+    vocab_size: int | None,
+    sources: Sequence[Source] | None = None,
 ) -> Preparation:
-    """The work that :func:`prepare_pairs` does, for ranks that divide it; arguments and errors as there."""
-    if part == "eval" and not has_eval_data(options):
-        raise ConfigError("no evaluation data: set eval_data_path, or give split a second weight, such as 95,5")
-    reader = ExampleReader(options.map_keys)
-    if _has_own_paths(options, part):
-        sources = open_sources(options.eval_data_path or [], "eval", reader.column_names)
-    else:
-        sources = open_sources(_training_paths(options), "train", reader.column_names)
+    """The work that :func:`prepare_pairs` does, for ranks that divide it; other arguments and errors as there.
+
+    Args:
+        options: Of the data.
+        tokenizer: Of the model.
+        part: Which part.
+        vocab_size: Of the model.
+        sources: :func:`sources_of` the part, with surveys; ``None`` reads all of their content here.
+    """
+    if sources is None:
+        sources = sources_of(options, part)
     if vocab_size is not None and vocab_size > max(tokenizer.get_vocab().values()):
         vocab_size = None  # the model has every token: nothing to check, and the key does not depend on the model
     encoder = PairEncoder(
@@ -125,7 +130,22 @@ def preparation_of(
     )
     key = _key(options, tokenizer, sources, vocab_size)
     folder = cache_folder(options.data_cache_dir) / "tokenised"
-    return Preparation(sources, reader, encoder, folder / f"{key}.arrow")
+    return Preparation(sources, ExampleReader(options.map_keys), encoder, folder / f"{key}.arrow")
+
+
+def sources_of(options: DataOptions, part: Part) -> list[Source]:
+    """The sources of one part of the data.
+
+    Raises:
+        DataError: where there is no such data.
+        ConfigError: where the options name no evaluation data, or ``map_keys`` is wrong.
+    """
+    if part == "eval" and not has_eval_data(options):
+        raise ConfigError("no evaluation data: set eval_data_path, or give split a second weight, such as 95,5")
+    columns = ExampleReader(options.map_keys).column_names
+    if _has_own_paths(options, part):
+        return open_sources(options.eval_data_path or [], "eval", columns)
+    return open_sources(_training_paths(options), "train", columns)
 
 
 def dataset_of(options: DataOptions, part: Part, work: Preparation, cached: CachedTable | None) -> PairDataset:
@@ -161,10 +181,7 @@ def _training_paths(options: DataOptions) -> str | list[str]:
 def _key(
     options: DataOptions, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], vocab_size: int | None
 ) -> str:
-    try:
-        contents = [source.digest() for source in sources]
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot read the data: {error.strerror}") from None
+    contents = [source.digest for source in sources]
     encoding: list[Any] = [options.map_keys, options.seq_length, options.prompt_limit, options.truncation, vocab_size]
     encoding += [options.chat_template_kwargs or {}, options.chat_template_date]
     facts = [_FORMAT, contents, tokenizer_digest(tokenizer), encoding]

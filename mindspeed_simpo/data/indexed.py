@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from mindspeed_simpo.batch import IGNORE_INDEX, TokenizedPair
 from mindspeed_simpo.data.problems import malformed
-from mindspeed_simpo.data.source import Example, Source
+from mindspeed_simpo.data.source import Example, Source, Survey
 from mindspeed_simpo.errors import DataError
 
 KEYS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
@@ -53,23 +53,24 @@ class IndexedSource(Source):
         super().__init__(name)
         self._prefix = prefix
 
-    def digest(self) -> str:
-        """See :meth:`Source.digest`."""
+    def survey(self, piece: int) -> Survey:  # noqa: ARG002
+        """See :meth:`Source.survey`."""
         digest = hashlib.sha256(b"indexed")
         for path in (_path(str(self._prefix), key, suffix) for key in KEYS for suffix in (".idx", ".bin")):
             with path.open("rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
-        return digest.hexdigest()
+        return Survey(digest.hexdigest())
 
-    def count(self) -> int:
-        """See :meth:`Source.count`."""
+    @property
+    def places(self) -> int | None:
+        """See :attr:`Source.places`."""
         return len(IndexedPairs(self._prefix))
 
-    def raw_examples(self) -> Iterator[Example]:
+    def raw_examples(self, after: int = 0) -> Iterator[Example]:
         """See :meth:`Source.raw_examples`."""
         pairs = IndexedPairs(self._prefix)
-        for index in range(len(pairs)):
+        for index in range(after, len(pairs)):
             try:
                 yield index + 1, pairs[index]
             except DataError as error:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,15 @@ from mindspeed_simpo.data.foreign import refuse_foreign
 from mindspeed_simpo.data.json_array import LONGEST, Text, elements
 from mindspeed_simpo.data.json_decoder import StrictDecoder
 from mindspeed_simpo.data.problems import found, malformed, printable, quoted
-from mindspeed_simpo.data.source import Example, Source, Undecoded
+from mindspeed_simpo.data.source import Example, Source, Survey, Undecoded
 from mindspeed_simpo.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
 _DECODER = StrictDecoder()
 _HEAD = 64  # bytes by which a format is told
+_READ_BYTES = 1 << 20
+PIECE_BYTES = 64 << 20
+"""Bytes of a piece: what is read to find a line is less than this."""
 
 
 class JsonSource(Source):
@@ -28,24 +34,47 @@ class JsonSource(Source):
         super().__init__(name)
         self._path = path
 
-    def digest(self) -> str:
-        """See :meth:`Source.digest`."""
-        digest = hashlib.sha256(self._path.suffix.lower().encode())
+    @cached_property
+    def pieces(self) -> int:
+        """See :attr:`Source.pieces`."""
+        return max(1, -(-self._path.stat().st_size // PIECE_BYTES))
+
+    def survey(self, piece: int) -> Survey:
+        """See :meth:`Source.survey`."""
+        digest, lines, blank, left = hashlib.sha256(self._path.suffix.lower().encode()), 0, True, PIECE_BYTES
         with self._path.open("rb") as file:
-            while block := file.read(1 << 20):
+            file.seek(piece * PIECE_BYTES)
+            while block := file.read(min(_READ_BYTES, left)):
                 digest.update(block)
-        return digest.hexdigest()
+                lines += block.count(b"\n")
+                blank = blank and block.isspace()
+                left -= len(block)
+        return Survey(digest.hexdigest(), lines, blank)
 
-    def count(self) -> int:
-        """See :meth:`Source.count`."""
-        if self._path.suffix.lower() == ".json":
-            return sum(1 for _ in self.raw_examples())
-        with self._path.open("rb") as file:
-            return sum(1 for _ in file)
+    @property
+    def places(self) -> int | None:
+        """See :attr:`Source.places`."""
+        return self._line_ends[-1] + 1 if self._has_lines else None
 
-    def raw_examples(self) -> Iterator[Example]:
+    def raw_examples(self, after: int = 0) -> Iterator[Example]:
         """See :meth:`Source.raw_examples`."""
-        return (_read_lines if self._path.suffix.lower() == ".jsonl" else _read_json)(self._path, self.name)
+        if not self._has_lines:
+            return _read_json(self._path, self.name)
+        if all(survey.blank for survey in self.surveys):
+            raise DataError(f"{self.name}: the file is empty; expected one JSON object a line")
+        # the piece in which line `after` ends
+        piece = bisect.bisect_left(self._line_ends, after) if after else 0
+        before = self._line_ends[piece - 1] if piece else 0
+        return _read_lines(self._path, self.name, after, piece * PIECE_BYTES, before)
+
+    @property
+    def _has_lines(self) -> bool:
+        return self._path.suffix.lower() == ".jsonl"
+
+    @cached_property
+    def _line_ends(self) -> list[int]:
+        """Ends of lines up to the end of each piece."""
+        return list(accumulate(survey.lines for survey in self.surveys))
 
 
 @dataclass(frozen=True)
@@ -59,15 +88,24 @@ class JsonLine(Undecoded):
         return _decoded(self.line)
 
 
-def _read_lines(path: Path, name: str) -> Iterator[Example]:
+def _read_lines(path: Path, name: str, after: int = 0, start: int = 0, before: int = 0) -> Iterator[Example]:
     """One example a line, not decoded yet; blank lines are skipped.
 
+    Args:
+        path: Of the file.
+        name: For messages.
+        after: Leave out the lines up to this number.
+        start: The byte at which reading begins.
+        before: Ends of lines before ``start``, at most ``after``.
+
     Raises:
-        DataError: where the file as a whole is not JSON Lines: empty, UTF-16, or one JSON array.
+        DataError: where the file as a whole is not JSON Lines: UTF-16, or one JSON array.
     """
-    examples = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        file.seek(start)
+        for number, line in enumerate(file, start=before + 1):
+            if number <= after:
+                continue
             if number == 1:
                 line = _without_bom(line, name)
                 if line.lstrip()[:1] == b"[" and line.rstrip()[-1:] != b"]":
@@ -75,10 +113,7 @@ def _read_lines(path: Path, name: str) -> Iterator[Example]:
                         f"{name}:1: a JSON array in a .jsonl file: name the file .json, or write one row a line"
                     )
             if line.strip():
-                examples += 1
                 yield number, JsonLine(line)
-    if not examples:
-        raise DataError(f"{name}: the file is empty; expected one JSON object a line")
 
 
 def _decoded(line: bytes) -> Any:

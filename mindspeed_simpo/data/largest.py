@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from mindspeed_simpo.batch import even_halves
 from mindspeed_simpo.config.layout import Layout
@@ -48,7 +48,7 @@ class LargestPass:
 
 
 def largest_pass(
-    lengths: Int64[np.ndarray, "pair 3"], options: TrainingOptions, batching: Batching, layout: Layout
+    lengths: Int[np.ndarray, "pair 3"], options: TrainingOptions, batching: Batching, layout: Layout
 ) -> LargestPass:
     """Divide the pairs of a run as :class:`~mindspeed_simpo.data.loader.PairLoader` does, and keep the largest numbers.
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from mindspeed_simpo.batch import FILLER_PAIR, PairBatch, TokenizedPair
 from mindspeed_simpo.data.batching import Batching
@@ -19,7 +19,7 @@ class Pairs(Protocol):
     """What a loader needs of a data set."""
 
     @property
-    def lengths(self) -> Int64[np.ndarray, "pair 3"]:
+    def lengths(self) -> Int[np.ndarray, "pair 3"]:
         """Tokens of prompt, chosen and rejected response of each pair."""
 
     def __len__(self) -> int: ...

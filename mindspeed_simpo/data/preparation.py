@@ -7,14 +7,15 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from mindspeed_simpo.data.cache import CachedTable, read_table, write_batches
+from mindspeed_simpo.data.cache import SCHEMA, CachedTable, read_table, write_batches
 from mindspeed_simpo.data.conversations import ExampleReader
 from mindspeed_simpo.data.encoding import PairEncoder
 from mindspeed_simpo.data.grouping import grouped
@@ -26,16 +27,19 @@ from mindspeed_simpo.errors import DataError
 logger = logging.getLogger(__name__)
 
 BLOCK_EXAMPLES = 2048
-"""Examples of a shard; what is lost at most of each process where a run is killed."""
+"""Places of a shard; what is lost at most of each process where a run is killed."""
+_BATCH_ROWS = 16384
+"""Rows of a record batch of the cache file: each batch costs every rank some memory of its own."""
 
 
 @dataclass(frozen=True)
 class Preparation:
     """The work of tokenising the examples of some sources, and where its result lies.
 
-    Examples are numbered over all sources and divided into blocks of ``BLOCK_EXAMPLES``. Each block becomes a shard, a
-    file beside the cache file that is whole or absent; a shard with fewer examples is the last one. When all shards are
-    there, they become the cache file. A run that was killed goes on with the shards that are missing.
+    The examples of each source are divided into blocks: ``BLOCK_EXAMPLES`` places where the number of places is known,
+    else ``BLOCK_EXAMPLES`` examples, of which only the last block has fewer. Each block becomes a shard, a file beside
+    the cache file that is whole or absent. When all shards are there, they become the cache file. A run that was killed
+    goes on with the shards that are missing.
     """
 
     sources: Sequence[Source]
@@ -53,24 +57,36 @@ class Preparation:
         """The cache file, or ``None`` where it is absent or damaged; ``verified`` as in :func:`read_table`."""
         return read_table(self.path, verified=verified)
 
-    def tokenise_share(self, index: int, count: int, *, num_workers: int, progress: bool) -> None:
-        """Write the missing shards among ``index``, ``index + count`` and so on.
+    def tokenise_share(self, index: int, shares: int, *, num_workers: int, progress: bool) -> None:
+        """Write the missing shards of one share.
 
         Args:
             index: Which share, from 0.
-            count: Number of shares, each of which one process of this or another host works on.
+            shares: Number of shares, each of which one process of this or another host works on.
             num_workers: Worker processes; 0 means one per core.
             progress: Show a progress bar on stderr.
 
         Raises:
-            DataError: where data cannot be read or written.
+            DataError: where data cannot be written; where they cannot be read, and then without the shards, which would
+                not serve corrected data.
         """
-        # Only a progress bar needs the count, which reads JSON arrays once more.
-        total = sum(source.count() for source in self.sources) // count if progress else None
-        with _progress_bar(total) as advance:
-            write_shards(
-                self._blocks(index, count), ExampleEncoder(self.reader, self.encoder), num_workers or cores(), advance
-            )
+        places = [source.places for source in self.sources]
+        total = None if None in places else sum(filter(None, places)) // shares
+        unreadable: list[DataError] = []
+
+        def blocks() -> Iterator[Block]:
+            try:
+                yield from self._blocks(index, shares)
+            except DataError as error:
+                unreadable.append(error)
+                raise
+
+        try:
+            with _progress_bar(total, shown=progress) as advance:
+                write_shards(blocks(), ExampleEncoder(self.reader, self.encoder), num_workers or cores(), advance)
+        finally:
+            if unreadable:
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def merge(self) -> CachedTable:
         """Make the cache file of all shards and remove them.
@@ -88,52 +104,94 @@ class Preparation:
         shutil.rmtree(self.folder, ignore_errors=True)
         return table
 
-    def _shard(self, number: int) -> Path:
-        return self.folder / f"{number:07d}.arrow"
+    def _shard(self, source: int, number: int) -> Path:
+        return self.folder / f"{source:04d}_{number:07d}.arrow"
 
     def _shard_batches(self) -> Iterator[Any]:
-        number, examples = 0, BLOCK_EXAMPLES
-        while examples == BLOCK_EXAMPLES:
-            shard = read_table(self._shard(number))
-            if shard is None:
-                raise DataError(f"{self._shard(number)}: this part of the tokenised data is missing: run again")
-            examples = shard.table.num_rows
-            yield from shard.table.to_batches()
-            number += 1
-
-    def _blocks(self, index: int, count: int) -> Iterator[Block]:
-        """The blocks of a share that are not tokenised yet."""
-        examples, number = self._examples(), 0
-        while True:
-            block = list(islice(examples, BLOCK_EXAMPLES))
-            path = self._shard(number)
-            if number % count == index and read_table(path) is None:
-                yield Block(path, block)
-            if len(block) < BLOCK_EXAMPLES:
-                return
-            number += 1
-
-    def _examples(self) -> Iterator[PlacedExample]:
+        rows: list[Any] = []
         for index, source in enumerate(self.sources):
+            blocks = self._num_blocks(source)
+            for number in count() if blocks is None else range(blocks):
+                shard = read_table(self._shard(index, number))
+                if shard is None:
+                    raise DataError(
+                        f"{self._shard(index, number)}: this part of the tokenised data is missing: run again"
+                    )
+                rows += shard.table.to_batches()
+                if sum(batch.num_rows for batch in rows) >= _BATCH_ROWS:
+                    yield _combined(rows)
+                    rows = []
+                if blocks is None and shard.table.num_rows < BLOCK_EXAMPLES:
+                    break
+        yield _combined(rows)
+
+    def _num_blocks(self, source: Source) -> int | None:
+        """Number of blocks of a source; ``None`` where only reading all of it tells."""
+        places = None if self._in_groups(source) else source.places
+        return None if places is None else max(1, -(-places // BLOCK_EXAMPLES))
+
+    def _in_groups(self, source: Source) -> bool:
+        """Whether the rows are single answers, of which adjacent ones become one example."""
+        first = next(source.raw_examples(), None)
+        columns = self.reader.prompt_columns, self.reader.score
+        return first is not None and single_answer(decoded(first[1]), *columns) is not None
+
+    def _blocks(self, index: int, shares: int) -> Iterator[Block]:
+        """The blocks of a share that are not tokenised yet."""
+        for number, source in enumerate(self.sources):
+            blocks = self._num_blocks(source)
+            # small sources fall to different shares
+            own = (index + number) % shares
             try:
-                for number, value in self._of_source(source):
-                    yield PlacedExample(index, number, value)
+                if blocks is None:
+                    yield from self._every_block(number, source, own, shares)
+                else:
+                    yield from self._own_blocks(number, source, own * blocks // shares, (own + 1) * blocks // shares)
             except OSError as error:
                 raise DataError(f"{source.name}: cannot read the data: {error.strerror or error}") from None
 
-    def _of_source(self, source: Source) -> Iterator[Example]:
-        """The examples of a source; decoded already only where single answers have to be grouped."""
-        prompts, score = self.reader.prompt_columns, self.reader.score
-        first = next(source.raw_examples(), None)
-        if first is not None and single_answer(decoded(first[1]), prompts, score) is not None:
-            return grouped(source.examples(), prompts, score)
-        return source.raw_examples()
+    def _every_block(self, index: int, source: Source, own: int, shares: int) -> Iterator[Block]:
+        """Blocks ``own``, ``own + shares`` and so on of a source that has to be read from its start."""
+        if self._in_groups(source):
+            examples = grouped(source.examples(), self.reader.prompt_columns, self.reader.score)
+        else:
+            examples = source.raw_examples()
+        for number in count():
+            block = list(islice(examples, BLOCK_EXAMPLES))
+            if number % shares == own:
+                yield from self._unless_done(index, number, block)
+            if len(block) < BLOCK_EXAMPLES:
+                return
+
+    def _own_blocks(self, index: int, source: Source, first: int, stop: int) -> Iterator[Block]:
+        """Blocks ``first`` to ``stop - 1`` of a source; what lies before and behind them is not read."""
+        examples = groupby(
+            source.raw_examples(first * BLOCK_EXAMPLES), lambda example: (example[0] - 1) // BLOCK_EXAMPLES
+        )
+        following = next(examples, None) if first < stop else None
+        for number in range(first, stop):
+            block: list[Example] = []
+            if following is not None and following[0] == number:
+                block = list(following[1])
+                following = next(examples, None)
+            yield from self._unless_done(index, number, block)
+
+    def _unless_done(self, source: int, number: int, examples: Sequence[Example]) -> Iterator[Block]:
+        path = self._shard(source, number)
+        if read_table(path) is None:
+            yield Block(path, [PlacedExample(source, place, value) for place, value in examples])
+
+
+def _combined(batches: Sequence[Any]) -> Any:
+    """One record batch of all rows."""
+    table = pa.Table.from_batches(batches, SCHEMA).combine_chunks()
+    return table.to_batches()[0] if table.num_rows else pa.RecordBatch.from_pylist([], schema=SCHEMA)
 
 
 @contextmanager
-def _progress_bar(total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, as the function that advances it; ``None`` shows none."""
-    if total is None:
+def _progress_bar(total: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, as the function that advances it; a total of ``None`` is not known."""
+    if not shown:
         yield lambda _: None
         return
     columns = (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc  # type: ignore[import-untyped]
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from mindspeed_simpo.config.options import DataOptions
 from mindspeed_simpo.data.problems import NO_FAULT, ProblemKind
@@ -76,8 +77,10 @@ class DataReport:
     rejected_tokens: TokenStatistics
     pair_tokens: TokenStatistics
     """Prompt and longer response."""
-    lengths: Int64[np.ndarray, "pair 3"]
+    lengths: Int32[np.ndarray, "pair 3"]
     """Prompt, chosen and rejected response of each kept pair, tokens."""
+    kept_rows: Int64[np.ndarray, " pair"]
+    """The example of each kept pair, from 0."""
 
     def summary(self) -> str:
         """One line of counts."""
@@ -92,42 +95,60 @@ class DataReport:
 
 
 def make_report(table: Any, sources: Sequence[Source]) -> DataReport:
-    """Count the examples of a cache table."""
-    kinds = table.column("kind")
-    kept = np.flatnonzero(kinds.is_null().to_numpy())
-    prompt, chosen, rejected = (_lengths(table, name)[kept] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    pair = prompt + np.maximum(chosen, rejected)
-    prompt_cut, chosen_cut, rejected_cut = (
-        table.column(name).to_numpy()[kept] for name in ("prompt_cut", "chosen_cut", "rejected_cut")
-    )
-    counts = {kind: np.flatnonzero(pc.equal(kinds, kind).fill_null(False).to_numpy()) for kind in _KINDS}
-    listed = np.sort(np.concatenate([indices[:PROBLEMS_LISTED] for indices in counts.values()]))
+    """Count the examples of a cache table, batch by batch: what it needs of memory is what it returns."""
+    size = table.column("kind").null_count
+    kept_rows, lengths = np.empty(size, np.int64), np.empty((size, 3), np.int32)
+    counts: Counter[str] = Counter()
+    listed: list[int] = []
+    first = kept = prompts_cut = responses_cut = 0
+    for batch in table.to_batches():
+        for row in np.flatnonzero(batch.column("kind").is_valid()).tolist():
+            kind = batch.column("kind")[row].as_py()
+            counts[kind] += 1
+            if counts[kind] <= PROBLEMS_LISTED:
+                listed.append(first + row)
+        usable = np.flatnonzero(batch.column("kind").is_null())
+        part = slice(kept, kept + len(usable))
+        kept_rows[part] = first + usable
+        for side, name in enumerate(("prompt_ids", "chosen_ids", "rejected_ids")):
+            lengths[part, side] = batch.column(name).value_lengths().to_numpy()[usable]
+        cut = [batch.column(f"{name}_cut").to_numpy()[usable] for name in ("prompt", "chosen", "rejected")]
+        prompts_cut += int(np.count_nonzero(cut[0]))
+        responses_cut += int(np.count_nonzero(cut[1] + cut[2]))
+        first, kept = first + batch.num_rows, part.stop
+    prompt, chosen, rejected = lengths.T
     return DataReport(
         files=tuple(source.name for source in sources),
         rows=table.num_rows,
-        kept=len(kept),
-        **{kind: len(indices) for kind, indices in counts.items()},
-        truncated_prompts=int(np.count_nonzero(prompt_cut)),
-        truncated_responses=int(np.count_nonzero(chosen_cut + rejected_cut)),
-        problems=tuple(_problem(table, int(index), sources) for index in listed),
+        kept=size,
+        **{kind: counts[kind] for kind in _KINDS},
+        truncated_prompts=prompts_cut,
+        truncated_responses=responses_cut,
+        problems=tuple(_problem(table, index, sources) for index in listed),
         prompt_tokens=_statistics(prompt),
         chosen_tokens=_statistics(chosen),
         rejected_tokens=_statistics(rejected),
-        pair_tokens=_statistics(pair),
-        lengths=np.stack([prompt, chosen, rejected], axis=1),
+        pair_tokens=_statistics(prompt + np.maximum(chosen, rejected)),
+        lengths=lengths,
+        kept_rows=kept_rows,
     )
 
 
-def _lengths(table: Any, name: str) -> Int64[np.ndarray, " example"]:
-    chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in table.column(name).chunks]
-    return np.concatenate([np.zeros(0, np.int64), *chunks]).astype(np.int64)
-
-
-def _statistics(lengths: Int64[np.ndarray, " pair"]) -> TokenStatistics:
+def _statistics(lengths: Int32[np.ndarray, " pair"]) -> TokenStatistics:
     if not len(lengths):
         return TokenStatistics(0, 0.0, 0.0, 0.0, 0)
-    median, p95 = np.percentile(lengths, [50, 95])
-    return TokenStatistics(int(lengths.sum()), float(lengths.mean()), float(median), float(p95), int(lengths.max()))
+    numbers = np.bincount(lengths)
+    total = int(numbers @ np.arange(len(numbers)))
+    median, p95 = _percentile(numbers, 0.5), _percentile(numbers, 0.95)
+    return TokenStatistics(total, total / len(lengths), median, p95, len(numbers) - 1)
+
+
+def _percentile(numbers: Int64[np.ndarray, " length"], share: float) -> float:
+    """The percentile between the two nearest of sorted lengths, as numpy's, from the number of each length."""
+    up_to = np.cumsum(numbers)
+    place = share * (int(up_to[-1]) - 1)
+    low, high = (int(np.searchsorted(up_to, index, side="right")) for index in (math.floor(place), math.ceil(place)))
+    return low + (high - low) * (place - math.floor(place))
 
 
 def _problem(table: Any, index: int, sources: Sequence[Source]) -> ExampleProblem:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from mindspeed_simpo.data.foreign import refuse_foreign
 from mindspeed_simpo.data.problems import first_line, malformed, quoted
-from mindspeed_simpo.data.source import Example, Source
+from mindspeed_simpo.data.source import Example, Source, Survey
 from mindspeed_simpo.errors import DataError
 
 _BATCH_ROWS = 1000
@@ -40,11 +40,11 @@ class TableSource(Source):
         self._columns = _present_columns(schema, name, column_names)
 
     @abstractmethod
-    def _batches(self) -> Iterator[Any]:
-        """Record batches of the columns that are read, in order."""
+    def _batches(self, after: int = 0) -> Iterator[Any]:
+        """Record batches of the columns that are read, in order, without the first ``after`` rows."""
 
-    def digest(self) -> str:
-        """See :meth:`Source.digest`."""
+    def survey(self, piece: int) -> Survey:  # noqa: ARG002
+        """See :meth:`Source.survey`."""
         digest = hashlib.sha256()
         writer = None
         for batch in self._batches():
@@ -54,21 +54,22 @@ class TableSource(Source):
             writer.write_batch(batch.replace_schema_metadata(None))
         if writer is not None:
             writer.close()
-        return digest.hexdigest()
+        return Survey(digest.hexdigest())
 
-    def count(self) -> int:
-        """See :meth:`Source.count`."""
+    @property
+    def places(self) -> int | None:
+        """See :attr:`Source.places`."""
         return self._num_rows
 
-    def raw_examples(self) -> Iterator[Example]:
+    def raw_examples(self, after: int = 0) -> Iterator[Example]:
         """See :meth:`Source.raw_examples`."""
-        number = 0
-        for batch in self._batches():
+        if not self._num_rows:
+            raise DataError(f"{self.name}: the table has no rows")
+        number = after
+        for batch in self._batches(after):
             for index in range(batch.num_rows):
                 number += 1
                 yield number, _decoded(batch, index)
-        if not number:
-            raise DataError(f"{self.name}: the table has no rows")
 
 
 class ParquetSource(TableSource):
@@ -98,10 +99,17 @@ class ParquetSource(TableSource):
         super().__init__(name, schema, num_rows, column_names)
         self._path = path
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self, after: int = 0) -> Iterator[Any]:
         try:
             with pq.ParquetFile(self._path) as file:
-                yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=self._columns)
+                group = 0
+                while group < file.num_row_groups and file.metadata.row_group(group).num_rows <= after:
+                    after -= file.metadata.row_group(group).num_rows
+                    group += 1
+                groups = range(group, file.num_row_groups)
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups, columns=self._columns):
+                    yield batch.slice(min(after, batch.num_rows))
+                    after = max(0, after - batch.num_rows)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise DataError(f"{self.name}: the Parquet file is damaged: {first_line(error)}") from None
 
@@ -122,8 +130,8 @@ class SplitSource(TableSource):
         self._table = (data if data._indices is None else data.flatten_indices()).data.table
         super().__init__(name, self._table.schema, self._table.num_rows, column_names)
 
-    def _batches(self) -> Iterator[Any]:
-        yield from self._table.select(self._columns).to_batches(max_chunksize=_BATCH_ROWS)
+    def _batches(self, after: int = 0) -> Iterator[Any]:
+        yield from self._table.select(self._columns).slice(after).to_batches(max_chunksize=_BATCH_ROWS)
 
 
 def _present_columns(schema: Any, name: str, wanted: Sequence[str]) -> list[str]:

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.config.options import DataOptions
 from mindspeed_simpo.data.cache import not_writable
-from mindspeed_simpo.data.dataset import PairDataset, dataset_of, preparation_of
+from mindspeed_simpo.data.dataset import PairDataset, dataset_of, preparation_of, sources_of
 from mindspeed_simpo.data.paths import Part
+from mindspeed_simpo.data.source import survey_share, take_surveys
 from mindspeed_simpo.data.workers import cores
 from mindspeed_simpo.parallel.collectives import fail_together, of_all_ranks
 
@@ -22,6 +23,7 @@ def prepare_together(
 ) -> PairDataset:
     """As :func:`~mindspeed_simpo.data.dataset.prepare_pairs`, with the work divided over ranks; a collective.
 
+    The ranks of each host divide the reading of the data's content, whose digest is part of the cache file's name.
     Where all hosts share the cache folder, each rank tokenises its share of the shards; where each host has its own,
     the ranks of each host divide them. One rank makes the cache file and verifies it, the others of the host map it.
 
@@ -38,7 +40,12 @@ def prepare_together(
     rank, ranks = group.rank(), group.size()
     local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with fail_together(group):
-        work = preparation_of(options, tokenizer, part, vocab_size)
+        sources = sources_of(options, part)
+        own = survey_share(sources, local_rank, local_ranks)
+    of_host = of_all_ranks(own, group)[rank - local_rank :][:local_ranks]
+    with fail_together(group):
+        take_surveys(sources, {key: survey for surveys in of_host for key, survey in surveys.items()})
+        work = preparation_of(options, tokenizer, part, vocab_size, sources)
         table = work.load() if local_rank == 0 else None
         mark = _leave_mark(work.path)
     try:

@@ -16,22 +16,28 @@ HOSTS = {"one host": (4, True), "two hosts, one folder": (2, True), "two hosts, 
 def _prepare(folder, data, ranks_of_host, shared):
     import torch.distributed as dist
 
-    from mindspeed_simpo.data import preparation
+    from mindspeed_simpo.data import json_source, preparation
     from mindspeed_simpo.data.encoding import PairEncoder
+    from mindspeed_simpo.data.json_source import JsonSource
     from mindspeed_simpo.data.together import prepare_together
     from tests.unit.data_helpers import config_for, tokenizer
 
     rank = dist.get_rank()
     os.environ |= {"LOCAL_RANK": str(rank % ranks_of_host), "LOCAL_WORLD_SIZE": str(ranks_of_host)}
     host = "shared" if shared else f"host{rank // ranks_of_host}"
-    preparation.BLOCK_EXAMPLES = 8
+    preparation.BLOCK_EXAMPLES, json_source.PIECE_BYTES = 8, 500
     encoded, original = [], PairEncoder.encode
+    surveyed, survey = [], JsonSource.survey
 
     def counted(self, pair):
         encoded.append(pair)
         return original(self, pair)
 
-    PairEncoder.encode = counted
+    def counted_survey(self, piece):
+        surveyed.append(piece)
+        return survey(self, piece)
+
+    PairEncoder.encode, JsonSource.survey = counted, counted_survey
     config = config_for(folder, data, data_cache_dir=f"{folder}/{host}")
     counts = []
     try:
@@ -47,8 +53,8 @@ def _prepare(folder, data, ranks_of_host, shared):
             counts.append(len(encoded))
         left = sorted(path.name.split(".")[-1] for path in (folder / host / "tokenised").iterdir())
     finally:
-        PairEncoder.encode = original
-    return counts, len(dataset), dataset.fingerprint, left
+        PairEncoder.encode, JsonSource.survey = original, survey
+    return counts, len(dataset), dataset.fingerprint, left, surveyed
 
 
 @pytest.mark.parametrize("hosts", HOSTS)
@@ -61,8 +67,13 @@ def test_ranks_divide_the_work(tmp_path, hosts):
     # the second time all is there, but for what was damaged on the first host
     assert [counts[1] for counts, *_ in results] == ([0] * 4 if shared else [32, 32, 0, 0])
     assert {size for _, size, *_ in results} == {64}
-    assert len({fingerprint for *_, fingerprint, _ in results}) == 1
-    assert all(left == ["arrow"] for *_, left in results)
+    assert len({fingerprint for _, _, fingerprint, *_ in results}) == 1
+    assert all(left == ["arrow"] for *_, left, _ in results)
+    # each host reads the data for their digest once a run, of which there were two
+    pieces = list(range(-(-data.stat().st_size // 500)))
+    for first_rank in range(0, 4, ranks_of_host):
+        of_host = [piece for *_, surveyed in results[first_rank : first_rank + ranks_of_host] for piece in surveyed]
+        assert sorted(of_host) == sorted(2 * pieces)
 
 
 def _fail(folder, data):

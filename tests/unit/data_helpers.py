@@ -24,6 +24,15 @@ END = {
     "glm4": "<|user|>",
 }
 PLAIN = {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "I do not know."}
+BROKEN = [
+    PLAIN,
+    "{bad json",
+    {**PLAIN, "chosen": ""},
+    {**PLAIN, "rejected": PLAIN["chosen"]},
+    {**PLAIN, "chosen": "x" * 400},
+    {**PLAIN, "prompt": 5},
+    PLAIN,
+]
 
 
 @cache

@@ -296,7 +296,7 @@ def test_a_damaged_saved_dataset_is_named(tmp_path):
 
 def test_the_digest_is_the_content_wherever_it_lies(tmp_path):
     def digest(path):
-        return open_sources(str(path), "train", COLUMNS)[0].digest()
+        return open_sources(str(path), "train", COLUMNS)[0].digest
 
     (tmp_path / "moved").mkdir()
     for name in ("a.jsonl", "moved/b.jsonl"):

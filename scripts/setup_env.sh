@@ -8,7 +8,9 @@ NEWEST_PYTHON=${NEWEST_PYTHON:-3.12}
 
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-}" python3 python python3.12 python3.11 python3.10; do
+    # pyenv's command python3.10 fails where another version is chosen
+    for candidate in "${PYTHON:-}" python3 python python3.12 python3.11 python3.10 \
+        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[0-2].*/bin/python; do
         if [ -n "$candidate" ] && "$candidate" -c '
 import ensurepip, sys, venv
 newest = tuple(map(int, sys.argv[1].split(".")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.device import Device
 
-_WAIT = datetime.timedelta(hours=24)
+WAIT = datetime.timedelta(hours=24)
 """Time limit of waits outside training; a lost rank ends them at once, because gloo sees its closed connection."""
 
 
@@ -85,9 +86,30 @@ def initialize(layout: Layout, device: Device, timeout_minutes: float = 10.0) ->
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         context=parallel_state.get_context_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
-        control=dist.new_group(backend="gloo", timeout=_WAIT),
-        saving=dist.new_group(backend="gloo", timeout=_WAIT),
+        control=dist.new_group(backend="gloo", timeout=WAIT),
+        saving=dist.new_group(backend="gloo", timeout=WAIT),
     )
+
+
+class FirstRankFirst:
+    """Waits of ranks for global rank 0, which may be at work on a disk, through the store of the rendezvous.
+
+    Unlike a barrier it needs no other rank than those that wait. All ranks make their instances in one order.
+    """
+
+    _made = itertools.count()
+
+    def __init__(self) -> None:
+        self._number = next(self._made)
+
+    def wait(self, name: str) -> None:
+        """Return once global rank 0 has made a call with this name."""
+        store = dist.distributed_c10d._get_default_store()
+        key = f"first-rank/{self._number}/{name}"
+        if dist.get_rank() == 0:
+            store.set(key, "")
+        else:
+            store.wait([key], WAIT)
 
 
 def consecutive_ranks(number: int) -> dist.ProcessGroup:

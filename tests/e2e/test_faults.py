@@ -21,7 +21,7 @@ def test_nothing_is_lost_and_the_run_goes_on_bit_by_bit():
         check=False,
     )
     assert process.returncode == 0, process.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in process.stdout.splitlines()]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in process.stdout.splitlines()[2:]]
     assert [row[0] for row in rows[2:]] == [*names, "**all**"]
     assert [row[1] for row in rows[2:]] == ["1", "1", "2"]
     assert [row[-1] for row in rows[2:]] == ["0", "0", "0"], process.stdout

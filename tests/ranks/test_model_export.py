@@ -1,6 +1,8 @@
 """Import, export and random initialisation: bit for bit, in every layout, and loadable by transformers."""
 
 import json
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -246,3 +248,27 @@ def _planted(folder, mistake):
 def test_slots_cover_every_parameter_exactly_once(tmp_path, mistake, message):
     folder = make_checkpoint(tmp_path, "llama")
     assert message in run_ranks(_planted, 1, folder, mistake)[0]
+
+
+def _export_to_a_slow_disk(folder, layout, output):
+    import mindspeed_simpo.model.megatron.export as export
+    import mindspeed_simpo.parallel as parallel
+
+    write, initialize = export.save_file, parallel.initialize
+
+    def slowly(*args, **kwargs):
+        time.sleep(3)
+        write(*args, **kwargs)
+
+    export.save_file, parallel.initialize = slowly, partial(initialize, timeout_minutes=1 / 60)
+    try:
+        return _export(folder, layout, output, max_shard_bytes=30_000)
+    finally:
+        export.save_file, parallel.initialize = write, initialize
+
+
+@pytest.mark.parametrize("layout", [(2, 1, 1), (1, 2, 1)])
+def test_a_slow_disk_of_the_first_rank_is_waited_for(tmp_path, layout):
+    source = make_checkpoint(tmp_path / "source", "llama", **FAMILIES["llama"])
+    run_ranks(_export_to_a_slow_disk, 2, source, layout, str(tmp_path / "out"))
+    _assert_same_bits(source, tmp_path / "out")

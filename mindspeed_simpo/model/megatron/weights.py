@@ -16,6 +16,7 @@ from mindspeed_simpo.model.megatron.gpt import PolicyModel
 from mindspeed_simpo.model.naming import Slot, joined
 from mindspeed_simpo.model.weight_source import RandomWeights, SafetensorsFolder, WeightSource
 from mindspeed_simpo.parallel import Groups
+from mindspeed_simpo.parallel.groups import FirstRankFirst
 
 
 def fill_weights(
@@ -76,7 +77,8 @@ def gather_hf_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(Hugging Face name, full tensor)`` on global rank 0, tensor by tensor; yield nothing on other ranks.
 
-    A collective: every rank must exhaust the iterator. The order is that of the layers.
+    A collective: every rank must exhaust the iterator. The order is that of the layers. Before each tensor the other
+    ranks wait for rank 0, without the time limit of training, for what rank 0 does with the tensor may take long.
 
     Args:
         models: This rank's model chunks, with or without wrappers.
@@ -85,6 +87,7 @@ def gather_hf_tensors(
         value: Function of a parameter that returns the tensor to gather, in the parameter's shape, such as its data,
             its gradient or an optimizer state; of one dtype for all parameters.
     """
+    first_rank = FirstRankFirst()
     if groups.data.rank() or groups.context.rank():
         return
     own = {model.chunk: model for model in map(unwrap, models)}
@@ -94,6 +97,7 @@ def gather_hf_tensors(
         for slot in chunk.slots(description):
             if slot.replica:
                 continue
+            first_rank.wait(slot.tensors[0].name)
             tensors: list[Tensor] = []
             if chunk in own:
                 parameter = value(own[chunk].get_parameter(slot.parameter)).detach()
@@ -101,6 +105,7 @@ def gather_hf_tensors(
             elif groups.pipeline.rank() == 0 and groups.tensor.rank() == 0:
                 tensors = [like.new_empty(tensor.shape) for tensor in slot.tensors]
             for tensor, whole in zip(slot.tensors, tensors, strict=False):
+                first_rank.wait(tensor.name)
                 if groups.tensor.rank() == 0 and _move_to_first_pipeline_rank(whole, chunk.pipeline_rank, groups):
                     yield tensor.name, whole
 

@@ -10,6 +10,7 @@ without faults, bit by bit. The result is a Markdown table.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from scripts.fault_kinds import FAULTS, Fault, NotAllowedError
 from scripts.fault_run import SETTINGS, Launched, differences, problems_of
+from scripts.machine import processor, versions
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcomes, skipped = campaign(
             arguments.cycles, arguments.seed, Path(folder), arguments.faults, arguments.settings
         )
+    found = versions()
+    sys.stdout.write(
+        f"{len(outcomes)} cycles, seed {arguments.seed}; {processor()}, {len(os.sched_getaffinity(0))} cores, "
+    )
+    sys.stdout.write(f"torch {found['torch']}, megatron-core {found['megatron-core']}, {found['date']}\n\n")
     sys.stdout.write(table(outcomes) + "\n")
     sys.stdout.writelines(f"not run: {reason}\n" for reason in skipped)
     return 1 if any(outcome.problems for outcome in outcomes) else 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int
 
 from mindspeed_simpo.batch import even_halves
 from mindspeed_simpo.config.layout import Layout
@@ -91,7 +91,7 @@ def _window(number: int) -> Callable[[Sequence[PassShape]], int]:
     return largest
 
 
-def _passes(pairs: Int64[np.ndarray, "part 3"], batching: Batching, *, two_pass: bool) -> Iterator[PassShape]:
+def _passes(pairs: Int[np.ndarray, "part 3"], batching: Batching, *, two_pass: bool) -> Iterator[PassShape]:
     """The passes of the pairs of one micro-batch."""
     prompt, *sides = pairs.T
     if batching.name == "prefix_shared":

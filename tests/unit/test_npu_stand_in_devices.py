@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mindspeed_simpo.parallel.collectives import _SumWithIdentityBackward
+from mindspeed_simpo.parallel.collectives import _reduce_scatter, _SumWithIdentityBackward
 from tests.unit.conftest import FAKES
 
 DOUBLE = torch.float64
@@ -34,7 +34,7 @@ def hccl(torch_npu, monkeypatch):
 COLLECTIVES = {
     "all_reduce": dist.all_reduce,
     "reduce": lambda tensor: dist.reduce(tensor, 0),
-    "reduce_scatter": lambda tensor: dist.reduce_scatter(torch.empty_like(tensor), [tensor]),
+    "reduce_scatter": lambda tensor: _reduce_scatter(torch.empty_like(tensor), tensor),
     "all_gather": lambda tensor: dist.all_gather([torch.empty_like(tensor)], tensor),
     "broadcast": lambda tensor: dist.broadcast(tensor, 0),
 }

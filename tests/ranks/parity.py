@@ -142,7 +142,8 @@ def _train(batches, run, config, groups, device):
         loaded = checkpoint.read_state(Path(run.load))
         first_step = loaded.step
         running.load(loaded.running)
-    result = {"losses": [], "grad_norms": []}
+    [first, *_] = getattr(stepper.optimizer, "chained_optimizers", [stepper.optimizer])
+    result = {"losses": [], "grad_norms": [], "adam": type(first.optimizer).__name__}
     for step, pairs in enumerate(batches):
         for model in wrapped:
             model.zero_grad_buffer()

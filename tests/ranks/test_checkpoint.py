@@ -68,7 +68,7 @@ class GroupStepAdam(torch.optim.Optimizer):
                     state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 torch.optim._functional.adamw(
                     *([parameter], [parameter.grad], [state["exp_avg"]], [state["exp_avg_sq"]], []),
-                    [group["step"].float()],
+                    [group["step"].float() - 1],  # the function counts one more
                     amsgrad=False,
                     beta1=group["betas"][0],
                     beta2=group["betas"][1],
@@ -80,9 +80,13 @@ class GroupStepAdam(torch.optim.Optimizer):
 
 
 def _use_group_step_adam():
+    """What MindSpeed, apex and TransformerEngine change: the names by which megatron-core knows Adam."""
     import megatron.core.optimizer
+    from megatron.core.optimizer import distrib_optimizer
 
-    megatron.core.optimizer.Adam = GroupStepAdam
+    for module in (megatron.core.optimizer, distrib_optimizer):
+        module.Adam = GroupStepAdam
+        module.USING_PYTORCH_OPTIMIZER = False
 
 
 @pytest.mark.parametrize("prepare", [None, _use_group_step_adam], ids=["torch's Adam", "step in the group"])
@@ -95,6 +99,7 @@ def test_reading_back_changes_no_bit(run, tmp_path, bf16, sharded, prepare):
     whole = engine_steps(folder, batches * 2, **options)
     engine_steps(folder, batches, save=tmp_path, **options)
     second = engine_steps(folder, batches, load=tmp_path / "iter_0000002", **options)
+    assert second["adam"] == ("AdamW" if prepare is None else "GroupStepAdam")
     assert second["losses"] == whole["losses"][2:]
     assert second["grad_norms"] == whole["grad_norms"][2:]
     assert all(torch.equal(second["params"][name], value) for name, value in whole["params"].items())
@@ -108,6 +113,7 @@ def test_a_checkpoint_crosses_between_kinds_of_adam(run, tmp_path, sharded):
     files = {"load": tmp_path / "a" / "iter_0000002", "save": tmp_path / "b"}
     crossed = engine_steps(folder, batches[:1], **files, prepare=_use_group_step_adam, **options)
     back = engine_steps(folder, batches[1:], load=tmp_path / "b" / "iter_0000003", **options)
+    assert (crossed["adam"], back["adam"]) == ("GroupStepAdam", "AdamW")
     assert crossed["losses"] + back["losses"] == pytest.approx(whole["losses"][2:], rel=1e-6)
     error, name = worst_error(back["params"], {name: value.double() for name, value in whole["params"].items()})
     assert error < 1e-5, name

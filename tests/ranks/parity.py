@@ -143,7 +143,7 @@ def _train(batches, run, config, groups, device):
         first_step = loaded.step
         running.load(loaded.running)
     [first, *_] = getattr(stepper.optimizer, "chained_optimizers", [stepper.optimizer])
-    result = {"losses": [], "grad_norms": [], "adam": type(first.optimizer).__name__}
+    result = {"losses": [], "grad_norms": [], "adam": type(first.optimizer).__module__}
     for step, pairs in enumerate(batches):
         for model in wrapped:
             model.zero_grad_buffer()

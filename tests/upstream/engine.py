@@ -1,11 +1,12 @@
-"""One training step of the engine on its NPU branch, with the real MindSpeed; run under torchrun.
+"""Training steps of the engine on its NPU branch, with the real MindSpeed; run under torchrun.
 
     engine.py train CONFIG --flag value ...
 
 The command line is that of a launch script, flags of the layout at its end; MindSpeed's adaptor finds it where it finds
-a user's. ENGINE_JOB names a folder with the model, ``job.pt`` with ``(pairs, layout)``, and the place for
-``gradients.pt``: what ``tests.ranks.parity`` returns on rank 0. ``torch.npu`` has no tensors on this machine, so that
-the device's tensors are the CPU's, and what asks where a tensor lies is told "on an NPU".
+a user's. ENGINE_JOB names a folder with the model, ``job.pt`` with ``(runs, layout)``, each run its batches and what
+else ``tests.ranks.parity.Run`` takes, and the place for ``results.pt``: what ``tests.ranks.parity`` returns on rank 0.
+``torch.npu`` has no tensors on this machine, so that the device's tensors are the CPU's, what asks where a tensor lies
+is told "on an NPU", and what asks for the current device for a tensor of its own is told "cpu".
 """
 
 import importlib
@@ -34,15 +35,22 @@ def main():
     device.open_device = open_device
     from tests.ranks import parity
 
-    pairs, layout = torch.load(folder / "job.pt", weights_only=False)
+    runs, layout = torch.load(folder / "job.pt", weights_only=False)
     # torch_npu makes HCCL's groups of NCCL's; the stand-in makes groups of gloo that refuse what HCCL refuses
     importlib.import_module("torch_npu.contrib.transfer_to_npu")
     torch.distributed.init_process_group("nccl")
-    result = parity._rank(str(folder / "model"), [pairs], [parity.Run()], None, layout)[0]
+    parallel_state = importlib.import_module("megatron.core.parallel_state")
+    torch.npu.current_device = lambda: "cpu"
+    results = []
+    for batches, options in runs:
+        [result] = parity._rank(str(folder / "model"), batches, [parity.Run(**options)], None, dict(layout))
+        for key in ("grads", "params"):
+            result[key] = {name: torch.from_numpy(values) for name, values in result[key].items()}
+        results.append(result)
+        parallel_state.destroy_model_parallel()
     assert sys.argv == given
     if os.environ["RANK"] == "0":
-        gradients = {name: torch.from_numpy(gradient) for name, gradient in result["grads"].items()}
-        torch.save(gradients, folder / "gradients.pt")
+        torch.save(results, folder / "results.pt")
 
 
 if __name__ == "__main__":

@@ -33,11 +33,10 @@ def command_line(folder, layout):
     return flags
 
 
-@pytest.mark.parametrize(("family", "ranks", "layout"), [("qwen3", 1, {}), ("llama", 2, TP), ("qwen2", 4, PP | CP)])
-def test_gradients(tmp_path, family, ranks, layout):
+def run_engine(tmp_path, family, ranks, layout, runs):
+    """Results of the runs ``(batches, options of the run)``, one after the other, and the folder of the model."""
     folder = make_checkpoint(tmp_path / "model", family=family, vocab_size=514, std=0.15)
-    pairs = make_token_pairs(8, 514)
-    torch.save((pairs, {"lr": 1e-3, "micro_batch_size": 2, **layout}), tmp_path / "job.pt")
+    torch.save((runs, {"lr": 1e-3, "micro_batch_size": 2, **layout}), tmp_path / "job.pt")
     worker = str(REPOSITORY / "tests" / "upstream" / "engine.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port"]
     command += [str(free_port()), worker, *command_line(tmp_path, layout)]
@@ -54,6 +53,26 @@ def test_gradients(tmp_path, family, ranks, layout):
         check=False,
     )
     assert process.returncode == 0, process.stdout[-4000:]
+    return torch.load(tmp_path / "results.pt", weights_only=False), folder
+
+
+@pytest.mark.parametrize(("family", "ranks", "layout"), [("qwen3", 1, {}), ("llama", 2, TP), ("qwen2", 4, PP | CP)])
+def test_gradients(tmp_path, family, ranks, layout):
+    pairs = make_token_pairs(8, 514)
+    [result], folder = run_engine(tmp_path, family, ranks, layout, [([pairs], {})])
     wanted = oracle.gradients(folder, pairs, oracle.Options())
-    error, name = worst_error(torch.load(tmp_path / "gradients.pt"), wanted)
+    error, name = worst_error(result["grads"], wanted)
     assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_resumed_run_counts_the_updates_of_mindspeeds_adam(tmp_path, sharded):
+    batches = [make_token_pairs(8, 514, seed=seed) for seed in range(3)]
+    saved = str(tmp_path / "saved")
+    runs = [(batches, {}), (batches[:2], {"save": saved}), (batches[2:], {"load": f"{saved}/iter_0000002"})]
+    layout = {"use_distributed_optimizer": sharded, "lr_decay_style": "constant"}
+    (whole, first, resumed), _ = run_engine(tmp_path, "qwen3", 2, layout, runs)
+    assert whole["adam"].startswith("mindspeed.")
+    assert resumed["adam"] == whole["adam"]
+    assert first["losses"] + resumed["losses"] == whole["losses"]
+    assert all(torch.equal(resumed["params"][name], value) for name, value in whole["params"].items())

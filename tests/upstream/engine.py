@@ -46,7 +46,7 @@ def main():
         [result] = parity._rank(str(folder / "model"), batches, [parity.Run(**options)], None, dict(layout))
         for key in ("grads", "params"):
             result[key] = {name: torch.from_numpy(values) for name, values in result[key].items()}
-        results.append(result)
+        results.append(result | {"core": importlib.import_module("megatron.core").__version__})
         parallel_state.destroy_model_parallel()
     assert sys.argv == given
     if os.environ["RANK"] == "0":

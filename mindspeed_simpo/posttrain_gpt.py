@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 
-from mindspeed_simpo.errors import ConfigError, SimpoError
+from mindspeed_simpo.errors import ConfigError, SimpoError, let_first_rank_print
 from mindspeed_simpo.integrations.mindspeed_llm import hooks
-
-_PEER_GRACE_S = 5.0
 
 
 def main() -> None:
@@ -40,9 +37,7 @@ def _main() -> None:
         main()
     except SimpoError as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank:
-            # torchrun ends all ranks of its host when one ends, and rank 0 says the same
-            time.sleep(_PEER_GRACE_S)
+        let_first_rank_print(rank)
         sys.stderr.write(f"mindspeed_simpo: {f'rank {rank}: ' if rank else ''}{error}\n")
         raise SystemExit(error.exit_code) from None
 

@@ -1,7 +1,7 @@
 """Time and memory of preparing many pairs: cold, resumed after a kill, warm, and the order of an epoch.
 
     python -m scripts.scale_data --pairs 1000000 --workers 1 2
-    python -m scripts.scale_data --pairs 50000 --repeat 10 --workers 1
+    python -m scripts.scale_data --pairs 20000 --repeat 20 --workers 1
 
 Each step runs in a process of its own. "Anonymous" memory is what the process itself holds at the end; the
 memory-mapped cache file is shared by the ranks of a host, and the system can drop it. Seconds are those after the
@@ -35,10 +35,8 @@ def write_pairs(path: Path, number: int, repeat: int) -> None:
             start = index % len(TEXT)
             words = TEXT[start:] + TEXT[:start]
             parts = (f"{index}: {words[:60]}?", f"{words[:40]}.", f"no {words[:30]}.")
-            row = dict(
-                zip(("prompt", "chosen", "rejected"), (" ".join([part] * repeat) for part in parts), strict=True)
-            )
-            file.write(json.dumps(row) + "\n")
+            prompt, chosen, rejected = (" ".join([part] * repeat) for part in parts)
+            file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
 
 
 def _prepare(folder: str, workers: int) -> tuple[Any, dict[str, float]]:
@@ -83,7 +81,8 @@ def _import() -> dict[str, float]:
 
 def _load(folder: str, workers: int) -> dict[str, float]:
     _import()
-    return _prepare(folder, workers)[1]
+    dataset, seconds = _prepare(folder, workers)
+    return seconds | {"tokens": float(dataset.lengths.sum() / len(dataset))}
 
 
 def _order(folder: str, workers: int) -> dict[str, float]:
@@ -149,10 +148,9 @@ def main() -> None:
     out = sys.stdout.write
     found = versions()
     cores = len(os.sched_getaffinity(0))
-    out(
-        f"{options.pairs:,} pairs, data file {sizes[0]:.0f} MiB, cache file {sizes[1]:.0f} MiB; {processor()}, {cores} "
-    )
-    out(f"cores, Python {found['python']}, transformers {found['transformers']}, {found['date']}\n\n")
+    size = " MiB, ".join(f"{name} file {size:.0f}" for name, size in zip(("data", "cache"), sizes, strict=True))
+    out(f"{options.pairs:,} pairs of {rows[1][1]['tokens']:.0f} tokens, {size} MiB; {processor()}, {cores} cores, ")
+    out(f"Python {found['python']}, transformers {found['transformers']}, {found['date']}\n\n")
     head = (*(f"{stage}, s" for stage in STAGES), "anonymous, MiB", "resident, MiB")
     out(f"| step | {' | '.join(head)} |\n{'|---' * (len(head) + 1)}|\n")
     for name, values in rows:

@@ -3,8 +3,8 @@
     python -m scripts.scale_projection
     python -m scripts.scale_projection --write-docs
 
-The constants are those of the tables above it in docs/scaling.md, which the scripts named there print; memory and
-messages of a step are computed from the shapes of Llama-3-70B.
+The constants are quotients of figures in the tables above it in docs/scaling.md, which the scripts named there print;
+memory and messages of a step are computed from the shapes of Llama-3-70B.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +46,7 @@ LLAMA_70B = {
     "rms_norm_eps": 1e-5,
 }
 PARAMETERS = 70_553_706_496
-RUN = {
+RUN: dict[str, Any] = {
     "model_name_or_path": "unused",
     "data_path": "unused",
     "bf16": True,
@@ -58,86 +58,72 @@ RUN = {
     "pipeline_model_parallel_size": 8,
     "use_distributed_optimizer": True,
 }
-RANKS, RANKS_OF_HOST = 512, 8
-PAIRS, TOKENS_OF_PAIR, BYTES_OF_PAIR = 100_000_000, 1000, 4000
-USED_PAIRS = 512 * 1000
+RANKS, RANKS_OF_HOST, MODEL_RANKS = 512, 8, 64
+PAIRS, TOKENS, BYTES = 100_000_000, 1000, 4000
+USED_PAIRS = 1000 * RUN["global_batch_size"]
 """Of 1,000 steps."""
 
+# the figures of the tables in docs/scaling.md, seconds and bytes
+GROUPS = 1.11 / 16
+AGREEMENT = 0.1144 / 16
+SHA256 = 0.3 / (180 * 2**20)
+BLAKE2B = 0.68 / (408 * 2**20)
+SHORT_PAIR, SHORT_TOKENS = 488.6 / 1_000_000, 79
+LONG_PAIR, LONG_TOKENS = 65.0 / 20_000, 1409
+TOKEN = (LONG_PAIR - SHORT_PAIR) / (LONG_TOKENS - SHORT_TOKENS)
+PAIR = SHORT_PAIR - SHORT_TOKENS * TOKEN
+MERGE = 1.2 / (110 * 2**20)
+REPORT = 0.5 / 1_000_000
+COPY, SAVE, READ = (seconds / (408 * 2**20) for seconds in (0.37, 2.24, 0.19))
+PAIR_BYTES = 3 * 4 + 8 + 8
+"""Three lengths, the place in the cache file and the place in the order of the epoch."""
 
-@dataclass(frozen=True)
-class Measured:
-    """Constants of this machine, seconds and bytes; see the tables of docs/scaling.md."""
-
-    agreement_per_rank: float
-    groups_per_rank: float
-    digest: float
-    """A byte of data or of a cache file, SHA-256."""
-    blake2b: float
-    """A byte of a checkpoint or of weights."""
-    tokenise_pair: float
-    tokenise_token: float
-    merge: float
-    """A byte of the cache file."""
-    report_pair: float
-    memory_pair: float
-    """Bytes of each rank."""
-    copy: float
-    """A byte of a rank's checkpoint file, to host memory."""
-    save: float
-    """The same, to disk and digested."""
-    read: float
+Row = tuple[str, str, str]
+"""Name, formula and value of a cost."""
 
 
-MEASURED = Measured(
-    agreement_per_rank=0.114 / 16,
-    groups_per_rank=1.11 / 16,
-    digest=0.3 / (180 * 2**20),
-    blake2b=0.68 / (408 * 2**20),
-    tokenise_pair=325e-6,
-    tokenise_token=2.08e-6,
-    merge=1.2 / (110 * 2**20),
-    report_pair=0.5e-6,
-    memory_pair=28,
-    copy=0.37 / (408 * 2**20),
-    save=2.24 / (408 * 2**20),
-    read=0.19 / (408 * 2**20),
-)
-
-
-def costs(measured: Measured) -> list[tuple[str, str, str]]:
-    """Name, formula and value of each cost."""
-    cache_bytes = 4 * TOKENS_OF_PAIR * PAIRS
-    shard = 12 * PARAMETERS / RANKS
-    weights = 2 * PARAMETERS
-    tokenise = measured.tokenise_pair + measured.tokenise_token * TOKENS_OF_PAIR
-    rows = [
-        ("process groups", "70 ms x W", _time(measured.groups_per_rank * RANKS)),
-        ("one agreement of all ranks", "7 ms x W", _time(measured.agreement_per_rank * RANKS)),
+def costs() -> list[Row]:
+    """All rows of the table."""
+    cached, shard, weights = 4 * TOKENS * PAIRS, 12 * PARAMETERS / RANKS, 2 * PARAMETERS
+    own_shard = "12 P / W"
+    return [
+        _timed("process groups", GROUPS, "W", RANKS),
+        _timed("one agreement of all ranks", AGREEMENT, "W", RANKS),
+        _timed("digest of the data, each host reads them once", SHA256, "N D / 8", PAIRS * BYTES / RANKS_OF_HOST),
         (
-            "digest of the data, each host reads them once",
-            "1.6 ns x N D / 8",
-            _time(measured.digest * PAIRS * BYTES_OF_PAIR / 8),
+            "tokenising, one process a rank",
+            f"({_constant(PAIR)} + {_constant(TOKEN)} x T) x N / W",
+            _time((PAIR + TOKEN * TOKENS) * PAIRS / RANKS),
         ),
-        ("tokenising, one process a rank", "N (325 us + 2.1 us x T) / W", _time(tokenise * PAIRS / RANKS)),
-        ("merging the shards, one rank", "10 ns x 4 N T", _time(measured.merge * cache_bytes)),
-        ("warm start: verification, one rank of each host", "1.6 ns x 4 N T", _time(measured.digest * cache_bytes)),
-        ("warm start: report, each rank", "0.5 us x N", _time(measured.report_pair * PAIRS)),
-        ("memory of the pairs' lengths and order, each rank", "28 bytes x N", _size(measured.memory_pair * PAIRS)),
-        ("weights read, each rank", "2 P / (TP PP)", _size(weights / 64)),
-        ("digest of weights (DPO), each rank", "1.6 ns x 2 P / W", _time(measured.blake2b * weights / RANKS)),
-        ("reference pass of 1,000 steps (DPO)", "used pairs x T", f"{USED_PAIRS * TOKENS_OF_PAIR:,} tokens forward"),
-        ("checkpoint, file of each rank", "12 P / W", _size(shard)),
-        ("checkpoint: copy to host memory, training waits", "0.9 ns x 12 P / W", _time(measured.copy * shard)),
-        ("checkpoint: writing and digest, in background", "5.2 ns x 12 P / W", _time(measured.save * shard)),
-        ("resume: verification of all files, divided", "1.6 ns x 12 P / W", _time(measured.blake2b * shard)),
-        ("resume: reading, each rank", "0.4 ns x 12 P / W", _time(measured.read * shard)),
+        _timed("merging the shards, one rank", MERGE, "4 N T", cached),
+        _timed("warm start: verification, one rank of each host", SHA256, "4 N T", cached),
+        _timed("warm start: report, each rank", REPORT, "N", PAIRS),
+        ("lengths and order of the pairs, each rank", f"{PAIR_BYTES} bytes x N", _size(PAIR_BYTES * PAIRS)),
+        ("weights read, each rank", "2 P / (TP PP)", _size(weights / MODEL_RANKS)),
+        _timed("digest of weights (DPO), each rank", BLAKE2B, "2 P / W", weights / RANKS),
+        ("reference pass of 1,000 steps (DPO)", "used pairs x T", f"{USED_PAIRS * TOKENS:,} tokens forward"),
+        ("checkpoint: file of each rank", own_shard, _size(shard)),
+        _timed("checkpoint: copy to host memory, training waits", COPY, own_shard, shard),
+        _timed("checkpoint: writing and digest, in the background", SAVE, own_shard, shard),
+        _timed("resume: verification, each rank its share", BLAKE2B, own_shard, shard),
+        _timed("resume: reading, each rank", READ, own_shard, shard),
+        *_memory(),
+        *_messages(),
     ]
-    rows += _memory()
-    rows += _messages()
-    return rows
 
 
-def _memory() -> list[tuple[str, str, str]]:
+def _timed(name: str, constant: float, quantity: str, amount: float) -> Row:
+    return name, f"{_constant(constant)} x {quantity}", _time(constant * amount)
+
+
+def _constant(seconds: float) -> str:
+    unit, name = next(
+        (unit, name) for unit, name in ((1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"), (1e-12, "ps")) if seconds >= unit
+    )
+    return f"{seconds / unit:.2g} {name}" if seconds < 100 * unit else f"{seconds / unit:.0f} {name}"
+
+
+def _memory() -> list[Row]:
     config = Config(**RUN)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA_70B), encoding="utf-8")
@@ -157,7 +143,7 @@ def _memory() -> list[tuple[str, str, str]]:
     ]
 
 
-def _messages() -> list[tuple[str, str, str]]:
+def _messages() -> list[Row]:
     axes = Axes(tensor=8, pipeline=8, data=8, sequence_parallel=True, distributed_optimizer=True)
     shape = Shape(
         layers=80,
@@ -188,7 +174,7 @@ def _size(number: float) -> str:
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
-def table(rows: Sequence[tuple[str, str, str]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """The rows as Markdown."""
     head = ("cost", "formula", "70B, 512 ranks, 100 million pairs")
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * 3, *rows))
@@ -198,7 +184,7 @@ def main() -> None:
     """Print the table, or write it into the documentation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write-docs", action="store_true", help=f"into {DOCS.name}")
-    found = table(costs(MEASURED))
+    found = table(costs())
     if not parser.parse_args().write_docs:
         sys.stdout.write(found + "\n")
         return

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,13 +21,12 @@ from mindspeed_simpo.cli import flags, launch
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import load_config, require_training_data
 from mindspeed_simpo.config.validation import make_layout
-from mindspeed_simpo.errors import ConfigError, SimpoError
+from mindspeed_simpo.errors import ConfigError, SimpoError, let_first_rank_print
 
 if TYPE_CHECKING:
     from mindspeed_simpo.device import Device
 
 _MAX_RANKS = 1024
-_PEER_GRACE_S = 2.0
 
 _Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="YAML file of configuration keys.", metavar="CONFIG")]
 _Nproc = Annotated[
@@ -263,13 +261,11 @@ def _without_nproc(argv: Sequence[str]) -> list[str]:
 def _print_error(message: str, rank: int, *, everywhere: bool) -> None:
     """Print an error to stderr once per run.
 
-    Where all ranks have the same error (``everywhere``), rank 0 alone prints. The other ranks wait ``_PEER_GRACE_S``
-    first: if rank 0 fails too, the launcher ends them before they print, and it does not end rank 0 before that prints.
+    Where all ranks have the same error (``everywhere``), rank 0 alone prints; see also ``let_first_rank_print``.
     """
-    if rank:
-        time.sleep(_PEER_GRACE_S)
-        if everywhere:
-            return
+    let_first_rank_print(rank)
+    if rank and everywhere:
+        return
     prefix = f"rank {rank}: " if rank else ""
     sys.stderr.write("".join(f"error: {prefix}{line}\n" for line in message.splitlines()))
     sys.stderr.flush()

@@ -17,6 +17,8 @@ from mindspeed_simpo.data.turns import (
     read_message,
     read_messages,
     read_tools,
+    shared_turns,
+    whole_conversation,
     with_article,
 )
 from mindspeed_simpo.errors import ConfigError
@@ -128,8 +130,11 @@ class ExampleReader:
         cells = self._select(self._plain(example))
         chosen, rejected = self._answers(cells)
         prompt = self._prompt(cells, chosen)
-        chosen, rejected = _whole("chosen", prompt, chosen), _whole("rejected", prompt, rejected)
-        shared = chosen[: _shared_turns(chosen, rejected) if prompt is None else len(prompt)]
+        chosen, rejected = (
+            whole_conversation("chosen", prompt, chosen),
+            whole_conversation("rejected", prompt, rejected),
+        )
+        shared = chosen[: shared_turns(chosen, rejected) if prompt is None else len(prompt)]
         answers = {"chosen": chosen[len(shared) :], "rejected": rejected[len(shared) :]}
         if cells.get("history") and (
             prompt is None or "messages" in cells.values or isinstance(cells.get("prompt"), list)
@@ -285,25 +290,6 @@ def _history(value: Any, column: str) -> list[Message]:
         turns.append(Message("user", as_text(item[0], f"{where}[0]")))
         turns.append(Message("assistant", as_text(item[1], f"{where}[1]")))
     return turns
-
-
-def _whole(name: str, prompt: list[Message] | None, turns: list[Message]) -> list[Message]:
-    """The conversation of prompt and answer; ``turns`` is the answer, or that conversation already."""
-    if turns[-1].role != "assistant":
-        raise malformed(f"{name}: the last turn must be an assistant turn, found {with_article(turns[-1].role)} turn")
-    if prompt is None or (len(turns) > len(prompt) and turns[: len(prompt)] == prompt):
-        return turns
-    return [*prompt, *turns]
-
-
-def _shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
-    """Number of turns before the answers: those that both have, up to an assistant turn of both."""
-    common = 0
-    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
-        common += 1
-    while common and not chosen[common].role == rejected[common].role == "assistant":
-        common -= 1
-    return common
 
 
 def _check_answers(answers: Mapping[str, list[Message]], *turns: int) -> None:

@@ -221,3 +221,22 @@ def _last_state(messages: Sequence[Message]) -> str:
             raise ExampleError("empty", f"turn {number} ({message.role}) of the prompt has no text")
         state = "call" if message.tool_calls is not None else message.role
     return state
+
+
+def whole_conversation(name: str, prompt: list[Message] | None, turns: list[Message]) -> list[Message]:
+    """The conversation of prompt and answer; ``turns`` is the answer, or that conversation already."""
+    if turns[-1].role != "assistant":
+        raise malformed(f"{name}: the last turn must be an assistant turn, found {with_article(turns[-1].role)} turn")
+    if prompt is None or (len(turns) > len(prompt) and turns[: len(prompt)] == prompt):
+        return turns
+    return [*prompt, *turns]
+
+
+def shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
+    """Number of turns before the answers: those that both have, up to an assistant turn of both."""
+    common = 0
+    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+        common += 1
+    while common and not chosen[common].role == rejected[common].role == "assistant":
+        common -= 1
+    return common

@@ -98,8 +98,8 @@ class PairTrainer(SFTTrainer):  # type: ignore[misc]
         args = get_args()
         ring = args.context_parallel_size > 1 and args.context_parallel_algo == "megatron_cp_algo"
         if ring and getattr(args, "attention_mask_type", "causal") == "causal":
-            # the operator of NPUs refuses a mask of whole rows in the ring; MindSpeed then makes its own, a causal one
-            # Padding ends a row, so that the causal mask is enough
+            # the NPU's operator refuses get_batch's mask of whole rows there; without a mask MindSpeed makes the causal
+            # one that the operator takes. Padding ends a row, so that it changes no token before
             attention_mask = None
         if self._head is not None:
             self._head.targets = targets

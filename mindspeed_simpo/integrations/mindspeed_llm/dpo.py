@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mindspeed_simpo.integrations.mindspeed_llm import adapters
 from mindspeed_simpo.integrations.mindspeed_llm.pairs import (
-    NextTokenLabels,
+    pair_batch,
     pair_inputs,
     pair_loss,
     row_logprobs,
@@ -43,7 +43,7 @@ class ExactDPOTrainer(DPOTrainer):  # type: ignore[misc]
     @staticmethod
     def get_batch(data_iterator: Iterator[Mapping[str, Any]]) -> Any:
         """Upstream's batch, its labels shifted before they are sliced over context-parallel ranks."""
-        return DPOTrainer.get_batch(NextTokenLabels(data_iterator))
+        return pair_batch(DPOTrainer.get_batch, data_iterator, get_args())
 
     def loss_func(
         self, input_tensor: Int[Tensor, "rows seq"], output_tensor: Float[Tensor, "rows seq shard"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,26 @@ class NextTokenLabels(Iterator[Mapping[str, Any]]):
         batch = dict(next(self._batches))
         batch["labels"] = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
         return batch
+
+
+def pair_batch(
+    get_batch: Callable[..., Iterable[Any]], batches: Iterator[Mapping[str, Any]], args: Namespace
+) -> list[Any]:
+    """What upstream's ``get_batch`` returns, for next-token labels; in the causal ring without its mask.
+
+    The NPU's operator refuses the mask of whole rows there; without a mask MindSpeed makes the causal one that the
+    operator takes. Padding ends a row, so that it changes no token before.
+
+    Args:
+        get_batch: Of an upstream trainer; the mask is its last result but one.
+        batches: Upstream's batches.
+        args: Of the command line.
+    """
+    batch = list(get_batch(NextTokenLabels(batches)))
+    ring = args.context_parallel_size > 1 and args.context_parallel_algo == "megatron_cp_algo"
+    if ring and getattr(args, "attention_mask_type", "causal") == "causal":
+        batch[-2] = None
+    return batch
 
 
 def pair_loss(args: Namespace) -> PairLoss:

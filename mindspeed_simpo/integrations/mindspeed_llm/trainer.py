@@ -17,7 +17,7 @@ from mindspeed_simpo.device import find_device, reduction_dtype
 from mindspeed_simpo.integrations.mindspeed_llm import adapters
 from mindspeed_simpo.integrations.mindspeed_llm.head import OutputLayerHead
 from mindspeed_simpo.integrations.mindspeed_llm.pairs import (
-    NextTokenLabels,
+    pair_batch,
     pair_inputs,
     pair_loss,
     row_logprobs,
@@ -68,7 +68,7 @@ class PairTrainer(SFTTrainer):  # type: ignore[misc]
     @staticmethod
     def get_batch(data_iterator: Iterator[Mapping[str, Any]]) -> Any:
         """Upstream's batch, its labels shifted before they are sliced over context-parallel ranks."""
-        return SFTTrainer.get_batch(NextTokenLabels(data_iterator))
+        return pair_batch(SFTTrainer.get_batch, data_iterator, get_args())
 
     def forward_step(
         self, data_iterator: Iterator[Mapping[str, Any]], model: torch.nn.Module
@@ -95,12 +95,6 @@ class PairTrainer(SFTTrainer):  # type: ignore[misc]
         timers("batch-generator", log_level=2).start()
         tokens, targets, _, attention_mask, position_ids = self.get_batch(data_iterator)
         timers("batch-generator").stop()
-        args = get_args()
-        ring = args.context_parallel_size > 1 and args.context_parallel_algo == "megatron_cp_algo"
-        if ring and getattr(args, "attention_mask_type", "causal") == "causal":
-            # the NPU's operator refuses get_batch's mask of whole rows there; without a mask MindSpeed makes the causal
-            # one that the operator takes. Padding ends a row, so that it changes no token before
-            attention_mask = None
         if self._head is not None:
             self._head.targets = targets
         output: Tensor = model(tokens, position_ids, attention_mask)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from mindspeed_simpo.batch import PairBatch, TokenizedPair
+from mindspeed_simpo.batch import FILLER_PAIR, PairBatch, TokenizedPair
 from mindspeed_simpo.config.options import BatchingForm
 from mindspeed_simpo.data.collate import COLLATE
 
@@ -32,6 +32,10 @@ class BatchingOptions(Protocol):
     def sequence_multiple(self) -> int:
         """``multiple_of`` of :class:`Batching`."""
 
+    @property
+    def equal_micro_batches(self) -> bool:
+        """See :class:`Batching`."""
+
 
 @dataclass(frozen=True)
 class Batching:
@@ -44,11 +48,19 @@ class Batching:
     """Tokens up to which a micro-batch is filled where its sequences share a row."""
     multiple_of: int = 1
     """The length of each row is rounded up to a multiple of this number of tokens."""
+    equal_micro_batches: bool = False
+    """Whether filler micro-batches make their number the same on all data-parallel ranks."""
 
     @classmethod
     def of(cls, options: BatchingOptions) -> Batching:
         """The batching that a configuration asks for."""
-        return cls(options.batching_in_use, options.micro_batch_size, options.token_budget, options.sequence_multiple)
+        return cls(
+            options.batching_in_use,
+            options.micro_batch_size,
+            options.token_budget,
+            options.sequence_multiple,
+            options.equal_micro_batches,
+        )
 
     def deal(self, sizes: Sequence[int], ranks: int) -> list[list[int]]:
         """Which pairs of a global batch each data-parallel rank gets; every rank computes the same answer.
@@ -68,7 +80,20 @@ class Batching:
             return [[index for index, turn in enumerate(turns) if turn == rank] for rank in range(ranks)]
         return spread(sizes, ranks)
 
-    def micro_batches(self, pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int]) -> list[PairBatch]:
+    def number_of_micro_batches(self, sizes: Sequence[int], dealt: Sequence[Sequence[int]]) -> int:
+        """The least number of micro-batches of each data-parallel rank for a global batch.
+
+        Args:
+            sizes: As for :meth:`deal`.
+            dealt: The pairs of each rank, from :meth:`deal`.
+        """
+        if not self.equal_micro_batches:
+            return 0
+        return max(len(self.parts([sizes[index] for index in own])) for own in dealt)
+
+    def micro_batches(
+        self, pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int], at_least: int = 0
+    ) -> list[PairBatch]:
         """Micro-batches of one rank's pairs of a global batch; a function of these pairs alone.
 
         ``padded`` puts ``micro_batch_size`` consecutive pairs into each micro-batch. The packed forms use :func:`fill`:
@@ -77,13 +102,12 @@ class Batching:
         Args:
             pairs: At least one; ``None`` is a filler pair.
             pair_ids: Index of each pair in the data set.
+            at_least: Micro-batches of a filler pair make up this number.
         """
-        return [
-            COLLATE[self.name](
-                [pairs[index] for index in part], [pair_ids[index] for index in part], multiple_of=self.multiple_of
-            )
-            for part in self.parts([self.size_of_pair(pair) for pair in pairs])
-        ]
+        parts = self.parts([self.size_of_pair(pair) for pair in pairs])
+        contents = [([pairs[index] for index in part], [pair_ids[index] for index in part]) for part in parts]
+        contents += [([None], [FILLER_PAIR])] * (at_least - len(parts))
+        return [COLLATE[self.name](*content, multiple_of=self.multiple_of) for content in contents]
 
     def parts(self, sizes: Sequence[int]) -> list[list[int]]:
         """The indices of the pairs of each micro-batch of one rank, from the :meth:`size_of` of each of its pairs."""

@@ -135,7 +135,7 @@ def _expert_slots(model: ModelDescription, experts: Experts, hf: str, prefix: st
     names, hidden = model.names, model.hidden_size
     yield Slot(f"{prefix}router.weight", (HFTensor(f"{hf}{names.router}", (experts.number, hidden)),))
     if experts.corrected:
-        correction = HFTensor(f"{hf}{names.correction}", (experts.number,), initial=0.0)
+        correction = HFTensor(f"{hf}{names.correction}", (experts.number,), is_fp32=True, initial=0.0)
         yield Slot(f"{prefix}router.correction", (correction,))
     gate_up: list[Slot] = []
     down: list[Slot] = []

@@ -66,6 +66,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     import torch_npu
 
+    if not gate_up.numel():  # the experts of a rank may have no token, and the operator refuses empty tensors
+        return gate_up[..., : gate_up.shape[-1] // 2]
     activated: Tensor = torch_npu.npu_swiglu(gate_up, dim=-1)
     return activated
 
@@ -79,8 +81,9 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weights, stops = ctx.saved_tensors
-        rows_grad = _grouped_matmul(grads[0], weights, stops, group_type=0)
-        weights_grad = _grouped_matmul(grads[0].t(), rows, stops, group_type=2)
+        grad = grads[0].contiguous()
+        rows_grad = _grouped_matmul(grad, weights, stops, group_type=0)
+        weights_grad = _grouped_matmul(grad.t(), rows, stops, group_type=2)
         return rows_grad, weights_grad, None
 
 
@@ -103,6 +106,9 @@ def _grouped_matmul(left: Tensor, right: Tensor, stops: Tensor, group_type: int)
     """Groups of the rows of ``left`` (``group_type`` 0), or of the summed axis (2), whose result has a group axis."""
     import torch_npu
 
+    if not left.numel():
+        groups = [] if group_type == 0 else [len(stops)]
+        return left.new_zeros(*groups, left.shape[0], right.shape[-1])
     [result] = torch_npu.npu_grouped_matmul(
         [left], [right], group_list=stops, split_item=3, group_type=group_type, group_list_type=0
     )

@@ -8,6 +8,7 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.device import npu_environment
 from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.naming import pipeline_chunks
 
 _ALWAYS = 3
 """The groups of the world, of the data and context ranks, and of the ranks that share the gradient norm."""
@@ -31,7 +32,9 @@ def communicators(model: ModelDescription, config: Config, layout: Layout, pipel
     head uses it, also a group of one tensor rank; one for each number of ranks that share a key-value head; and on the
     first and last pipeline rank one for a tied embedding. Without virtual pipeline ranks the messages of the pipeline
     are batches in its group. With them each message is a call of its own, and a pipeline of two ranks uses two groups;
-    the messages in the ring of context ranks are calls of their own, too.
+    the messages in the ring of context ranks are calls of their own, too. A rank with experts needs the groups of the
+    ranks with the same experts and, where there are several, of those with the others; and without the distributed
+    optimizer the gradient norm of experts has a group of its own.
 
     Args:
         model: The description.
@@ -54,10 +57,19 @@ def communicators(model: ModelDescription, config: Config, layout: Layout, pipel
         + (layout.context > 1)
         + len(shared)
         + (model.tied and piped and at_an_end)
+        + _of_experts(model, config, layout, pipeline_rank)
         + (piped and not virtual),
         pairs=2 * virtual + (min(2, layout.context - 1) if ring else 0),
         groups_of_pairs=int(virtual),
     )
+
+
+def _of_experts(model: ModelDescription, config: Config, layout: Layout, pipeline_rank: int) -> int:
+    chunks = pipeline_chunks(model, layout.pipeline, config.virtual_pipeline_size(model.num_layers) or 1)
+    own = [layer for chunk in chunks if chunk.pipeline_rank == pipeline_rank for layer in chunk.layers(model)]
+    several = layout.expert * layout.expert_tensor_ranks > 1
+    in_layers = 1 + several if any(layer.experts is not None for layer in own) else 0
+    return in_layers + (model.has_experts and not layout.distributed_optimizer)
 
 
 def buffer_bytes(model: ModelDescription, config: Config, layout: Layout, pipeline_rank: int) -> int:

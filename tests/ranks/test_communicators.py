@@ -26,6 +26,9 @@ CASES = {
     "pipeline, first of four": ({PP: 4, **VIRTUAL}, 4, 0, {}),
     "pipeline, second of four": ({PP: 4, **VIRTUAL}, 4, 1, {}),
     "pipeline, tied": ({PP: 2, **VIRTUAL}, 2, 0, {"tied": True}),
+    "experts": ({"expert_model_parallel_size": 2}, 2, 1, {"family": "qwen3_moe"}),
+    "experts, sharded": ({TP: 2, "use_distributed_optimizer": True}, 2, 1, {"family": "qwen3_moe"}),
+    "pipeline, experts": ({PP: 2, **VIRTUAL}, 2, 0, {"family": "glm4_moe"}),
     "all": ({TP: 2, "sequence_parallel": True, PP: 2, CP: 2, **VIRTUAL}, 16, 3, {}),
 }
 
@@ -33,7 +36,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_communicators(tmp_path, name):
     layout, size, rank, shape = CASES[name]
-    folder = make_checkpoint(tmp_path, family="llama", vocab_size=514, layers=8, std=0.02, **shape)
+    folder = make_checkpoint(tmp_path, **{"family": "llama", "vocab_size": 514, "layers": 8, "std": 0.02, **shape})
     [(used, counted)] = run_ranks(communicators_of_a_step, 1, str(folder), make_token_pairs(8, 514), rank, size, layout)
     assert used == counted
 

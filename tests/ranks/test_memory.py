@@ -51,7 +51,7 @@ def _counted_on_rank(folder, token_pairs, options, modes):
         )
         micro_batches = loader.train_step(0)
         parameters = [parameter for model in models for parameter in model.parameters()]
-        present = parameters + [parameter.main_grad for parameter in parameters]
+        present = parameters + [each.main_grad for each in parameters if each.requires_grad]
         with StoredBytes(parameters) as stored, PeakBytes(present) as made:
             schedule.forward_backward(micro_batches, PAIRS)
         largest = largest_pass(pairs.lengths, config, Batching.of(config), layout)
@@ -81,6 +81,11 @@ MODELS = {
     "qwen2": {"hidden": 96, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 320, "vocab_size": 2000},
     "qwen3": {"hidden": 64, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 160},
 }
+EXPERT_MODELS = {
+    "qwen3_moe": {"hidden": 96, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 160},
+    "mixtral": {"hidden": 64, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 160},
+    "glm4_moe": {"hidden": 96, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 160},
+}
 
 
 def check(found, modes, allowed=CLOSE):
@@ -95,6 +100,15 @@ def test_one_rank(tmp_path, family):
     pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
     [found] = run_ranks(_counted_on_rank, 1, str(folder), pairs, {}, MODES)
     check(found, MODES)
+
+
+@pytest.mark.parametrize("family", EXPERT_MODELS)
+def test_experts(tmp_path, family):
+    folder = make_checkpoint(tmp_path, family, **EXPERT_MODELS[family])
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    modes = [MODES[0], MODES[3], MODES[5], MODES[8]]
+    [found] = run_ranks(_counted_on_rank, 1, str(folder), pairs, {}, modes)
+    check(found, modes, PROMISED)
 
 
 VARIED = {
@@ -149,3 +163,27 @@ def test_every_axis(tmp_path, layout, family):
     modes = [{}] if "batching" in options else [MODES[0], MODES[2], MODES[3]]
     for found in run_ranks(_counted_on_rank, 2, str(folder), pairs, options, modes):
         check(found, modes, PROMISED)
+
+
+EXPERT_LAYOUTS = {
+    "TP 2": {"tensor_model_parallel_size": 2},
+    "TP 2, SP, EP 2": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_experts_divided(tmp_path, layout):
+    """The ranks' estimates hold on average: how many tokens choose the experts of each is for the router to say."""
+    folder = make_checkpoint(tmp_path, "qwen3_moe", **EXPERT_MODELS["qwen3_moe"])
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    ranks = run_ranks(_counted_on_rank, 2, str(folder), pairs, EXPERT_LAYOUTS[layout], [MODES[0]])
+    stored, made, activations, head, backward = (
+        sum(values) / 2 for values in zip(*(found[0] for found in ranks), strict=True)
+    )
+    assert activations == pytest.approx(stored, rel=PROMISED)
+    assert activations + max(head, backward) == pytest.approx(made, rel=PROMISED)

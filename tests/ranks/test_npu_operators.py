@@ -39,6 +39,7 @@ def take_operators():
         ("gemma3_text", {"batching": "packed"}),
         ("mistral", {"batching": "prefix_shared", "max_tokens_per_micro_batch": 128}),
         ("llama", {TP: 2, "sequence_parallel": True}),
+        ("qwen3_moe", {"data_parallel_size": 2, "expert_model_parallel_size": 2}),
         ("qwen3", {PP: 2, "recompute_granularity": "full"}),
     ],
 )

@@ -142,8 +142,8 @@ def experts_counted_twice_in_the_norm():
 
     original = optimizer._norm_groups
 
-    def norm_groups(models, *, sharded):
-        (kind, group), (experts, _) = original(models, sharded=sharded)
+    def norm_groups(*args, sharded):
+        (kind, group), (experts, _) = original(*args, sharded=sharded)
         return (kind, group), (experts, None)
 
     optimizer._norm_groups = norm_groups

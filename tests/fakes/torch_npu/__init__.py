@@ -12,7 +12,7 @@ import torch
 
 from torch_npu import _C, contrib, hccl, npu, utils
 from torch_npu.attention import npu_fusion_attention, npu_fusion_attention_grad
-from torch_npu.operators import npu_rms_norm, npu_rotary_mul, npu_swiglu
+from torch_npu.operators import npu_grouped_matmul, npu_rms_norm, npu_rotary_mul, npu_swiglu
 
 __version__ = "2.7.1"
 unsupported_dtype = ()
@@ -23,6 +23,7 @@ __all__ = [
     "npu",
     "npu_fusion_attention",
     "npu_fusion_attention_grad",
+    "npu_grouped_matmul",
     "npu_rms_norm",
     "npu_rotary_mul",
     "npu_swiglu",

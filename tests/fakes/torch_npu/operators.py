@@ -46,6 +46,31 @@ def npu_swiglu(self, dim=-1):
     return torch.nn.functional.silu(gate) * up
 
 
+def npu_grouped_matmul(x, weight, *, group_list, split_item=0, group_type, group_list_type=0):
+    """``[x_g @ weight_g]`` of groups of one tensor each, concatenated; ``group_list`` has the end of each group.
+
+    Groups of the first axis of ``x`` (``group_type`` 0) have a matrix each in ``weight``; groups of the summed axis (2)
+    give a matrix each, and ``x`` is then a transposed view. The results are one tensor (``split_item`` 2 or 3).
+
+    Source: ``docs/zh/custom_APIs/torch_npu/torch_npu-npu_grouped_matmul.md`` of op-plugin; empty tensors are refused to
+    be safe.
+    """
+    name, [left], [right] = "npu_grouped_matmul", x, weight
+    require(left.dtype in FLOATS and left.dtype == right.dtype, name, "one of fp16, bf16, fp32", (left, right))
+    require(split_item in (2, 3) and group_list_type == 0, name, "one result, ends of groups", split_item)
+    require(group_list.dtype == torch.int64, name, "int64 ends", group_list.dtype)
+    require(left.numel() and right.numel(), name, "tensors that are not empty", (left.shape, right.shape))
+    sizes = group_list.diff(prepend=group_list.new_zeros(1)).tolist()
+    if group_type == 0:
+        require(left.is_contiguous() and sum(sizes) == len(left), name, "rows of all groups", left.shape)
+        return [torch.cat([part @ each for part, each in zip(left.split(sizes), right, strict=True)])]
+    require(
+        group_type == 2 and left.t().is_contiguous() and right.is_contiguous(), name, "a transposed view", left.shape
+    )
+    require(sum(sizes) == len(right), name, "rows of all groups", right.shape)
+    return [torch.stack([a @ b for a, b in zip(left.split(sizes, 1), right.split(sizes), strict=True)])]
+
+
 def npu_rotary_mul(self, r1, r2, rotary_mode="half", rotate=None):
     """``self * r1 + turned(self) * r2``; ``half`` turns the two halves, ``interleave`` neighbours.
 

@@ -267,9 +267,10 @@ def _print_layout(
     total = count_parameters(spec, pipeline_chunks(spec, 1))
     axes = ("tensor", "pipeline", "context", "data")
     degrees = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in axes)
+    experts = f"; experts {layout.expert} x their tensor {layout.expert_tensor_ranks}" if spec.has_experts else ""
     pairs = config.global_batch_size // layout.data
     console.print(
-        f"{spec.family}, {total:,} parameters; {degrees}; {pairs} pairs per step on each data-parallel rank",
+        f"{spec.family}, {total:,} parameters; {degrees}{experts}; {pairs} pairs per step on each data-parallel rank",
         soft_wrap=True,
     )
     console.print(_memory_options(config), soft_wrap=True)

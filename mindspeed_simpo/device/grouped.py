@@ -27,6 +27,8 @@ def grouped_linear(
         weights: The matrix of each group.
         counts: int64 number of rows of each group, 0 or more, whose sum is the number of rows.
     """
+    if len(weights) == 1:
+        return linear(rows, weights[0])
     if npu.is_on_npu(rows):
         return npu.grouped_linear(rows, weights, counts.cumsum(0))
     aligned = all(size * rows.element_size() % _ALIGNMENT == 0 for size in weights.shape[1:])

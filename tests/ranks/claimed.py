@@ -77,7 +77,6 @@ def _with_experts(layout: Layout) -> Iterator[Layout]:
 
 EXPERT_COVERING: tuple[Layout, ...] = (
     Layout(tensor=2),
-    Layout(data=2, expert=2),
     Layout(tensor=2, sequence_parallel=True, expert=2, expert_tensor=1),
     Layout(pipeline=2, data=2, virtual_pipeline=True, distributed_optimizer=True, expert_tensor=2),
     Layout(pipeline=2, data=2, virtual_pipeline=True, expert=2),

@@ -120,7 +120,7 @@ def _experts_for(layout: Layout) -> str:
 
 def _quick_expert_rows() -> list[Row]:
     rows = [Row(layout, family="qwen3_moe") for layout in EXPERT_COVERING]
-    rows += [Row(EXPERT_COVERING[-1], family="mixtral"), Row(EXPERT_COVERING[3], family="glm4_moe")]
+    rows += [Row(EXPERT_COVERING[-1], family="mixtral"), Row(EXPERT_COVERING[2], family="glm4_moe")]
     together = [(options, options[0].expert_rows[0]) for options in OPTIONS_TOGETHER]
     return rows + [Row(layout, options, "qwen3_moe") for options, layout in together]
 

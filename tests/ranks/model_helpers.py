@@ -122,10 +122,10 @@ def transformers_result(folder):
     tokens, labels = make_batch(model.config.vocab_size)
     logits = model(tokens).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
-    return logits.detach().numpy(), _gradients_as_stored(model)
+    return logits.detach().numpy(), gradients_as_stored(model)
 
 
-def _gradients_as_stored(model):
+def gradients_as_stored(model):
     """Gradients under the names of a checkpoint: transformers keeps all experts of a layer in one parameter."""
     for parameter in model.parameters():
         parameter.data = parameter.grad

@@ -6,19 +6,19 @@ No token is dropped: each expert computes all tokens that choose it, however man
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn.functional import linear, pad
 
 from mindspeed_simpo.device import operators
 from mindspeed_simpo.device.grouped import grouped_linear
 from mindspeed_simpo.model import description
+from mindspeed_simpo.model.routes import routes_of, take
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import exchange, join_along_first, split_along_first
 
@@ -115,13 +115,13 @@ class Experts(torch.nn.Module):
         self, tokens: Float[Tensor, "token hidden"], weights: Float[Tensor, "token k"], chosen: Int[Tensor, "token k"]
     ) -> Float[Tensor, "token hidden"]:
         routes = routes_of(chosen, self.number, self.held, self.tensor_ranks)
-        rows = _take(tokens, routes.token, routes.place)
+        rows = take(tokens, routes.token, routes.place)
         if self.group.size() == 1:
             computed = self._computed(rows, routes.counts)
         else:
             computed = self._computed_by_ranks(rows, routes.counts)
         # [token, expert, rank that computed a part of the expert]
-        parts = _take(computed, routes.place.flatten(), routes.copy[:, None])
+        parts = take(computed, routes.place.flatten(), routes.copy[:, None])
         outputs = parts.view(*chosen.shape, self.tensor_ranks, -1).sum(2)
         return torch.bmm(weights.to(outputs.dtype)[:, None], outputs)[:, 0]
 
@@ -147,73 +147,8 @@ class Experts(torch.nn.Module):
         expert = torch.arange(self.held, device=rows.device).repeat(self.group.size())
         order = expert.repeat_interleave(own.flatten(), output_size=len(arrived)).argsort(stable=True)
         back = order.argsort()
-        computed = self._computed(_take(arrived, order, back[:, None]), own.sum(0))
-        return exchange(_take(computed, back, order[:, None]), received, sent, self.group)
-
-
-class Routes(NamedTuple):
-    """The rows that a rank sends, in the order of the ranks and experts that they go to.
-
-    With several ranks to an expert, each of them gets a copy of the rows of the expert.
-    """
-
-    token: Int[Tensor, " row"]
-    """Number of the token of each row."""
-    copy: Int[Tensor, " row"]
-    """Index of each row in ``place``, flat."""
-    place: Int[Tensor, "token copies"]
-    """The rows of each token: expert by expert as chosen, and rank by rank of the expert."""
-    counts: Int[Tensor, " expert"]
-    """Number of tokens of each expert."""
-
-
-def routes_of(chosen: Int[Tensor, "token k"], number: int, held: int, tensor_ranks: int) -> Routes:
-    """The order in which the rows of the chosen experts are sent.
-
-    Args:
-        chosen: Numbers of the experts of each token.
-        number: Number of experts.
-        held: Number of experts of one rank.
-        tensor_ranks: Number of ranks that divide each expert.
-    """
-    flat = chosen.flatten()
-    ids, order = flat.sort(stable=True)
-    sorted_place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    stops = torch.searchsorted(ids, torch.arange(number, device=ids.device), right=True)
-    counts = stops.diff(prepend=stops.new_zeros(1))
-    place = sorted_place[:, None]
-    if tensor_ranks > 1:
-        sizes = counts.view(-1, held).sum(1)
-        owner = flat // held
-        start = (sizes.cumsum(0) - sizes)[owner]
-        copies = torch.arange(tensor_ranks, device=flat.device)
-        place = (sorted_place + (tensor_ranks - 1) * start)[:, None] + copies * sizes[owner][:, None]
-    copy = place.flatten().argsort()
-    return Routes(copy // (chosen.shape[1] * tensor_ranks), copy, place.view(len(chosen), -1), counts)
-
-
-class _Take(Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return values.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        parts = grads[0].index_select(0, places.flatten())
-        return parts.view(*places.shape, -1).sum(1), None, None
-
-
-def _take(
-    values: Float[Tensor, "value hidden"], index: Int[Tensor, " row"], places: Int[Tensor, "value copies"]
-) -> Float[Tensor, "row hidden"]:
-    """``values[index]``, where ``places`` has the rows of the result that are copies of each value.
-
-    The backward sums these rows; that of an index would add up one by one, by atomic additions.
-    """
-    rows: Tensor = _Take.apply(values, index, places)  # type: ignore[no-untyped-call]
-    return rows
+        computed = self._computed(take(arrived, order, back[:, None]), own.sum(0))
+        return exchange(take(computed, back, order[:, None]), received, sent, self.group)
 
 
 def _stacked(number: int, outputs: int, inputs: int, config: TransformerConfig) -> torch.nn.Parameter:

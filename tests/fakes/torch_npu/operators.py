@@ -52,8 +52,8 @@ def npu_grouped_matmul(x, weight, *, group_list, split_item=0, group_type, group
     Groups of the first axis of ``x`` (``group_type`` 0) have a matrix each in ``weight``; groups of the summed axis (2)
     give a matrix each, and ``x`` is then a transposed view. The results are one tensor (``split_item`` 2 or 3).
 
-    Source: ``docs/zh/custom_APIs/torch_npu/torch_npu-npu_grouped_matmul.md`` of op-plugin; empty tensors are refused to
-    be safe.
+    Source: page of ``torch_npu.npu_grouped_matmul`` in the documentation of Ascend Extension for PyTorch 7.0.0;
+    ``docs/ops/gmm.md`` of MindSpeed for the two types of groups. Empty tensors are refused to be safe.
     """
     name, [left], [right] = "npu_grouped_matmul", x, weight
     require(left.dtype in FLOATS and left.dtype == right.dtype, name, "one of fp16, bf16, fp32", (left, right))

@@ -29,8 +29,8 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
     def _token_budget_needs_packing(self) -> Config:
         if self.max_tokens_per_micro_batch is not None and self.batching_in_use == "padded":
             raise ValueError(
-                "max_tokens_per_micro_batch needs batching: packed or prefix_shared; padded micro-batches, which "
-                "context parallelism and virtual pipeline parallelism need, hold micro_batch_size pairs"
+                "max_tokens_per_micro_batch needs batching: packed or prefix_shared; padded micro-batches hold "
+                "micro_batch_size pairs"
             )
         return self
 
@@ -65,6 +65,11 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
     def sequence_multiple(self) -> int:
         """See :attr:`Layout.sequence_multiple`."""
         return self.layout_with(data=1).sequence_multiple
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The interleaved schedule needs a multiple of ``pipeline_model_parallel_size`` micro-batches; else 1."""
+        return 1 if self.num_layers_per_virtual_pipeline_stage is None else self.pipeline_model_parallel_size
 
     def layout_with(self, data: int) -> Layout:
         """The configured layout with ``data`` data-parallel ranks; ``config.validation`` checks layouts."""

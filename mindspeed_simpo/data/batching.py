@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from mindspeed_simpo.batch import PairBatch, TokenizedPair
+from mindspeed_simpo.batch import FILLER_PAIR, PairBatch, TokenizedPair
 from mindspeed_simpo.config.options import BatchingForm
 from mindspeed_simpo.data.collate import COLLATE
 
@@ -32,6 +32,10 @@ class BatchingOptions(Protocol):
     def sequence_multiple(self) -> int:
         """``multiple_of`` of :class:`Batching`."""
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """``number_multiple_of`` of :class:`Batching`."""
+
 
 @dataclass(frozen=True)
 class Batching:
@@ -44,11 +48,19 @@ class Batching:
     """Tokens up to which a micro-batch is filled where its sequences share a row."""
     multiple_of: int = 1
     """The length of each row is rounded up to a multiple of this number of tokens."""
+    number_multiple_of: int = 1
+    """The number of a rank's micro-batches is rounded up to a multiple of this number; packed forms only."""
 
     @classmethod
     def of(cls, options: BatchingOptions) -> Batching:
         """The batching that a configuration asks for."""
-        return cls(options.batching_in_use, options.micro_batch_size, options.token_budget, options.sequence_multiple)
+        return cls(
+            options.batching_in_use,
+            options.micro_batch_size,
+            options.token_budget,
+            options.sequence_multiple,
+            options.micro_batch_multiple,
+        )
 
     def deal(self, sizes: Sequence[int], ranks: int) -> list[list[int]]:
         """Which pairs of a global batch each data-parallel rank gets; every rank computes the same answer.
@@ -80,17 +92,29 @@ class Batching:
         """
         return [
             COLLATE[self.name](
-                [pairs[index] for index in part], [pair_ids[index] for index in part], multiple_of=self.multiple_of
+                [pairs[index] for index in part] or [None],
+                [pair_ids[index] for index in part] or [FILLER_PAIR],
+                multiple_of=self.multiple_of,
             )
             for part in self.parts([self.size_of_pair(pair) for pair in pairs])
         ]
 
     def parts(self, sizes: Sequence[int]) -> list[list[int]]:
-        """The indices of the pairs of each micro-batch of one rank, from the :meth:`size_of` of each of its pairs."""
+        """The indices of the pairs of each micro-batch of one rank, from the :meth:`size_of` of each of its pairs.
+
+        Where the number of the packed forms has to be rounded up, the fullest micro-batches are divided; a micro-batch
+        without a pair is added where none holds two.
+        """
         if self.name == "padded":
             size, number = self.micro_batch_size, len(sizes)
             return [list(range(first, min(first + size, number))) for first in range(0, number, size)]
-        return fill(sizes, self.max_tokens // self.multiple_of * self.multiple_of)
+        parts = fill(sizes, self.max_tokens // self.multiple_of * self.multiple_of)
+        while len(parts) % self.number_multiple_of:
+            fullest = max(parts, key=lambda part: (len(part) > 1, sum(sizes[index] for index in part)))
+            halves = [[fullest[half] for half in side] for side in spread([sizes[index] for index in fullest], 2)]
+            place = parts.index(fullest)
+            parts[place : place + 1] = halves
+        return parts
 
     def size_of(self, prompt: int, chosen: int, rejected: int) -> int:
         """Tokens that a pair with these numbers of tokens adds to a packed row."""

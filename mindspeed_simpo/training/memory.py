@@ -11,6 +11,7 @@ from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.largest import LargestPass, PassShape
 from mindspeed_simpo.device import DeviceName
 from mindspeed_simpo.model.blockwise import block_size
+from mindspeed_simpo.model.causal import LARGEST_MASK
 from mindspeed_simpo.model.description import Attention, HeadShare, Layer, ModelDescription
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 from mindspeed_simpo.training.communicators import buffer_bytes
@@ -180,14 +181,20 @@ class _PassMemory:
         """Heads of the first tensor-parallel rank."""
         return attention.share(0, self.layout.tensor)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence; in packed rows at most ``seq_length``."""
+        if self.config.batching_in_use == "padded":
+            return self.batch.tokens // self.batch.rows
+        return min(self.batch.tokens, self.config.seq_length)
+
     def blockwise(self, attention: Attention) -> bool:
         """Whether the attention is computed in blocks of queries, which saves only queries, keys and values."""
         if self.device == "npu":
             return False
-        longest = self.config.seq_length
-        if self.config.batching_in_use == "padded":
-            longest = self.batch.tokens // self.batch.rows
-        return attention.softcap is not None or (attention.window or longest) < longest
+        longest = self.longest_sequence
+        masked = self.device == "cpu" and self.layout.context > 1 and longest > LARGEST_MASK
+        return masked or attention.softcap is not None or (attention.window or longest) < longest
 
     def attention_bytes(self, attention: Attention, *, recomputed: bool) -> int:
         """Saved tensors of one layer's attention, between the QKV projection and the output projection.
@@ -197,13 +204,15 @@ class _PassMemory:
         concatenated; one or more softmax statistics a head, unless the attention is computed in blocks. Context ranks
         save the gathered keys and values instead, ``2 k`` for each token of all ranks; suffixes save the keys and
         values of prefix and suffix, ``2 k``. Where query heads share a key-value head, the CPU's kernel takes expanded
-        copies: ``2 q`` in place of ``3 k`` and of each ``2 k``. Tensor ranks that share a key-value head also save its
-        gathered keys and values, ``2 k``.
+        copies: ``2 q`` in place of ``3 k`` and of each ``2 k``. With context ranks these copies, and in packed rows the
+        gathered keys and values, are those that each chunk attends to (:meth:`seen_by_chunks`). Tensor ranks that share
+        a key-value head also save its gathered keys and values, ``2 k``.
         """
         batch, context, share = self.batch, self.layout.context, self.share(attention)
         queries, keys = share.padded_queries * attention.head_dim, share.kv_heads * attention.head_dim
         gathered = context > 1 and self.config.context_parallel_algo == "gathered"
-        joined = gathered or self.config.batching_in_use != "padded"
+        packed = self.config.batching_in_use != "padded"
+        joined = gathered or packed
         shared = share.queries > share.kv_heads
         normed = attention.qk_norm is not None
         # queries of several groups are not contiguous in the projection's output: the norm saves a copy
@@ -218,11 +227,12 @@ class _PassMemory:
         copied = shared and self.device == "cpu" and not blockwise
         if copied:
             seen = self.tokens - batch.branch_tokens + branch_keys
-            if gathered:  # two chunks, each with copies of the keys up to the chunk's end
-                seen = self.tokens * (2 * context + 1) // 2
+            if gathered:
+                seen = self.seen_by_chunks()
             values += 2 * queries * seen + (self.tokens * (mixed + queries_again) if normed else 0)
         elif gathered:
-            values += 2 * keys * self.tokens * context + (self.tokens * mixed if normed else 0)
+            seen = self.seen_by_chunks() if packed else self.tokens * context
+            values += 2 * keys * seen + (self.tokens * mixed if normed else 0)
         else:
             values += self.tokens * (keys + mixed) + 2 * keys * branch_keys
         if not copied:
@@ -232,6 +242,15 @@ class _PassMemory:
         norms = self.tokens * (share.queries + share.kv_heads) * _FP32 if normed else 0
         order = 8 * batch.tokens // batch.rows if gathered else 0
         return self.width * values + (0 if blockwise else softmax) + norms + order
+
+    def seen_by_chunks(self) -> int:
+        """Keys of the chunks of one context rank, each from the start of its sequence, prefix included, to its end.
+
+        A rank has the chunks ``r`` and ``2 context - 1 - r`` of each document, ``(2 context + 1) / (2 context)`` of the
+        document together.
+        """
+        prefixes = 2 * self.batch.prefixes if self.batch.longest_branch else 0
+        return self.tokens * (2 * self.layout.context + 1) // 2 + prefixes
 
     def backward_bytes(self, layer: Layer) -> int:
         """Peak of the tensors that the backward of one layer allocates."""
@@ -246,7 +265,7 @@ class _PassMemory:
         return max(mlp, _SCORES * _FP32 * rows * share.queries * queries * keys)
 
     def mask_bytes(self) -> int:
-        """Floating-point masks: one for each window in use and, on CPUs, one for the suffixes."""
+        """Masks: one for each window in use and, on CPUs, one for suffixes and for the chunks of context ranks."""
         attentions = dict.fromkeys(layer.attention for layer in self.model.layers)
         blocks = {
             (block_size(each.window, each.softcap), each.window or 0, _FP32 if each.softcap else self.width)
@@ -254,9 +273,13 @@ class _PassMemory:
             if self.blockwise(each)
         }
         masks = sum(size * (size + (window or size) - 1) * width for size, window, width in blocks)
-        if self.device != "cpu" or not self.batch.longest_branch or all(map(self.blockwise, attentions)):
+        if self.device != "cpu" or all(map(self.blockwise, attentions)):
             return masks
-        return masks + int(self.width * (1 << (self.batch.longest_branch - 1).bit_length()) ** 2)
+        longest = self.batch.longest_branch
+        if self.layout.context > 1:
+            longest = self.longest_sequence
+        longest = min(longest, LARGEST_MASK)
+        return masks + (int(self.width * (1 << (longest - 1).bit_length()) ** 2) if longest else 0)
 
     def head_bytes(self) -> int:
         """Peak of the tensors that the head allocates."""

@@ -60,15 +60,23 @@ COVERING: tuple[Layout, ...] = (
 
 _PAIRS_OF_AXES = COVERING[-3:]
 
-_WHOLE_ROWS = (
+_PACKED_ROWS = (
     Layout(),
     Layout(tensor=4),
+    Layout(context=2),
+    Layout(context=3),
+    Layout(context=4),
+    Layout(pipeline=2, virtual_pipeline=True),
+    Layout(tensor=2, context=2, sequence_parallel=True),
     Layout(tensor=2, data=2, sequence_parallel=True, distributed_optimizer=True),
     Layout(tensor=2, pipeline=2, sequence_parallel=True),
     Layout(pipeline=3, data=2),
-    Layout(2, 1, 2, 2, sequence_parallel=True, distributed_optimizer=True),
+    Layout(context=2, pipeline=2, data=2),
+    Layout(2, 1, 2, 2, sequence_parallel=True, virtual_pipeline=True, distributed_optimizer=True),
+    Layout(context=2, data=2, distributed_optimizer=True),
+    Layout(2, 2, 2, 1, sequence_parallel=True, virtual_pipeline=True, distributed_optimizer=True),
 )
-"""Without CP and VPP, which packed rows do not go with."""
+"""Of the packed forms, whose rows differ in length and whose documents context-parallel ranks cut."""
 
 # a budget that gives several micro-batches, and not equally many to all ranks
 _BUDGET = {"max_tokens_per_micro_batch": 60}
@@ -93,8 +101,8 @@ class Option:
         return frozenset().union(*(row.axes for row in self.rows))
 
 
-_PACKED = Option("batching", "packed", _WHOLE_ROWS, _BUDGET)
-_PREFIX_SHARED = Option("batching", "prefix_shared", _WHOLE_ROWS, _BUDGET)
+_PACKED = Option("batching", "packed", _PACKED_ROWS, _BUDGET)
+_PREFIX_SHARED = Option("batching", "prefix_shared", _PACKED_ROWS, _BUDGET)
 OPTIONS: tuple[Option, ...] = (
     Option("pair_schedule", "split", _PAIRS_OF_AXES),
     Option("pair_schedule", "two_pass", _PAIRS_OF_AXES),

@@ -136,8 +136,8 @@ LAYOUTS = {
     "TP 2, SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "TP 2": {"tensor_model_parallel_size": 2},
     "PP 2": {"pipeline_model_parallel_size": 2},
-    "CP 2": {"context_parallel_size": 2, **PADDED},
-    "PP 2, VPP": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, **PADDED},
+    "CP 2": {"context_parallel_size": 2},
+    "PP 2, VPP": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
 }
 
 
@@ -146,6 +146,6 @@ def test_every_axis(tmp_path, layout, family):
     folder = make_checkpoint(tmp_path, family, **MODELS[family])
     pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
     options = LAYOUTS[layout]
-    modes = [{}] if "batching" in options else [MODES[0], MODES[2], MODES[3]]
+    modes = [MODES[0], MODES[2], MODES[3]]
     for found in run_ranks(_counted_on_rank, 2, str(folder), pairs, options, modes):
         check(found, modes, PROMISED)

@@ -131,7 +131,8 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         if documents.wholes:
-            lengths = document_lengths(documents, input_ids.device)
+            context = self._groups.context
+            lengths = document_lengths(documents, context.rank(), context.size(), input_ids.device)
         embedded = None
         if self.pre_process:
             embedded = self.embedding(input_ids=input_ids, position_ids=None)

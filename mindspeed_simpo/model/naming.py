@@ -1,90 +1,18 @@
 """The mapping between parameters and Hugging Face tensors, derived from the description of the model.
 
-Import, export, checkpoints, random initialisation and the tests use this mapping. The parameter of one tensor-parallel
-rank is a concatenation of spans: slices of Hugging Face tensors along one axis, and padding.
+Import, export, checkpoints, random initialisation and the tests use this mapping; ``model/slots.py`` has its records.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 from mindspeed_simpo.model.description import Attention, Layer, ModelDescription, Norm
+from mindspeed_simpo.model.slots import HFTensor, Slot, Span
 
-SlotKind = Literal["base", "adapter", "expert"]
 _EMBEDDING = "model.embed_tokens.weight"
-
-
-@dataclass(frozen=True)
-class HFTensor:
-    """A tensor of the Hugging Face checkpoint."""
-
-    name: str
-    shape: tuple[int, ...]
-    axis: int | None = None
-    """Axis that the tensor-parallel ranks shard; None where every rank has a copy."""
-    initial: float | None = None
-    """Initial value of all elements under ``init_from: config``; None for values from a normal distribution."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Elements ``start`` to ``stop - 1`` of ``tensor`` along its axis; zeros (padding) where ``tensor`` is None."""
-
-    tensor: HFTensor | None
-    start: int
-    stop: int
-
-    @property
-    def length(self) -> int:
-        """Elements along the axis."""
-        return self.stop - self.start
-
-    def part(self, start: int, length: int) -> Span:
-        """The span of ``length`` elements that begins ``start`` elements after the start of this span."""
-        return Span(self.tensor, self.start + start, self.start + start + length)
-
-    def contains(self, other: Span) -> bool:
-        """Whether this span contains all elements of ``other``; False where either is padding."""
-        return (
-            self.tensor is not None
-            and self.tensor == other.tensor
-            and (self.start <= other.start and other.stop <= self.stop)
-        )
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One parameter of a ``PolicyModel`` and the Hugging Face tensors whose elements the parameter holds."""
-
-    parameter: str
-    tensors: tuple[HFTensor, ...]
-    divide: Callable[[int, int], Sequence[Span]] | None = field(default=None, compare=False)
-    """``(rank, size)`` -> spans of that tensor-parallel rank's parameter; None where every rank has a full copy."""
-    kind: SlotKind = "base"
-    replica: bool = False
-    """Whether another pipeline rank holds the same tensor: true for a tied output layer apart from the embedding."""
-    pads_vocabulary: bool = False
-    """Whether padding extends the parameter where the tensor-parallel size does not divide the vocabulary."""
-
-    @property
-    def axis(self) -> int | None:
-        """Axis of the parameter that the tensor-parallel ranks shard; None where every rank has a copy."""
-        return self.tensors[0].axis
-
-    def spans(self, rank: int, size: int) -> tuple[Span, ...]:
-        """The non-empty spans of the parameter of tensor-parallel rank ``rank`` of ``size``, in order."""
-        if self.divide is None:
-            return (Span(self.tensors[0], 0, self.tensors[0].shape[0]),)
-        return tuple(span for span in self.divide(rank, size) if span.length)
-
-    def shape(self, rank: int, size: int) -> tuple[int, ...]:
-        """Shape of the parameter of tensor-parallel rank ``rank`` of ``size``."""
-        shape = list(self.tensors[0].shape)
-        shape[self.axis or 0] = sum(span.length for span in self.spans(rank, size))
-        return tuple(shape)
 
 
 @dataclass(frozen=True)
@@ -162,21 +90,6 @@ def hf_tensors(model: ModelDescription) -> list[HFTensor]:
     """Every tensor of the model's Hugging Face checkpoint, layer by layer; without a tied output layer."""
     (whole,) = pipeline_chunks(model, 1)
     return [tensor for slot in whole.slots(model) for tensor in slot.tensors]
-
-
-def joined(spans: Sequence[Span]) -> list[Span]:
-    """The same elements in as few spans as possible, sorted by tensor and position, without padding.
-
-    Each span of the result is read, or stored in a checkpoint, in one piece.
-    """
-    stored = [(span.tensor.name, span) for span in spans if span.tensor is not None]
-    found: list[Span] = []
-    for _, span in sorted(stored, key=lambda each: (each[0], each[1].start)):
-        if found and found[-1].tensor == span.tensor and found[-1].stop == span.start:
-            found[-1] = Span(span.tensor, found[-1].start, span.stop)
-        else:
-            found.append(span)
-    return found
 
 
 def _layer_slots(model: ModelDescription, layer: Layer, hf: str, prefix: str) -> Iterator[Slot]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mindspeed_simpo.model.naming import HFTensor, Slot
+from mindspeed_simpo.model.slots import HFTensor, Slot, Span
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,25 @@ def pieces_of(slot: Slot, rank: int, size: int, start: int, stop: int) -> list[P
 
     Args:
         slot: Description of the parameter.
-        rank: Tensor-parallel rank of the parameter.
-        size: Number of tensor-parallel ranks.
+        rank: Rank among those that hold the parts of the parameter, see :class:`Slot`.
+        size: Number of these ranks.
         start: First element.
         stop: Element after the last.
     """
-    shape, axis = slot.shape(rank, size), slot.axis or 0
-    spans = slot.spans(rank, size)
-    found = []
+    shape = slot.block_shape(rank, size)
+    length = math.prod(shape)
+    found: list[Piece] = []
+    for index, spans in enumerate(slot.blocks(rank, size)):
+        begin = index * length
+        first, last = max(start - begin, 0), min(stop - begin, length)
+        found += _pieces_of_block(spans, slot.axis or 0, shape, begin, first, last)
+    return found
+
+
+def _pieces_of_block(
+    spans: Sequence[Span], axis: int, shape: Sequence[int], begin: int, start: int, stop: int
+) -> Iterator[Piece]:
+    """The pieces of elements ``start`` to ``stop - 1`` of the block whose first element is ``begin``."""
     for block_start, bounds in blocks(start, stop, shape):
         position = 0
         for span in spans:
@@ -56,9 +67,8 @@ def pieces_of(slot: Slot, rank: int, size: int, start: int, stop: int) -> list[P
                 block_shape = tuple(sizes)
                 offsets[axis], sizes[axis] = low - position + span.start, high - low
                 first = low - bounds[axis][0]
-                found.append(Piece(span.tensor, tuple(offsets), tuple(sizes), block_start, block_shape, axis, first))
+                yield Piece(span.tensor, tuple(offsets), tuple(sizes), begin + block_start, block_shape, axis, first)
             position += span.length
-    return found
 
 
 def blocks(start: int, stop: int, shape: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, int]]]]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.naming import HFTensor, Span, hf_tensors
+from mindspeed_simpo.model.naming import hf_tensors
+from mindspeed_simpo.model.slots import HFTensor, Span
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

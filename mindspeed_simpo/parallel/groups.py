@@ -17,6 +17,28 @@ WAIT = datetime.timedelta(hours=24)
 
 
 @dataclass(frozen=True)
+class Shards:
+    """The ranks that hold a parameter: those that hold one part each, and those with the same part."""
+
+    group: dist.ProcessGroup
+    """Ranks with the parts; where every tensor-parallel rank has all of the parameter, the tensor-parallel ranks."""
+    copy: int
+    """Number of this rank among those with the same part, from 0."""
+    copies: int
+    """Number of ranks with the same part."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank's part."""
+        return self.group.rank()
+
+    @property
+    def size(self) -> int:
+        """Number of parts."""
+        return self.group.size()
+
+
+@dataclass(frozen=True)
 class Groups:
     """This rank's process group of every parallel axis; an axis of degree 1 has a group of one rank."""
 
@@ -30,6 +52,22 @@ class Groups:
     """All ranks, over gloo and with a long time limit: for waits on a disk, the network or another rank's work."""
     saving: dist.ProcessGroup
     """As ``control``, for the thread that writes checkpoints."""
+    experts: Shards | None = None
+    """The ranks that hold a layer's experts, among the tensor-, context- and data-parallel ranks of this pipeline rank:
+    the expert-tensor- and expert-parallel ranks together, of which the former vary fastest, hold the parts. None in the
+    plug-in."""
+
+    def shards(self, *, experts: bool) -> Shards:
+        """The ranks of this pipeline rank that hold a parameter.
+
+        Args:
+            experts: Whether it is a parameter of experts.
+        """
+        if experts:
+            assert self.experts is not None, "the plug-in holds no experts"
+            return self.experts
+        copy = self.data.rank() * self.context.size() + self.context.rank()
+        return Shards(self.tensor, copy, self.data.size() * self.context.size())
 
     @property
     def is_first_pipeline_rank(self) -> bool:
@@ -88,6 +126,11 @@ def initialize(layout: Layout, device: Device, timeout_minutes: float = 10.0) ->
         data=parallel_state.get_data_parallel_group(),
         control=dist.new_group(backend="gloo", timeout=WAIT),
         saving=dist.new_group(backend="gloo", timeout=WAIT),
+        experts=Shards(
+            parallel_state.get_expert_tensor_and_model_parallel_group(),
+            parallel_state.get_expert_data_parallel_rank(),
+            parallel_state.get_expert_data_parallel_world_size(),
+        ),
     )
 
 

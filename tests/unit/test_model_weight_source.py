@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.families import families
 from mindspeed_simpo.model.hf_config import read_description
-from mindspeed_simpo.model.naming import Span, hf_tensors, joined, pipeline_chunks
+from mindspeed_simpo.model.naming import hf_tensors, pipeline_chunks
+from mindspeed_simpo.model.slots import Span, joined
 from mindspeed_simpo.model.weight_source import INDEX_FILE, SINGLE_FILE, RandomWeights, SafetensorsFolder
 from tests.ranks.model_helpers import CONFIGS, make_checkpoint
 

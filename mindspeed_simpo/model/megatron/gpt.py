@@ -22,9 +22,10 @@ from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.description import ModelDescription, Rotation
 from mindspeed_simpo.model.megatron.attention import RowContents
 from mindspeed_simpo.model.megatron.layers import block_spec, transformer_config
-from mindspeed_simpo.model.naming import Chunk, Slot, pipeline_chunks
+from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 from mindspeed_simpo.model.packed import document_lengths
 from mindspeed_simpo.model.rotary import RotationTables, inverse_frequencies, rotation_tables
+from mindspeed_simpo.model.slots import Slot
 from mindspeed_simpo.parallel import Groups, consecutive_ranks
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -185,7 +186,6 @@ def check_slots(slots: Sequence[Slot], parameters: Mapping[str, Tensor], groups:
         ModelError: where a parameter has no slot or several, a slot has no parameter, or their shapes differ.
     """
     named = [slot.parameter for slot in slots]
-    rank, size = groups.tensor.rank(), groups.tensor.size()
     uncovered = sorted(set(parameters) - set(named))
     doubled = sorted({name for name in named if named.count(name) > 1})
     absent = sorted(set(named) - set(parameters))
@@ -193,7 +193,8 @@ def check_slots(slots: Sequence[Slot], parameters: Mapping[str, Tensor], groups:
         if names:
             raise ModelError(f"model/naming.py and the modules disagree: {', '.join(names)} has {problem}")
     for slot in slots:
-        found, expected = tuple(parameters[slot.parameter].shape), slot.shape(rank, size)
+        shards = groups.shards(experts=slot.of_experts)
+        found, expected = tuple(parameters[slot.parameter].shape), slot.shape(shards.rank, shards.size)
         if found != expected:
             raise ModelError(f"model/naming.py gives {slot.parameter} the shape {expected}; the module has {found}")
 

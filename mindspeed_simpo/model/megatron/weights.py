@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -13,10 +14,10 @@ from mindspeed_simpo.config.options import ModelOptions
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.hf_config import resolve_model
 from mindspeed_simpo.model.megatron.gpt import PolicyModel
-from mindspeed_simpo.model.naming import Slot, joined
+from mindspeed_simpo.model.slots import Slot, Span, joined
 from mindspeed_simpo.model.weight_source import RandomWeights, SafetensorsFolder, WeightSource
 from mindspeed_simpo.parallel import Groups
-from mindspeed_simpo.parallel.groups import FirstRankFirst
+from mindspeed_simpo.parallel.groups import FirstRankFirst, Shards
 
 
 def fill_weights(
@@ -55,18 +56,22 @@ def load_hf_weights(
 @torch.no_grad()
 def fill_from(models: Sequence[torch.nn.Module], source: WeightSource, groups: Groups) -> None:
     """Copy slices of ``source`` into every parameter; padding of the vocabulary and of the heads becomes zero."""
-    rank, size = groups.tensor.rank(), groups.tensor.size()
     for model in map(unwrap, models):
         for slot in model.slots:
-            axis, spans = slot.axis or 0, slot.spans(rank, size)
-            stored = [(whole, source.read(whole)) for whole in joined(spans)]
-            parts = torch.split(model.get_parameter(slot.parameter), [span.length for span in spans], axis)
-            for span, part in zip(spans, parts, strict=True):
-                if span.tensor is None:
-                    part.zero_()
-                    continue
-                whole, values = next(each for each in stored if each[0].contains(span))
-                part.copy_(values.narrow(axis, span.start - whole.start, span.length))
+            shards = groups.shards(experts=slot.of_experts)
+            parameter = model.get_parameter(slot.parameter)
+            for block in slot.split(parameter, shards.rank, shards.size):
+                _fill_block(block, slot.axis or 0, source)
+
+
+def _fill_block(block: Sequence[tuple[Span, Tensor]], axis: int, source: WeightSource) -> None:
+    stored = [(whole, source.read(whole)) for whole in joined([span for span, _ in block])]
+    for span, part in block:
+        if span.tensor is None:
+            part.zero_()
+            continue
+        whole, values = next(each for each in stored if each[0].contains(span))
+        part.copy_(values.narrow(axis, span.start - whole.start, span.length))
 
 
 def gather_hf_tensors(
@@ -88,25 +93,24 @@ def gather_hf_tensors(
             its gradient or an optimizer state; of one dtype for all parameters.
     """
     first_rank = FirstRankFirst()
-    if groups.data.rank() or groups.context.rank():
-        return
     own = {model.chunk: model for model in map(unwrap, models)}
     some = next(iter(own.values()))
     like = value(some.get_parameter(some.slots[0].parameter))
     for chunk in some.chunks:
         for slot in chunk.slots(description):
-            if slot.replica:
+            shards = groups.shards(experts=slot.of_experts)
+            if slot.replica or shards.copy:
                 continue
             first_rank.wait(slot.tensors[0].name)
             tensors: list[Tensor] = []
             if chunk in own:
                 parameter = value(own[chunk].get_parameter(slot.parameter)).detach()
-                tensors = _gather_tensor_ranks(slot, parameter, groups)
-            elif groups.pipeline.rank() == 0 and groups.tensor.rank() == 0:
+                tensors = _gather_shards(slot, parameter, shards)
+            elif groups.pipeline.rank() == 0 and shards.rank == 0:
                 tensors = [like.new_empty(tensor.shape) for tensor in slot.tensors]
             for tensor, whole in zip(slot.tensors, tensors, strict=False):
                 first_rank.wait(tensor.name)
-                if groups.tensor.rank() == 0 and _move_to_first_pipeline_rank(whole, chunk.pipeline_rank, groups):
+                if shards.rank == 0 and _move_to_first_pipeline_rank(whole, chunk.pipeline_rank, groups):
                     yield tensor.name, whole
 
 
@@ -117,20 +121,19 @@ def unwrap(model: torch.nn.Module) -> PolicyModel:
     return model
 
 
-def _gather_tensor_ranks(slot: Slot, parameter: Tensor, groups: Groups) -> list[Tensor]:
-    """The full tensors of a slot on tensor-parallel rank 0; an empty list on the other ranks."""
+def _gather_shards(slot: Slot, parameter: Tensor, shards: Shards) -> list[Tensor]:
+    """The full tensors of a slot on the first rank of the shards; an empty list on the other ranks."""
     if slot.axis is None:
-        return [parameter] if groups.tensor.rank() == 0 else []
+        return [parameter] if shards.rank == 0 else []
     parameter = parameter.contiguous()
     # all_gather, because HCCL has no gather
-    parts = [torch.empty_like(parameter) for _ in range(groups.tensor.size())]
-    dist.all_gather(parts, parameter, group=groups.tensor)
-    if groups.tensor.rank():
+    parts = [torch.empty_like(parameter) for _ in range(shards.size)]
+    dist.all_gather(parts, parameter, group=shards.group)
+    if shards.rank:
         return []
     wholes = {tensor.name: parameter.new_empty(tensor.shape) for tensor in slot.tensors}
     for rank, part in enumerate(parts):
-        spans = slot.spans(rank, groups.tensor.size())
-        for span, piece in zip(spans, torch.split(part, [span.length for span in spans], slot.axis), strict=True):
+        for span, piece in chain.from_iterable(slot.split(part, rank, shards.size)):
             if span.tensor is not None:
                 wholes[span.tensor.name].narrow(slot.axis, span.start, span.length).copy_(piece)
     return list(wholes.values())

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import CheckpointError
-from mindspeed_simpo.model.naming import Slot
 from mindspeed_simpo.model.pieces import Piece, pieces_of
+from mindspeed_simpo.model.slots import Slot
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.training.checkpoint.folder import rank_file, read_state
@@ -112,8 +112,8 @@ class StoredPieces:
 
     def fill(self, kind: str, slot: Slot, groups: Groups, flat: Tensor, start: int) -> None:
         """Read elements of a slot's flat parameter, from ``start`` on, into ``flat``; padding is not changed."""
-        rank, size = groups.tensor.rank(), groups.tensor.size()
-        for piece in pieces_of(slot, rank, size, start, start + flat.numel()):
+        shards = groups.shards(experts=slot.of_experts)
+        for piece in pieces_of(slot, shards.rank, shards.size, start, start + flat.numel()):
             self.read(kind, piece, piece.view(flat, start))
 
 

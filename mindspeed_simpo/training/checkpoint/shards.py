@@ -11,8 +11,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from mindspeed_simpo.model.megatron.weights import unwrap
-from mindspeed_simpo.model.naming import Slot
-from mindspeed_simpo.parallel import Groups
+from mindspeed_simpo.model.slots import Slot
+from mindspeed_simpo.parallel.groups import Shards
 
 PARAMETER = "parameter"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -29,7 +29,7 @@ class OptimizerShard:
     start: int
     stop: int
     is_copied: bool
-    """Whether every data-parallel and context-parallel rank holds the same elements."""
+    """Whether all copies of the parameter have the same elements of the optimizer's state."""
 
 
 def named_slots(models: Sequence[torch.nn.Module]) -> Iterator[tuple[Slot, torch.nn.Parameter]]:
@@ -59,15 +59,13 @@ def optimizer_shard(optimizer: Any, parameter: torch.nn.Parameter) -> OptimizerS
     return None
 
 
-def written_range(shard: OptimizerShard, groups: Groups) -> tuple[int, int]:
+def written_range(shard: OptimizerShard, shards: Shards) -> tuple[int, int]:
     """The elements of the flat parameter that this rank writes: of copies, each rank writes an equal share.
 
     Args:
         shard: This rank's shard.
-        groups: Process groups of the layout.
+        shards: The ranks that hold the parameter.
     """
     if not shard.is_copied:
         return shard.start, shard.stop
-    copies = groups.data.size() * groups.context.size()
-    copy = groups.data.rank() * groups.context.size() + groups.context.rank()
-    return shard.stop * copy // copies, shard.stop * (copy + 1) // copies
+    return shard.stop * shards.copy // shards.copies, shard.stop * (shards.copy + 1) // shards.copies

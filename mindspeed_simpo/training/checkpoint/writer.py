@@ -145,16 +145,15 @@ def copied_shard(models: Sequence[torch.nn.Module], stepper: Stepper, groups: Gr
         stepper: The optimizer.
         groups: Process groups of the layout.
     """
-    rank, size = groups.tensor.rank(), groups.tensor.size()
     found: dict[str, Tensor] = {}
     for slot, parameter in named_slots(models):
-        if slot.replica or (slot.axis is None and rank > 0):
+        shards = groups.shards(experts=slot.of_experts)
+        if slot.replica or (slot.axis is None and shards.rank > 0):
             continue
         shard = optimizer_shard(stepper.optimizer, parameter)
         if shard is None:
             continue
-        start, stop = written_range(shard, groups)
-        pieces = pieces_of(slot, rank, size, start, stop)
+        pieces = pieces_of(slot, shards.rank, shards.size, *written_range(shard, shards))
         for kind in (PARAMETER, *MOMENTS):
             held = shard.main if kind == PARAMETER else shard.state.get(kind)
             for piece in pieces:

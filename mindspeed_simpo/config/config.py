@@ -71,6 +71,11 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
         """The interleaved schedule needs a multiple of ``pipeline_model_parallel_size`` micro-batches; else 1."""
         return 1 if self.num_layers_per_virtual_pipeline_stage is None else self.pipeline_model_parallel_size
 
+    @property
+    def equal_micro_batches(self) -> bool:
+        """See :attr:`Layout.experts_span_data_ranks`."""
+        return self.layout_with(data=1).experts_span_data_ranks
+
     def layout_with(self, data: int) -> Layout:
         """The configured layout with ``data`` data-parallel ranks; ``config.validation`` checks layouts."""
         return Layout(
@@ -81,6 +86,8 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
             sequence_parallel=self.sequence_parallel,
             virtual_pipeline=self.num_layers_per_virtual_pipeline_stage is not None,
             distributed_optimizer=self.use_distributed_optimizer,
+            expert=self.expert_model_parallel_size,
+            expert_tensor=self.expert_tensor_parallel_size,
         )
 
     def arithmetic(self, **values: object) -> dict[str, object]:

@@ -488,6 +488,19 @@ class ParallelOptions(_Options):
     use_distributed_optimizer: bool = _option(
         False, effect="layout", description="Shard the optimizer state over the data-parallel ranks (ZeRO-1)."
     )
+    expert_model_parallel_size: int = _option(
+        1,
+        ge=1,
+        effect="layout",
+        description="Ranks over which the experts of each layer are divided (EP), among the ranks of tensor, context "
+        "and data parallelism.",
+    )
+    expert_tensor_parallel_size: int | None = _option(
+        None,
+        ge=1,
+        effect="layout",
+        description="Ranks over which each expert's weights are sharded (ETP). Default: tensor_model_parallel_size.",
+    )
     overlap_grad_reduce: bool = _option(
         False,
         effect="arithmetic",

@@ -133,6 +133,8 @@ def export_checkpoint(load: str, output: Path) -> None:
         "pipeline_model_parallel_size": 1,
         "context_parallel_size": 1,
         "context_parallel_algo": "gathered",
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": None,
     }
     one_rank |= {"num_layers_per_virtual_pipeline_stage": None, "sequence_parallel": False, "device": "cpu"}
     config = validate(state.config.model_dump() | one_rank, where=str(folder))

@@ -12,7 +12,15 @@ from mindspeed_simpo.objectives import OBJECTIVES as DECLARED
 from tests import oracle
 from tests.hf import make_checkpoint, make_token_pairs
 from tests.objectives import OBJECTIVES, STATISTICS, stage_of
-from tests.ranks.claimed import COVERING, MATRIX, OPTIONS, OPTIONS_TOGETHER, Option
+from tests.ranks.claimed import (
+    COVERING,
+    EXPERT_COVERING,
+    EXPERT_MATRIX,
+    MATRIX,
+    OPTIONS,
+    OPTIONS_TOGETHER,
+    Option,
+)
 from tests.ranks.parity import Run, engine_runs, worst_error
 
 LOSS, GRADIENT, PARAMETER = 1e-6, 1e-5, 1e-5
@@ -32,6 +40,15 @@ FAMILIES = {
 """Queries share keys in all; Qwen2 has biases and a head tied to the embedding, Qwen3 wider heads with norms. Windows
 are shorter than the sequences. With the last, tensor-parallel ranks share one key-value head and divide its queries
 unevenly."""
+
+EXPERT_FAMILIES = {
+    "qwen3_moe": {"family": "qwen3_moe", "head_dim": 8},
+    "qwen3_moe, 8 experts": {"family": "qwen3_moe", "head_dim": 8, "experts": 8},
+    "mixtral": {"family": "mixtral", "window": 8},
+    "glm4_moe": {"family": "glm4_moe", "head_dim": 8},
+}
+"""A token chooses two experts, of four where the name does not say otherwise; in the layers of the first model, one has
+an MLP, and GLM-4.5's first."""
 
 ON_EVERY_ROW = ("sigmoid", "sigmoid + ftx", "hinge", "hinge + ftx", "ipo", "ipo + ftx", "dpo")
 """The objectives that continuous integration has on each of its rows of the first family."""
@@ -86,16 +103,34 @@ def all_rows() -> list[Row]:
     families = [Row(layout, family=family) for family in FAMILIES for layout in most_axes]
     packed = [option for option in OPTIONS if option.key == "batching"]
     families += [Row(option.rows[-1], (option,), family) for family in FAMILIES for option in packed]
-    rows = [*map(Row, MATRIX), *options, *together, *families]
+    rows = [*map(Row, MATRIX), *options, *together, *families, *_expert_rows()]
     return sorted(dict.fromkeys(rows), key=lambda row: row.layout.ranks)
 
 
+def _expert_rows() -> list[Row]:
+    """Everything that is claimed with experts."""
+    rows = [Row(layout, family=_experts_for(layout)) for layout in EXPERT_MATRIX]
+    rows += [Row(layout, (option,), "qwen3_moe") for option in OPTIONS for layout in option.expert_rows]
+    return rows + [Row(layout, family=family) for family in EXPERT_FAMILIES for layout in EXPERT_COVERING]
+
+
+def _experts_for(layout: Layout) -> str:
+    return "qwen3_moe, 8 experts" if layout.expert > 2 and layout.expert_tensor_ranks > 1 else "qwen3_moe"
+
+
+def _quick_expert_rows() -> list[Row]:
+    rows = [Row(layout, family="qwen3_moe") for layout in EXPERT_COVERING]
+    rows += [Row(EXPERT_COVERING[-1], family="mixtral"), Row(EXPERT_COVERING[3], family="glm4_moe")]
+    together = [(options, options[0].expert_rows[0]) for options in OPTIONS_TOGETHER]
+    return rows + [Row(layout, options, "qwen3_moe") for options, layout in together]
+
+
 def quick_rows() -> list[Row]:
-    """What continuous integration runs: every pair of axes, all options at once, and each family."""
+    """What continuous integration runs: every pair of axes, all options at once, each family, and experts."""
     most_axes = COVERING[-1]
     families = [Row(most_axes, family=family) for family in FAMILIES]
     together = [Row(_rows_of_all(options)[-1], options) for options in OPTIONS_TOGETHER]
-    return list(dict.fromkeys([*map(Row, COVERING), *together, *families]))
+    return list(dict.fromkeys([*map(Row, COVERING), *together, *families, *_quick_expert_rows()]))
 
 
 def objectives_of(row: Row) -> tuple[str, ...]:
@@ -103,6 +138,8 @@ def objectives_of(row: Row) -> tuple[str, ...]:
 
     Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
     """
+    if row.family in EXPERT_FAMILIES:
+        return OF_FAMILIES
     covering = row.layout in COVERING or bool(row.options)
     return tuple(OBJECTIVES) if row.family == "qwen2" and covering else ON_EVERY_ROW
 
@@ -200,7 +237,7 @@ class Matrix:
         )
 
     def _make_checkpoint(self, shape: _Shape, seed=0) -> Path:
-        options = {"heads": shape.heads, "kv_heads": shape.kv_heads} | FAMILIES[shape.family]
+        options = {"heads": shape.heads, "kv_heads": shape.kv_heads} | (FAMILIES | EXPERT_FAMILIES)[shape.family]
         folder = self._folder / f"{shape.family}-{shape.layers}-{shape.heads}-{seed}"
         if not folder.exists():
             make_checkpoint(
@@ -243,6 +280,8 @@ def layout_keys(layout: Layout, num_layers, num_pairs):
         "data_parallel_size": layout.data,
         "sequence_parallel": layout.sequence_parallel,
         "use_distributed_optimizer": layout.distributed_optimizer,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
         "num_layers_per_virtual_pipeline_stage": num_layers // (2 * stages) if layout.virtual_pipeline else None,
         "micro_batch_size": size,
     }

@@ -153,8 +153,8 @@ def _train(batches, run, config, groups, device):
         sums = metric_sums.reduce(metric_sums.local(scored))
         if step == 0:
             _complete_sharded_gradients(wrapped, config)
-            gathered = gather_hf_tensors(wrapped, spec, groups, value=lambda parameter: parameter.main_grad)
-            result["grads"] = {name: tensor.clone().numpy() for name, tensor in gathered}
+            gathered = gather_hf_tensors(wrapped, spec, groups, value=_gradient)
+            result["grads"] = {name: tensor.clone().numpy() for name, tensor in gathered if _is_trained(name)}
         squared_norm = stepper.squared_norm()
         stepper.update(squared_norm)
         running.update(scored)
@@ -176,6 +176,14 @@ def _train(batches, run, config, groups, device):
     return result
 
 
+def _gradient(parameter):
+    return parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
+
+
+def _is_trained(name):
+    return not name.endswith("e_score_correction_bias")
+
+
 def _complete_sharded_gradients(models, config):
     """Under the distributed optimizer each rank has reduced only its part of the gradient; put the parts together."""
     import torch.distributed as dist
@@ -183,9 +191,11 @@ def _complete_sharded_gradients(models, config):
 
     if not config.use_distributed_optimizer:
         return
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dense = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    experts = parallel_state.get_expert_data_parallel_group()
     for model in models:
-        for buffer in model.buffers:
+        buffers = [(buffer, dense) for buffer in model.buffers]
+        for buffer, group in [*buffers, *((buffer, experts) for buffer in model.expert_parallel_buffers)]:
             for bucket in buffer.buckets:
                 parts = list(bucket.grad_data.chunk(group.size()))
                 dist.all_gather(parts, parts[group.rank()].clone(), group=group)
@@ -196,8 +206,9 @@ def _micro_batches(pairs, first_row, config, groups):
     from mindspeed_simpo.batch import TokenizedPair
     from mindspeed_simpo.data.batching import Batching
 
-    own = range(groups.data.rank(), len(pairs), groups.data.size())
-    return Batching.of(config).micro_batches(
-        [pairs[i] and TokenizedPair(*map(list, pairs[i]), source=f"pair {i}") for i in own],
-        [first_row + i for i in own],
-    )
+    batching = Batching.of(config)
+    tokenized = [pair and TokenizedPair(*map(list, pair), source=f"pair {i}") for i, pair in enumerate(pairs)]
+    dealt = [range(rank, len(pairs), groups.data.size()) for rank in range(groups.data.size())]
+    own = dealt[groups.data.rank()]
+    number = batching.number_of_micro_batches([batching.size_of_pair(pair) for pair in tokenized], dealt)
+    return batching.micro_batches([tokenized[i] for i in own], [first_row + i for i in own], number)

@@ -214,7 +214,8 @@ def build_model(description: ModelDescription, config: Config, groups: Groups, d
     megatron_config = transformer_config(description, config, device)
     virtual_pipeline_size = config.virtual_pipeline_size(description.num_layers)
     parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual_pipeline_size)
-    chunks = pipeline_chunks(description, groups.pipeline.size(), virtual_pipeline_size or 1)
+    expert_ranks = groups.expert_tensor_ranks
+    chunks = pipeline_chunks(description, groups.pipeline.size(), virtual_pipeline_size or 1, expert_ranks)
     parts = {layer.attention.share(0, groups.tensor.size()).kv_parts for layer in description.layers}
     kv_groups = {number: consecutive_ranks(number) for number in sorted(parts) if number > 1}
     return [

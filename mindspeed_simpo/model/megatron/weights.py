@@ -90,7 +90,7 @@ def gather_hf_tensors(
         description: Description of the model.
         groups: Process groups that the models were built with.
         value: Function of a parameter that returns the tensor to gather, in the parameter's shape, such as its data,
-            its gradient or an optimizer state; of one dtype for all parameters.
+            its gradient or an optimizer state; of one dtype for all parameters that are not always fp32.
     """
     first_rank = FirstRankFirst()
     own = {model.chunk: model for model in map(unwrap, models)}
@@ -107,7 +107,10 @@ def gather_hf_tensors(
                 parameter = value(own[chunk].get_parameter(slot.parameter)).detach()
                 tensors = _gather_shards(slot, parameter, shards)
             elif groups.pipeline.rank() == 0 and shards.rank == 0:
-                tensors = [like.new_empty(tensor.shape) for tensor in slot.tensors]
+                tensors = [
+                    like.new_empty(tensor.shape, dtype=torch.float32 if tensor.is_fp32 else like.dtype)
+                    for tensor in slot.tensors
+                ]
             for tensor, whole in zip(slot.tensors, tensors, strict=False):
                 first_rank.wait(tensor.name)
                 if shards.rank == 0 and _move_to_first_pipeline_rank(whole, chunk.pipeline_rank, groups):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tokenizers import CHINESE, ENGLISH, TOKENIZER_SIZE, Family, make_tokenizer
@@ -112,6 +114,30 @@ def make_checkpoint(
             model.get_input_embeddings().weight.data[tokenizer.pad_token_id] = std * torch.randn(hidden)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def make_adapter(
+    folder: str | Path,
+    base: str | Path,
+    modules: Sequence[str],
+    *,
+    r: int = 4,
+    alpha: float = 8.0,
+    std: float = 0.1,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> Path:
+    """Write random adapters for a model as peft does; neither factor is zero, so that both have a gradient."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        options = {"r": r, "lora_alpha": alpha, "target_modules": list(modules), "task_type": "CAUSAL_LM"}
+        adapted = get_peft_model(model, LoraConfig(**options))
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data = (std * torch.randn_like(parameter)).to(getattr(torch, dtype))
+        adapted.save_pretrained(folder)
     return Path(folder)
 
 

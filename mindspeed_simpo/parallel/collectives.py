@@ -61,6 +61,22 @@ class _GatherWithScatteredBackward(torch.autograd.Function):
         return part, None
 
 
+class _ScatteredSumWithGatheredBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        part = value.new_empty(value.shape[0] // group.size(), *value.shape[1:])
+        _reduce_scatter(part, value.contiguous(), group=group)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        whole = grad.new_empty(ctx.group.size() * grad.shape[0], *grad.shape[1:])
+        _all_gather(whole, grad, group=ctx.group)
+        return whole, None
+
+
 def gather_along_first(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All-gather along the first axis; the backward is a reduce-scatter (sum) of the gradient.
 
@@ -75,6 +91,22 @@ def gather_along_first(value: Tensor, group: dist.ProcessGroup) -> Tensor:
         return value
     whole: Tensor = _GatherWithScatteredBackward.apply(value, group)  # type: ignore[no-untyped-call]
     return whole
+
+
+def scatter_sums_along_first(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Reduce-scatter (sum) along the first axis; the backward is an all-gather of the gradient.
+
+    Args:
+        value: This rank's summand ``[group.size() * n, ...]``.
+        group: Ranks that hold the summands.
+
+    Returns:
+        ``[n, ...]``, this rank's shard of the sum.
+    """
+    if group.size() == 1:
+        return value
+    part: Tensor = _ScatteredSumWithGatheredBackward.apply(value, group)  # type: ignore[no-untyped-call]
+    return part
 
 
 def copy_to(value: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tokenizers import CHINESE, ENGLISH, TOKENIZER_SIZE, Family, make_tokenizer
@@ -117,6 +118,14 @@ def make_checkpoint(
     return Path(folder)
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """peft reads a property of transformers that newer versions of transformers warn about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
+
+
 def make_adapter(
     folder: str | Path,
     base: str | Path,
@@ -129,7 +138,9 @@ def make_adapter(
     dtype: str = "float32",
 ) -> Path:
     """Write random adapters for a model as peft does; neither factor is zero, so that both have a gradient."""
-    with torch.random.fork_rng(devices=[]):
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_pretrained(base)
         options = {"r": r, "lora_alpha": alpha, "target_modules": list(modules), "task_type": "CAUSAL_LM"}

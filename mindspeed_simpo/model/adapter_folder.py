@@ -56,7 +56,7 @@ class AdapterFolder:
         self.folder = folder
         _check_config(folder, adapters, projections(model))
         try:
-            self._file = safe_open(folder / WEIGHTS_FILE, framework="pt", device="cpu")
+            self._file: Any = safe_open(folder / WEIGHTS_FILE, framework="pt", device="cpu")
         except FileNotFoundError:
             pickled = "; adapter_model.bin is pickle, which is never read: save the adapter as safetensors"
             hint = pickled if (folder / "adapter_model.bin").is_file() else ""

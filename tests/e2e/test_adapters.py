@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from tests import oracle
 from tests.e2e.cli import lines_of
 from tests.e2e.encode import encode_file
-from tests.hf import make_checkpoint
+from tests.hf import make_checkpoint, quiet_peft
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 LORA = {"lora_r": 4, "lora_alpha": 8.0, "lora_target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -26,7 +26,8 @@ def program(program):
 
 def peft_metrics(base, adapter, pairs):
     """Mean log-probability of chosen and rejected responses by peft and transformers, nats per token."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).double()
+    with quiet_peft():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).double()
     means = []
     for prompt, *responses in pairs:
         for ids in responses:

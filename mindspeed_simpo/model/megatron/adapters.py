@@ -21,6 +21,9 @@ from mindspeed_simpo.parallel.collectives import copy_to, gather_along_first, sc
 class LowRankFactors(torch.nn.Module):
     """The factors of one Hugging Face projection on this tensor-parallel rank: ``lora_A`` and ``lora_B``."""
 
+    lora_A: torch.nn.Parameter  # noqa: N815 - peft's names
+    lora_B: torch.nn.Parameter  # noqa: N815
+
     def __init__(self, config: TransformerConfig, tensor: AdaptedTensor, groups: Groups) -> None:
         super().__init__()
         rank, size = groups.tensor.rank(), groups.tensor.size()
@@ -74,20 +77,24 @@ class LinearAdapters(torch.nn.ModuleDict):
         Args:
             hidden: Input of the layer.
         """
-        factors = {name: (module.lora_A, module.lora_B) for name, module in self.items()}
-        stacked = torch.cat([a for a, _ in factors.values()]) if len(factors) > 1 else next(iter(factors.values()))[0]
+        factors: list[LowRankFactors] = list(self.values())  # type: ignore[arg-type]
+        stacked = torch.cat([each.lora_A for each in factors]) if len(factors) > 1 else factors[0].lora_A
         inner = self._communicate(linear(hidden, stacked), self._group) * self._scale
         parts = inner.chunk(len(factors), dim=-1)
-        products = {name: linear(part, b) for (name, (_, b)), part in zip(factors.items(), parts, strict=True)}
-        if len(self._places) <= 1:
-            return next(iter(products.values()))
-        rows = {name: [rows for module, rows in self._places if module == name] for name in products}
-        pieces = {name: iter(product.split(rows[name], dim=-1)) for name, product in products.items()}
-        zeros = inner.new_zeros(()).expand(*inner.shape[:-1], 1)
-        return torch.cat(
-            [zeros.expand(*zeros.shape[:-1], n) if name is None else next(pieces[name]) for name, n in self._places],
-            dim=-1,
-        )
+        products = [linear(part, each.lora_B) for part, each in zip(parts, factors, strict=True)]
+        return products[0] if len(self._places) <= 1 else self._placed(dict(zip(self.keys(), products, strict=True)))
+
+    def _placed(self, products: dict[str, Tensor]) -> Tensor:
+        """The products in the order of the weight's output, with zeros for projections without an adapter."""
+        rows = {name: [number for module, number in self._places if module == name] for name in products}
+        pieces = {name: iter(torch.split(product, rows[name], dim=-1)) for name, product in products.items()}
+        some = next(iter(products.values()))
+        zeros = some.new_zeros(()).expand(*some.shape[:-1], 1)
+        placed = [
+            zeros.expand(*some.shape[:-1], number) if name is None else next(pieces[name])
+            for name, number in self._places
+        ]
+        return torch.cat(placed, dim=-1)
 
 
 def attach(

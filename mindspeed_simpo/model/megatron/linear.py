@@ -44,7 +44,7 @@ class _Adapted(torch.nn.Module):
 
     def forward(self, hidden: Float[Tensor, "held row inputs"]) -> tuple[Tensor, Tensor | None]:
         """The output, and the bias that it does not include."""
-        output, bias = super().forward(hidden)  # type: ignore[misc]
+        output, bias = super().forward(hidden)
         if self.adapters is not None and self.adapters.active:
             output = output + self.adapters(hidden)
         return output, bias

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -103,6 +104,11 @@ class Adapters:
         """Every factor of the whole model, layer by layer, by its name in peft without the prefix of a file."""
         (whole,) = pipeline_chunks(model, 1)
         return [tensor for slot in self.slots_of(whole, model) for tensor in slot.tensors]
+
+    def count(self, model: ModelDescription, chunks: Iterable[Chunk], tensor_ranks: int = 1) -> int:
+        """Number of parameters of the adapters of some chunks on the first of ``tensor_ranks`` ranks."""
+        slots = chain.from_iterable(self.slots_of(chunk, model) for chunk in chunks)
+        return sum(math.prod(slot.shape(0, tensor_ranks)) for slot in slots)
 
     def _factors(self, slot: Slot, weight: HFTensor, path: str, parameter: str) -> tuple[Slot, Slot]:
         outputs, inputs = weight.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.largest import LargestPass, PassShape
 from mindspeed_simpo.device import DeviceName
+from mindspeed_simpo.model.adapters import Adapters
 from mindspeed_simpo.model.blockwise import block_size
 from mindspeed_simpo.model.description import Attention, HeadShare, Layer, ModelDescription
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
@@ -54,6 +56,7 @@ def estimate_memory(
     - parameters ``P b``; gradients ``4 P``, accumulated in fp32;
     - optimizer ``8 P`` (Adam's moments), and ``4 P`` more for the fp32 parameters of bf16; divided by the data and
       context ranks with ``use_distributed_optimizer``;
+    - with adapters, gradients and optimizer of the adapters alone, and parameters of both;
     - activations ``n (layers a + b hidden) s``: n tokens of a pass on this context rank, s passes in flight
       (``pipeline ranks - pipeline rank``; with virtual pipeline ranks the number of warm-up passes of megatron-core's
       interleaved schedule, at most all passes), and a the bytes that one layer saves for a token:
@@ -99,6 +102,11 @@ class _PassMemory:
     largest: LargestPass
     device: DeviceName
 
+    @functools.cached_property
+    def adapters(self) -> Adapters | None:
+        """The configured adapters."""
+        return Adapters.of(self.config, self.model)
+
     @property
     def width(self) -> int:
         """Bytes of the compute dtype."""
@@ -121,14 +129,17 @@ class _PassMemory:
 
     def estimate(self, chunks: Sequence[Chunk]) -> MemoryEstimate:
         """Memory of one pipeline rank, which has these chunks."""
-        count = count_parameters(self.model, chunks, self.layout.tensor)
+        count = trained = count_parameters(self.model, chunks, self.layout.tensor)
+        if self.adapters is not None:
+            trained = self.adapters.count(self.model, chunks, self.layout.tensor)
+            count += trained
         shards = self.layout.data * self.layout.context if self.config.use_distributed_optimizer else 1
         place = chunks[0].pipeline_rank
         return MemoryEstimate(
             pipeline_rank=place,
             parameters=self.width * count,
-            gradients=_FP32 * count,
-            optimizer=(12 if self.config.bf16_in_use else 8) * count // shards,
+            gradients=_FP32 * trained,
+            optimizer=(12 if self.config.bf16_in_use else 8) * trained // shards,
             activations=self.activation_bytes(chunks) + self.mask_bytes(),
             head=self.head_bytes() if chunks[-1].has_head else 0,
             backward=max(self.backward_bytes(layer) for chunk in chunks for layer in chunk.layers(self.model)),
@@ -174,7 +185,27 @@ class _PassMemory:
         whole = 4 * residual + 3 * self.width * self.tokens * layer.mlp.width // self.layout.tensor
         norms_after = sum(norm is not None for norm in (layer.norm_after_attention, layer.norm_after_mlp))
         whole += norms_after * residual + (2 + norms_after) * _FP32 * self.tokens
+        if self.adapters is not None:
+            whole += self.adapter_bytes(layer, self.adapters)
         return whole + self.attention_bytes(layer.attention, recomputed=False)
+
+    def adapter_bytes(self, layer: Layer, adapters: Adapters) -> int:
+        """Saved tensors of one layer with adapters, less those of a layer whose weights are trained.
+
+        A frozen projection without an adapter does not save its input; with one it saves ``r`` values a token too, and
+        the factors A of several projections with one input are concatenated.
+        """
+        names, hidden, tensor = self.model.names, self.model.hidden_size, self.layout.tensor
+        groups = (names.qkv, (names.o,), names.gate_up, (names.down,))
+        qkv, o, gate_up, down = (sum(name.rsplit(".")[-1] in adapters.modules for name in group) for group in groups)
+        attention = self.share(layer.attention).padded_queries * layer.attention.head_dim
+        joined = self.config.batching_in_use != "padded" or self.layout.context > 1
+        inputs = ((qkv, self.hidden), (o, attention if joined else 0), (gate_up, self.hidden))
+        unsaved = sum(size for adapted, size in (*inputs, (down, layer.mlp.width // tensor)) if not adapted)
+        shards = tensor if self.config.sequence_parallel else 1
+        inner = self.tokens * (qkv + gate_up) + self.tokens // shards * (o + down)
+        stacked = hidden * sum(number for number in (qkv, gate_up) if number > 1)
+        return self.width * (adapters.r * (inner + stacked) - self.tokens * unsaved)
 
     def share(self, attention: Attention) -> HeadShare:
         """Heads of the first tensor-parallel rank."""

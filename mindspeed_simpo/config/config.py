@@ -11,6 +11,7 @@ from pydantic import model_validator
 from mindspeed_simpo.config import supported
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.config.options import (
+    AdapterOptions,
     BatchingForm,
     DataOptions,
     ModelOptions,
@@ -22,7 +23,7 @@ from mindspeed_simpo.config.options import (
 )
 
 
-class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOptions, OutputOptions):
+class Config(TaskOptions, ModelOptions, AdapterOptions, DataOptions, TrainingOptions, ParallelOptions, OutputOptions):
     """All options in one flat key space; the checks here need options of more than one group."""
 
     @model_validator(mode="after")
@@ -50,6 +51,11 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
         if self.max_tokens_per_micro_batch is not None:
             return self.max_tokens_per_micro_batch
         return 2 * self.seq_length
+
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the reference model is the trained model without its adapters."""
+        return self.objective.needs_reference and self.lora_r > 0 and self.ref_model is None
 
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
         """Model chunks of each pipeline rank for a model of ``num_layers`` layers.

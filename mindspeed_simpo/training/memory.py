@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.largest import LargestPass, PassShape
 from mindspeed_simpo.device import DeviceName
+from mindspeed_simpo.model.adapters import Adapters
 from mindspeed_simpo.model.blockwise import block_size
 from mindspeed_simpo.model.causal import LARGEST_MASK
 from mindspeed_simpo.model.description import Attention, HeadShare, Layer, ModelDescription
@@ -57,6 +59,7 @@ def estimate_memory(
       context ranks with ``use_distributed_optimizer``;
     - of the parameters of experts a rank holds ``1 / (e x)``, with e expert and x expert-tensor ranks, and their
       optimizer state is divided by the ranks that hold the same ones;
+    - with adapters, gradients and optimizer of the adapters alone, and parameters of both;
     - activations ``n (layers a + b hidden) s``: n tokens of a pass on this context rank, s passes in flight
       (``pipeline ranks - pipeline rank``; with virtual pipeline ranks the number of warm-up passes of megatron-core's
       interleaved schedule, at most all passes), and a the bytes that one layer saves for a token:
@@ -114,6 +117,11 @@ class _PassMemory:
     largest: LargestPass
     device: DeviceName
 
+    @functools.cached_property
+    def adapters(self) -> Adapters | None:
+        """The configured adapters."""
+        return Adapters.of(self.config, self.model)
+
     @property
     def width(self) -> int:
         """Bytes of the compute dtype."""
@@ -140,13 +148,16 @@ class _PassMemory:
         expert_ranks, copies = layout.expert * layout.expert_tensor_ranks, layout.data * layout.context
         dense = count_parameters(self.model, chunks, layout.tensor, experts=False)
         of_experts = count_parameters(self.model, chunks, expert_ranks, experts=True)
-        count = dense + of_experts
+        count = trained = dense + of_experts
         held = dense // copies + of_experts * expert_ranks // (copies * layout.tensor) if sharded else count
+        if self.adapters is not None:
+            trained = self.adapters.count(self.model, chunks, layout.tensor)
+            count, held = count + trained, trained // copies if sharded else trained
         place = chunks[0].pipeline_rank
         return MemoryEstimate(
             pipeline_rank=place,
             parameters=self.width * count,
-            gradients=_FP32 * count,
+            gradients=_FP32 * trained,
             optimizer=(12 if self.config.bf16_in_use else 8) * held,
             activations=self.activation_bytes(chunks) + self.mask_bytes(),
             head=self.head_bytes() if chunks[-1].has_head else 0,
@@ -193,6 +204,8 @@ class _PassMemory:
         whole = 4 * residual + self.mlp_bytes(layer) + self.expert_bytes(layer)
         norms_after = sum(norm is not None for norm in (layer.norm_after_attention, layer.norm_after_mlp))
         whole += norms_after * residual + (2 + norms_after) * _FP32 * self.tokens
+        if self.adapters is not None:
+            whole += self.adapter_bytes(layer, self.adapters)
         return whole + self.attention_bytes(layer.attention, recomputed=False)
 
     def mlp_bytes(self, layer: Layer) -> int:
@@ -222,6 +235,26 @@ class _PassMemory:
         places = rows * 8 * (5 if several else 2)
         wide = _FP32 * self.tokens * hidden if self.config.bf16_in_use else 0
         return int(self.width * (values + weighted) + routing + places + wide)
+
+    def adapter_bytes(self, layer: Layer, adapters: Adapters) -> int:
+        """Saved tensors of one layer with adapters, less those of a layer whose weights are trained.
+
+        A frozen projection without an adapter does not save its input; with one it saves ``r`` values a token too, and
+        the factors A of several projections with one input are concatenated.
+        """
+        names, hidden, tensor = self.model.names, self.model.hidden_size, self.layout.tensor
+        groups = (names.qkv, (names.o,), names.gate_up, (names.down,))
+        qkv, o, gate_up, down = (sum(name.rsplit(".")[-1] in adapters.modules for name in group) for group in groups)
+        attention = self.share(layer.attention).padded_queries * layer.attention.head_dim
+        joined = self.config.batching_in_use != "padded" or self.layout.context > 1
+        inputs = [(qkv, self.hidden), (o, attention if joined else 0)]
+        if layer.mlp is not None:
+            inputs += [(gate_up, self.hidden), (down, layer.mlp.width // tensor)]
+        unsaved = sum(size for adapted, size in inputs if not adapted)
+        shards = tensor if self.config.sequence_parallel else 1
+        inner = self.tokens * (qkv + gate_up) + self.tokens // shards * (o + down)
+        stacked = hidden * sum(number for number in (qkv, gate_up) if number > 1)
+        return self.width * (adapters.r * (inner + stacked) - self.tokens * unsaved)
 
     def share(self, attention: Attention) -> HeadShare:
         """Heads of the first tensor-parallel rank."""

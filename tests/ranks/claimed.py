@@ -176,3 +176,25 @@ OPTIONS_TOGETHER: tuple[tuple[Option, ...], ...] = (
     (_PREFIX_SHARED, *OPTIONS[2:5]),
 )
 """Options that the matrix also has all at once: without packing, packed, and with shared prompts."""
+
+_FULL, _SELECTIVE = OPTIONS[4:6]
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_SOME = ("down_proj", "up_proj", "v_proj")
+
+ADAPTER_COVERING: tuple[tuple[Layout, tuple[Option, ...], str, tuple[str, ...]], ...] = (
+    (Layout(tensor=2, sequence_parallel=True), (_PACKED, *OPTIONS[1:5]), "qwen2", _PROJECTIONS),
+    (Layout(tensor=2, pipeline=2), (_PREFIX_SHARED, OPTIONS[2], _FULL), "qwen3", _SOME),
+    (Layout(context=2, data=2, distributed_optimizer=True), (OPTIONS[1], _SELECTIVE), "qwen2", _PROJECTIONS),
+    (Layout(pipeline=2, virtual_pipeline=True), (OPTIONS[0],), "qwen2", _SOME),
+    (Layout(tensor=4, sequence_parallel=True), (), "shared key-value heads", _PROJECTIONS),
+    (Layout(2, 2, 2, 1, sequence_parallel=True), (_FULL,), "phi3", ("gate_up_proj", "o_proj", "qkv_proj")),
+)
+"""Rows with adapters in continuous integration: (layout, options, family, adapted modules)."""
+
+ADAPTER_MATRIX = (
+    *ADAPTER_COVERING,
+    *((layout, (), "qwen2", _PROJECTIONS) for layout in COVERING),
+    *((layout, options, "qwen2", _PROJECTIONS) for options in OPTIONS_TOGETHER for layout in options[0].rows),
+    *((layout, (option,), "qwen2", _SOME) for option in OPTIONS for layout in option.rows[-2:]),
+)
+"""All rows with adapters."""

@@ -7,6 +7,7 @@ P..2P-1, in the same pair order), ``row`` = rows of the model's input tensor (2P
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -91,6 +92,19 @@ class Documents:
     branches: tuple[Branch, ...] = ()
     """Suffixes; each attends to all of its prefix and causally to itself."""
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document and of each branch, in the order of the row."""
+        return (*self.wholes, *(branch.length for branch in self.branches))
+
+    def with_padding(self, tokens: int) -> Documents:
+        """The pattern of the row with ``tokens`` further positions at its end, which attend to themselves."""
+        if not tokens:
+            return self
+        if not self.branches:
+            return Documents((*self.wholes, tokens))
+        return Documents(self.wholes, (*self.branches, Branch(0, 0, tokens)))
+
 
 UNPACKED = Documents(())
 """The pattern of a batch that is not packed: each row is one right-padded document."""
@@ -106,6 +120,15 @@ class Packing:
     pair_of: Int[Tensor, " seq"]
     """int64 index of each token's pair in the micro-batch; 0 for padding, which has no target."""
     num_pairs: int
+
+    def at(self, held: Int[Tensor, " held"]) -> Packing:
+        """The packing of the tokens at some positions of the row; ``documents`` remain those of the full row."""
+        return dataclasses.replace(self, positions=self.positions[held], pair_of=self.pair_of[held])
+
+    def with_padding(self, tokens: int) -> Packing:
+        """The packing of the row with ``tokens`` further positions at its end, which belong to no sequence."""
+        positions, pair_of = (torch.nn.functional.pad(each, (0, tokens)) for each in (self.positions, self.pair_of))
+        return Packing(self.documents.with_padding(tokens), positions, pair_of, self.num_pairs)
 
     def to(self, device: torch.device) -> Packing:
         """A copy with the tensors on ``device``."""

@@ -48,7 +48,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> Inputs:
     model = folder / "model"
     _write_model(model, arguments, texts)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    pairs, sizes = _first_that_fit(arguments, tokenizer)
+    pairs, sizes = first_that_fit(arguments, tokenizer)
     count = len(pairs)
     lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
     data, in_order = folder / "pairs.jsonl", folder / "pairs_in_our_order.jsonl"
@@ -92,13 +92,14 @@ def useful_flops(shape: argparse.Namespace, prompt: int, chosen: int, rejected: 
     return shape.layers * (6 * layer * tokens + 12 * shape.hidden * keys) + head
 
 
-def _write_model(folder: Path, arguments: argparse.Namespace, texts: str) -> None:
+def train_tokenizer(folder: Path, vocab: int, texts: str) -> None:
+    """Write a byte-level BPE tokenizer of ``vocab`` ids, trained on ``texts``, with ChatML's template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=arguments.vocab,
+        vocab_size=vocab,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -107,6 +108,10 @@ def _write_model(folder: Path, arguments: argparse.Namespace, texts: str) -> Non
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, chat_template=TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     ).save_pretrained(folder)
+
+
+def _write_model(folder: Path, arguments: argparse.Namespace, texts: str) -> None:
+    train_tokenizer(folder, arguments.vocab, texts)
     config = Qwen2Config(
         hidden_size=arguments.hidden,
         intermediate_size=arguments.intermediate,
@@ -121,7 +126,7 @@ def _write_model(folder: Path, arguments: argparse.Namespace, texts: str) -> Non
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
 
 
-def _first_that_fit(
+def first_that_fit(
     arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[dict[str, Any]], list[tuple[int, int, int]]]:
     """Whole micro-batches of pairs as messages, and the tokens of their prompts, chosen and rejected answers."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,6 +119,40 @@ def make_checkpoint(
             model.get_input_embeddings().weight.data[tokenizer.pad_token_id] = std * torch.randn(hidden)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """peft reads a property of transformers that newer versions of transformers warn about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
+
+
+def make_adapter(
+    folder: str | Path,
+    base: str | Path,
+    modules: Sequence[str],
+    *,
+    r: int = 4,
+    alpha: float = 8.0,
+    std: float = 0.1,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> Path:
+    """Write random adapters for a model as peft does; neither factor is zero, so that both have a gradient."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]), quiet_peft():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        options = {"r": r, "lora_alpha": alpha, "target_modules": list(modules), "task_type": "CAUSAL_LM"}
+        adapted = get_peft_model(model, LoraConfig(**options))
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data = (std * torch.randn_like(parameter)).to(getattr(torch, dtype))
+        adapted.save_pretrained(folder)
     return Path(folder)
 
 

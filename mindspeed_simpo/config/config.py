@@ -11,6 +11,7 @@ from pydantic import model_validator
 from mindspeed_simpo.config import supported
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.config.options import (
+    AdapterOptions,
     BatchingForm,
     DataOptions,
     ModelOptions,
@@ -22,15 +23,15 @@ from mindspeed_simpo.config.options import (
 )
 
 
-class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOptions, OutputOptions):
+class Config(TaskOptions, ModelOptions, AdapterOptions, DataOptions, TrainingOptions, ParallelOptions, OutputOptions):
     """All options in one flat key space; the checks here need options of more than one group."""
 
     @model_validator(mode="after")
     def _token_budget_needs_packing(self) -> Config:
         if self.max_tokens_per_micro_batch is not None and self.batching_in_use == "padded":
             raise ValueError(
-                "max_tokens_per_micro_batch needs batching: packed or prefix_shared; padded micro-batches, which "
-                "context parallelism and virtual pipeline parallelism need, hold micro_batch_size pairs"
+                "max_tokens_per_micro_batch needs batching: packed or prefix_shared; padded micro-batches hold "
+                "micro_batch_size pairs"
             )
         return self
 
@@ -51,6 +52,11 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
             return self.max_tokens_per_micro_batch
         return 2 * self.seq_length
 
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the reference model is the trained model without its adapters."""
+        return self.objective.needs_reference and self.lora_r > 0 and self.ref_model is None
+
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
         """Model chunks of each pipeline rank for a model of ``num_layers`` layers.
 
@@ -65,6 +71,11 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
     def sequence_multiple(self) -> int:
         """See :attr:`Layout.sequence_multiple`."""
         return self.layout_with(data=1).sequence_multiple
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The interleaved schedule needs a multiple of ``pipeline_model_parallel_size`` micro-batches; else 1."""
+        return 1 if self.num_layers_per_virtual_pipeline_stage is None else self.pipeline_model_parallel_size
 
     @property
     def equal_micro_batches(self) -> bool:

@@ -145,7 +145,7 @@ def _check_batch(config: Config, layout: Layout) -> None:
             f"{layout.data} data-parallel ranks x micro_batch_size {config.micro_batch_size}"
         )
     num_microbatches = config.global_batch_size // pairs_at_once
-    if layout.virtual_pipeline and num_microbatches % layout.pipeline:
+    if config.batching_in_use == "padded" and layout.virtual_pipeline and num_microbatches % layout.pipeline:
         raise ConfigError(
             f"num_layers_per_virtual_pipeline_stage: the interleaved schedule needs a multiple of "
             f"pipeline_model_parallel_size {layout.pipeline} micro-batches, found {num_microbatches} = "

@@ -33,6 +33,10 @@ class BatchingOptions(Protocol):
         """``multiple_of`` of :class:`Batching`."""
 
     @property
+    def micro_batch_multiple(self) -> int:
+        """``number_multiple_of`` of :class:`Batching`."""
+
+    @property
     def equal_micro_batches(self) -> bool:
         """See :class:`Batching`."""
 
@@ -48,6 +52,8 @@ class Batching:
     """Tokens up to which a micro-batch is filled where its sequences share a row."""
     multiple_of: int = 1
     """The length of each row is rounded up to a multiple of this number of tokens."""
+    number_multiple_of: int = 1
+    """The number of a rank's micro-batches is rounded up to a multiple of this number; packed forms only."""
     equal_micro_batches: bool = False
     """Whether filler micro-batches make their number the same on all data-parallel ranks."""
 
@@ -59,6 +65,7 @@ class Batching:
             options.micro_batch_size,
             options.token_budget,
             options.sequence_multiple,
+            options.micro_batch_multiple,
             options.equal_micro_batches,
         )
 
@@ -105,16 +112,29 @@ class Batching:
             at_least: Micro-batches of a filler pair make up this number.
         """
         parts = self.parts([self.size_of_pair(pair) for pair in pairs])
-        contents = [([pairs[index] for index in part], [pair_ids[index] for index in part]) for part in parts]
-        contents += [([None], [FILLER_PAIR])] * (at_least - len(parts))
+        parts += [[]] * (at_least - len(parts))
+        contents = [
+            ([pairs[index] for index in part] or [None], [pair_ids[index] for index in part] or [FILLER_PAIR])
+            for part in parts
+        ]
         return [COLLATE[self.name](*content, multiple_of=self.multiple_of) for content in contents]
 
     def parts(self, sizes: Sequence[int]) -> list[list[int]]:
-        """The indices of the pairs of each micro-batch of one rank, from the :meth:`size_of` of each of its pairs."""
+        """The indices of the pairs of each micro-batch of one rank, from the :meth:`size_of` of each of its pairs.
+
+        Where the number of the packed forms has to be rounded up, the fullest micro-batches are divided; a micro-batch
+        without a pair is added where none holds two.
+        """
         if self.name == "padded":
             size, number = self.micro_batch_size, len(sizes)
             return [list(range(first, min(first + size, number))) for first in range(0, number, size)]
-        return fill(sizes, self.max_tokens // self.multiple_of * self.multiple_of)
+        parts = fill(sizes, self.max_tokens // self.multiple_of * self.multiple_of)
+        while len(parts) % self.number_multiple_of:
+            fullest = max(parts, key=lambda part: (len(part) > 1, sum(sizes[index] for index in part)))
+            halves = [[fullest[half] for half in side] for side in spread([sizes[index] for index in fullest], 2)]
+            place = parts.index(fullest)
+            parts[place : place + 1] = halves
+        return parts
 
     def size_of(self, prompt: int, chosen: int, rejected: int) -> int:
         """Tokens that a pair with these numbers of tokens adds to a packed row."""

@@ -97,7 +97,7 @@ def _passes(pairs: Int[np.ndarray, "part 3"], batching: Batching, *, two_pass: b
     if batching.name == "prefix_shared":
         responses, prompts, rejected = int(sum(sides).sum()), int(prompt.sum()), sides[1]
         tokens = _rounded(prompts + responses, batching.multiple_of)
-        yield PassShape(tokens, 1, responses, prompts, int(rejected.sum()), int((prompt + rejected).max()))
+        yield PassShape(tokens, 1, responses, prompts, int(rejected.sum()), int((prompt + rejected).max(initial=0)))
         return
     packed = batching.name == "packed"
     if packed and two_pass:

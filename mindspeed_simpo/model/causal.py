@@ -14,6 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from mindspeed_simpo.device import npu
 from mindspeed_simpo.model.blockwise import blockwise_attention, repeat_heads
 
+LARGEST_MASK = 2048
+"""Keys up to which CPUs mask queries at the last positions of more keys by one cached mask; beyond, block by block."""
+
 
 def causal_attention(
     query: Float[Tensor, "queries row heads dim"],
@@ -41,7 +44,9 @@ def causal_attention(
     if npu.is_on_npu(query):
         assert softcap is None, "no operator of NPUs caps the scores: refused when the model was built"
         return npu.causal_attention(query, key, value, scale, window)
-    if window is not None or softcap is not None:
+    square = query.shape[0] == key.shape[0]
+    masked = not square and not query.is_cuda
+    if window is not None or softcap is not None or (masked and key.shape[0] > LARGEST_MASK):
         return blockwise_attention(query, key, value, scale, window, softcap)
     repeats = query.shape[2] // key.shape[2]
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
@@ -49,7 +54,6 @@ def causal_attention(
     grouped = repeats > 1 and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     if not grouped:
         k, v = repeat_heads(k, repeats), repeat_heads(v, repeats)
-    square = query.shape[0] == key.shape[0]
     context = scaled_dot_product_attention(
         q,
         k,

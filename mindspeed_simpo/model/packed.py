@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +15,7 @@ from torch import Tensor
 from mindspeed_simpo.batch import Documents, to_device
 from mindspeed_simpo.device import npu
 from mindspeed_simpo.model.causal import causal_attention
+from mindspeed_simpo.parallel.context import positions_of, segments_of, spans_of
 
 
 def packed_attention(
@@ -45,16 +47,54 @@ def packed_attention(
     context = varlen_attention(query[:end], *own, documents.wholes, documents.wholes, scale, window, softcap)
     if not documents.branches:
         return context
-    lengths_of_pieces, seen = _branch_pieces(documents)
-    lengths = [branch.length for branch in documents.branches]
-    key_lengths = [branch.prefix_length + branch.length for branch in documents.branches]
-    # pieces, not an index, whose backward adds element by element
-    keys, values = (
-        torch.cat([pieces[piece] for piece in seen])
-        for pieces in (torch.split(tensor, lengths_of_pieces) for tensor in (key, value))
+    seen = _seen_by_branches(documents)
+    branches = varlen_attention(
+        query[end:], seen.of(key), seen.of(value), seen.query_lengths, seen.key_lengths, scale, window, softcap
     )
-    branches = varlen_attention(query[end:], keys, values, lengths, key_lengths, scale, window, softcap)
     return torch.cat([context, branches])
+
+
+def segmented_attention(
+    query: Float[Tensor, "held 1 heads dim"],
+    key: Float[Tensor, "seq 1 groups dim"],
+    value: Float[Tensor, "seq 1 groups dim"],
+    documents: Documents,
+    rank: int,
+    size: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "held 1 width"]:
+    """:func:`packed_attention` for the queries that one of ``size`` context-parallel ranks holds, in one call.
+
+    Each segment of a document attends to the keys of its document, and of the document's prefix, up to its own end:
+    the last token of a segment and the first one of the next belong together, whichever ranks hold them.
+
+    Args:
+        query: Queries of the positions of the rank (:func:`~mindspeed_simpo.parallel.context.positions_of`).
+        key: Keys of the positions of rank 0, then of those of rank 1, and so on.
+        value: Values of the same positions as ``key``.
+        documents: Documents and branches of the full row.
+        rank: Context-parallel rank.
+        size: Number of context-parallel ranks.
+        scale: See :func:`packed_attention`.
+        window: See :func:`packed_attention`.
+        softcap: See :func:`packed_attention`.
+    """
+    seen = _seen_by_rank(documents, rank, size)
+    return varlen_attention(
+        query, seen.of(key), seen.of(value), seen.query_lengths, seen.key_lengths, scale, window, softcap
+    )
+
+
+def in_row_order(slices: Float[Tensor, "seq *rest dim"], documents: Documents, size: int) -> Tensor:
+    """The full packed row from the slices of all ranks, concatenated in rank order."""
+    return _row_of_slices(documents, size).of(slices)
+
+
+def in_rank_order(row: Float[Tensor, "seq *rest dim"], documents: Documents, size: int) -> Tensor:
+    """The inverse of :func:`in_row_order`."""
+    return _slices_of_row(documents, size).of(row)
 
 
 def varlen_attention(
@@ -134,31 +174,119 @@ def _has_flash_attention() -> bool:
 _MICRO_BATCHES_IN_FLIGHT = 64
 
 
-@functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
-def _branch_pieces(documents: Documents) -> tuple[list[int], list[int]]:
-    """The row in pieces, and the pieces that are the keys of the branches.
+@dataclass(frozen=True)
+class _Seen:
+    """What the queries of some documents attend to, as pieces of a tensor along its first axis.
 
-    Returns:
-        The lengths of the pieces, in the order of the row; and indices of pieces: for each branch those of its prefix,
-        then those of the branch.
+    Pieces are copied; the backward of an index would add element by element.
     """
+
+    lengths: list[int]
+    """Of the pieces into which the tensor is split."""
+    pieces: list[int]
+    """Indices of the pieces that are concatenated; a piece may occur several times."""
+    query_lengths: list[int]
+    """Queries of each document."""
+    key_lengths: list[int]
+    """Keys of each document."""
+
+    @classmethod
+    def in_row(
+        cls,
+        held: Sequence[tuple[int, int]],
+        wanted: Sequence[tuple[int, int]],
+        query_lengths: Sequence[int] = (),
+        key_lengths: Sequence[int] = (),
+    ) -> _Seen:
+        """The pieces that make up ``wanted`` in a tensor that holds ``held``; both are spans of positions in the row.
+
+        Args:
+            held: Spans that cover the row, in the order in which the tensor holds them.
+            wanted: Spans to concatenate.
+            query_lengths: As the attribute.
+            key_lengths: As the attribute.
+        """
+        cuts = sorted({cut for span in (*held, *wanted) for cut in span})
+        place = {cut: index for index, cut in enumerate(cuts)}
+        lengths: list[int] = []
+        number: dict[int, int] = {}
+        for start, stop in held:
+            for index in range(place[start], place[stop]):
+                number[index] = len(lengths)
+                lengths.append(cuts[index + 1] - cuts[index])
+        pieces = [number[index] for start, stop in wanted for index in range(place[start], place[stop])]
+        return cls(lengths, pieces, list(query_lengths), list(key_lengths))
+
+    def of(self, tensor: Float[Tensor, "seq *rest dim"]) -> Float[Tensor, "keys *rest dim"]:
+        """The concatenated pieces of ``tensor``."""
+        pieces = torch.split(tensor, self.lengths)
+        return torch.cat([pieces[piece] for piece in self.pieces])
+
+
+@functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
+def _seen_by_branches(documents: Documents) -> _Seen:
     spans, start = [], sum(documents.wholes)
     for branch in documents.branches:
         spans.append((branch.prefix_start, branch.prefix_start + branch.prefix_length))
         spans.append((start, start + branch.length))
         start += branch.length
-    cuts = sorted({0, start}.union(*spans))
-    number = {cut: index for index, cut in enumerate(cuts)}
-    lengths = [stop - begin for begin, stop in itertools.pairwise(cuts)]
-    return lengths, [piece for begin, stop in spans for piece in range(number[begin], number[stop])]
+    lengths = [branch.length for branch in documents.branches]
+    return _Seen.in_row(
+        [(0, start)], spans, lengths, [branch.prefix_length + branch.length for branch in documents.branches]
+    )
 
 
 @functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
-def document_lengths(documents: Documents, device: torch.device) -> Int[Tensor, " seq"]:
-    """int64 length of the sequence of each position of a packed row, tokens; that of a branch includes its prefix."""
-    wholes = [torch.full((length,), length) for length in documents.wholes]
-    branches = [torch.full((each.length,), each.prefix_length + each.length) for each in documents.branches]
-    return to_device(torch.cat([*wholes, *branches]), device)
+def _seen_by_rank(documents: Documents, rank: int, size: int) -> _Seen:
+    starts = [0, *itertools.accumulate(documents.lengths)]
+    wanted, query_lengths, key_lengths = [], [], []
+    for document, start, stop in segments_of(documents.lengths, rank, size):
+        prefix_start, prefix_length = _prefix_of(documents, document)
+        wanted.append((prefix_start, prefix_start + prefix_length))
+        wanted.append((starts[document], starts[document] + stop))
+        query_lengths.append(stop - start)
+        key_lengths.append(prefix_length + stop)
+    return _Seen.in_row(_spans_of_ranks(documents, size), wanted, query_lengths, key_lengths)
+
+
+@functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
+def _row_of_slices(documents: Documents, size: int) -> _Seen:
+    return _Seen.in_row(_spans_of_ranks(documents, size), [(0, sum(documents.lengths))])
+
+
+@functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
+def _slices_of_row(documents: Documents, size: int) -> _Seen:
+    return _Seen.in_row([(0, sum(documents.lengths))], _spans_of_ranks(documents, size))
+
+
+def _spans_of_ranks(documents: Documents, size: int) -> list[tuple[int, int]]:
+    return [span for rank in range(size) for span in spans_of(documents.lengths, rank, size)]
+
+
+def _prefix_of(documents: Documents, document: int) -> tuple[int, int]:
+    """First position in the row, and tokens, of the prefix; ``document`` counts the wholes, then the branches."""
+    branch = document - len(documents.wholes)
+    return documents.branches[branch][:2] if branch >= 0 else (0, 0)
+
+
+@functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
+def document_lengths(documents: Documents, rank: int, size: int, device: torch.device) -> Int[Tensor, " seq"]:
+    """int64 length of the sequence of each position that a context-parallel rank holds, tokens.
+
+    The length of a branch includes its prefix.
+
+    Args:
+        documents: Documents and branches of the full row.
+        rank: Context-parallel rank.
+        size: Number of context-parallel ranks.
+        device: Device of the result.
+    """
+    parts = [
+        torch.full((length,), length + _prefix_of(documents, document)[1])
+        for document, length in enumerate(documents.lengths)
+    ]
+    held = positions_of(rank, size, documents.lengths, torch.device("cpu"))
+    return to_device(torch.cat(parts)[held], device)
 
 
 @functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)

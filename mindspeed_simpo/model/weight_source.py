@@ -49,8 +49,7 @@ class RandomWeights:
         if tensor.initial is not None:
             whole = torch.full(tensor.shape, tensor.initial)
         else:
-            digest = hashlib.sha256(f"{self.seed}:{tensor.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            generator = seeded_generator(self.seed, tensor.name)
             whole = torch.empty(tensor.shape).normal_(0.0, self.std, generator=generator)
         return whole.narrow(tensor.axis or 0, span.start, span.length)
 
@@ -116,6 +115,12 @@ class SafetensorsFolder:
         if stored.get_dtype() not in _DTYPES:
             raise ModelError(f"{where} is stored as {stored.get_dtype()}; expected one of {', '.join(_DTYPES)}")
         return _DTYPES[stored.get_dtype()]
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """The generator of the random values of one tensor, the same on every layout."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _is_beyond(name: str, model: ModelDescription) -> bool:

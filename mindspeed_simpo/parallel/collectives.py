@@ -92,6 +92,22 @@ class _Exchange(torch.autograd.Function):
         return _exchanged(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
 
 
+class _ScatteredSumWithGatheredBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        part = value.new_empty(value.shape[0] // group.size(), *value.shape[1:])
+        _reduce_scatter(part, value.contiguous(), group=group)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        whole = grad.new_empty(ctx.group.size() * grad.shape[0], *grad.shape[1:])
+        _all_gather(whole, grad, group=ctx.group)
+        return whole, None
+
+
 def _gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     whole = value.new_empty(group.size() * value.shape[0], *value.shape[1:])
     _all_gather(whole, value.contiguous(), group=group)
@@ -164,6 +180,22 @@ def gather_along_first(value: Tensor, group: dist.ProcessGroup) -> Tensor:
         return value
     whole: Tensor = _GatherWithScatteredBackward.apply(value, group)  # type: ignore[no-untyped-call]
     return whole
+
+
+def scatter_sums_along_first(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Reduce-scatter (sum) along the first axis; the backward is an all-gather of the gradient.
+
+    Args:
+        value: This rank's summand ``[group.size() * n, ...]``.
+        group: Ranks that hold the summands.
+
+    Returns:
+        ``[n, ...]``, this rank's shard of the sum.
+    """
+    if group.size() == 1:
+        return value
+    part: Tensor = _ScatteredSumWithGatheredBackward.apply(value, group)  # type: ignore[no-untyped-call]
+    return part
 
 
 def copy_to(value: Tensor, group: dist.ProcessGroup) -> Tensor:

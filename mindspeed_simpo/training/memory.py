@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.largest import LargestPass, PassShape
 from mindspeed_simpo.device import DeviceName
+from mindspeed_simpo.model.adapters import Adapters
 from mindspeed_simpo.model.blockwise import block_size
+from mindspeed_simpo.model.causal import LARGEST_MASK
 from mindspeed_simpo.model.description import Attention, HeadShare, Layer, ModelDescription
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 from mindspeed_simpo.training.communicators import buffer_bytes
@@ -56,6 +59,7 @@ def estimate_memory(
       context ranks with ``use_distributed_optimizer``;
     - of the parameters of experts a rank holds ``1 / (e x)``, with e expert and x expert-tensor ranks, and their
       optimizer state is divided by the ranks that hold the same ones;
+    - with adapters, gradients and optimizer of the adapters alone, and parameters of both;
     - activations ``n (layers a + b hidden) s``: n tokens of a pass on this context rank, s passes in flight
       (``pipeline ranks - pipeline rank``; with virtual pipeline ranks the number of warm-up passes of megatron-core's
       interleaved schedule, at most all passes), and a the bytes that one layer saves for a token:
@@ -113,6 +117,11 @@ class _PassMemory:
     largest: LargestPass
     device: DeviceName
 
+    @functools.cached_property
+    def adapters(self) -> Adapters | None:
+        """The configured adapters."""
+        return Adapters.of(self.config, self.model)
+
     @property
     def width(self) -> int:
         """Bytes of the compute dtype."""
@@ -139,13 +148,16 @@ class _PassMemory:
         expert_ranks, copies = layout.expert * layout.expert_tensor_ranks, layout.data * layout.context
         dense = count_parameters(self.model, chunks, layout.tensor, experts=False)
         of_experts = count_parameters(self.model, chunks, expert_ranks, experts=True)
-        count = dense + of_experts
+        count = trained = dense + of_experts
         held = dense // copies + of_experts * expert_ranks // (copies * layout.tensor) if sharded else count
+        if self.adapters is not None:
+            trained = self.adapters.count(self.model, chunks, layout.tensor)
+            count, held = count + trained, trained // copies if sharded else trained
         place = chunks[0].pipeline_rank
         return MemoryEstimate(
             pipeline_rank=place,
             parameters=self.width * count,
-            gradients=_FP32 * count,
+            gradients=_FP32 * trained,
             optimizer=(12 if self.config.bf16_in_use else 8) * held,
             activations=self.activation_bytes(chunks) + self.mask_bytes(),
             head=self.head_bytes() if chunks[-1].has_head else 0,
@@ -192,6 +204,8 @@ class _PassMemory:
         whole = 4 * residual + self.mlp_bytes(layer) + self.expert_bytes(layer)
         norms_after = sum(norm is not None for norm in (layer.norm_after_attention, layer.norm_after_mlp))
         whole += norms_after * residual + (2 + norms_after) * _FP32 * self.tokens
+        if self.adapters is not None:
+            whole += self.adapter_bytes(layer, self.adapters)
         return whole + self.attention_bytes(layer.attention, recomputed=False)
 
     def mlp_bytes(self, layer: Layer) -> int:
@@ -222,18 +236,44 @@ class _PassMemory:
         wide = _FP32 * self.tokens * hidden if self.config.bf16_in_use else 0
         return int(self.width * (values + weighted) + routing + places + wide)
 
+    def adapter_bytes(self, layer: Layer, adapters: Adapters) -> int:
+        """Saved tensors of one layer with adapters, less those of a layer whose weights are trained.
+
+        A frozen projection without an adapter does not save its input; with one it saves ``r`` values a token too, and
+        the factors A of several projections with one input are concatenated.
+        """
+        names, hidden, tensor = self.model.names, self.model.hidden_size, self.layout.tensor
+        groups = (names.qkv, (names.o,), names.gate_up, (names.down,))
+        qkv, o, gate_up, down = (sum(name.rsplit(".")[-1] in adapters.modules for name in group) for group in groups)
+        attention = self.share(layer.attention).padded_queries * layer.attention.head_dim
+        joined = self.config.batching_in_use != "padded" or self.layout.context > 1
+        inputs = [(qkv, self.hidden), (o, attention if joined else 0)]
+        if layer.mlp is not None:
+            inputs += [(gate_up, self.hidden), (down, layer.mlp.width // tensor)]
+        unsaved = sum(size for adapted, size in inputs if not adapted)
+        shards = tensor if self.config.sequence_parallel else 1
+        inner = self.tokens * (qkv + gate_up) + self.tokens // shards * (o + down)
+        stacked = hidden * sum(number for number in (qkv, gate_up) if number > 1)
+        return self.width * (adapters.r * (inner + stacked) - self.tokens * unsaved)
+
     def share(self, attention: Attention) -> HeadShare:
         """Heads of the first tensor-parallel rank."""
         return attention.share(0, self.layout.tensor)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence; in packed rows at most ``seq_length``."""
+        if self.config.batching_in_use == "padded":
+            return self.batch.tokens // self.batch.rows
+        return min(self.batch.tokens, self.config.seq_length)
 
     def blockwise(self, attention: Attention) -> bool:
         """Whether the attention is computed in blocks of queries, which saves only queries, keys and values."""
         if self.device == "npu":
             return False
-        longest = self.config.seq_length
-        if self.config.batching_in_use == "padded":
-            longest = self.batch.tokens // self.batch.rows
-        return attention.softcap is not None or (attention.window or longest) < longest
+        longest = self.longest_sequence
+        masked = self.device == "cpu" and self.layout.context > 1 and longest > LARGEST_MASK
+        return masked or attention.softcap is not None or (attention.window or longest) < longest
 
     def attention_bytes(self, attention: Attention, *, recomputed: bool) -> int:
         """Saved tensors of one layer's attention, between the QKV projection and the output projection.
@@ -243,13 +283,15 @@ class _PassMemory:
         concatenated; one or more softmax statistics a head, unless the attention is computed in blocks. Context ranks
         save the gathered keys and values instead, ``2 k`` for each token of all ranks; suffixes save the keys and
         values of prefix and suffix, ``2 k``. Where query heads share a key-value head, the CPU's kernel takes expanded
-        copies: ``2 q`` in place of ``3 k`` and of each ``2 k``. Tensor ranks that share a key-value head also save its
-        gathered keys and values, ``2 k``.
+        copies: ``2 q`` in place of ``3 k`` and of each ``2 k``. With context ranks these copies, and in packed rows the
+        gathered keys and values, are those that each chunk attends to (:meth:`seen_by_chunks`). Tensor ranks that share
+        a key-value head also save its gathered keys and values, ``2 k``.
         """
         batch, context, share = self.batch, self.layout.context, self.share(attention)
         queries, keys = share.padded_queries * attention.head_dim, share.kv_heads * attention.head_dim
         gathered = context > 1 and self.config.context_parallel_algo == "gathered"
-        joined = gathered or self.config.batching_in_use != "padded"
+        packed = self.config.batching_in_use != "padded"
+        joined = gathered or packed
         shared = share.queries > share.kv_heads
         normed = attention.qk_norm is not None
         # queries of several groups are not contiguous in the projection's output: the norm saves a copy
@@ -264,11 +306,12 @@ class _PassMemory:
         copied = shared and self.device == "cpu" and not blockwise
         if copied:
             seen = self.tokens - batch.branch_tokens + branch_keys
-            if gathered:  # two chunks, each with copies of the keys up to the chunk's end
-                seen = self.tokens * (2 * context + 1) // 2
+            if gathered:
+                seen = self.seen_by_chunks()
             values += 2 * queries * seen + (self.tokens * (mixed + queries_again) if normed else 0)
         elif gathered:
-            values += 2 * keys * self.tokens * context + (self.tokens * mixed if normed else 0)
+            seen = self.seen_by_chunks() if packed else self.tokens * context
+            values += 2 * keys * seen + (self.tokens * mixed if normed else 0)
         else:
             values += self.tokens * (keys + mixed) + 2 * keys * branch_keys
         if not copied:
@@ -278,6 +321,15 @@ class _PassMemory:
         norms = self.tokens * (share.queries + share.kv_heads) * _FP32 if normed else 0
         order = 8 * batch.tokens // batch.rows if gathered else 0
         return self.width * values + (0 if blockwise else softmax) + norms + order
+
+    def seen_by_chunks(self) -> int:
+        """Keys of the chunks of one context rank, each from the start of its sequence, prefix included, to its end.
+
+        A rank has the chunks ``r`` and ``2 context - 1 - r`` of each document, ``(2 context + 1) / (2 context)`` of the
+        document together.
+        """
+        prefixes = 2 * self.batch.prefixes if self.batch.longest_branch else 0
+        return self.tokens * (2 * self.layout.context + 1) // 2 + prefixes
 
     def backward_bytes(self, layer: Layer) -> int:
         """Peak of the tensors that the backward of one layer allocates."""
@@ -296,7 +348,7 @@ class _PassMemory:
         return max(mlp, _SCORES * _FP32 * rows * share.queries * queries * keys)
 
     def mask_bytes(self) -> int:
-        """Floating-point masks: one for each window in use and, on CPUs, one for the suffixes."""
+        """Masks: one for each window in use and, on CPUs, one for suffixes and for the chunks of context ranks."""
         attentions = dict.fromkeys(layer.attention for layer in self.model.layers)
         blocks = {
             (block_size(each.window, each.softcap), each.window or 0, _FP32 if each.softcap else self.width)
@@ -304,9 +356,13 @@ class _PassMemory:
             if self.blockwise(each)
         }
         masks = sum(size * (size + (window or size) - 1) * width for size, window, width in blocks)
-        if self.device != "cpu" or not self.batch.longest_branch or all(map(self.blockwise, attentions)):
+        if self.device != "cpu" or all(map(self.blockwise, attentions)):
             return masks
-        return masks + int(self.width * (1 << (self.batch.longest_branch - 1).bit_length()) ** 2)
+        longest = self.batch.longest_branch
+        if self.layout.context > 1:
+            longest = self.longest_sequence
+        longest = min(longest, LARGEST_MASK)
+        return masks + (int(self.width * (1 << (longest - 1).bit_length()) ** 2) if longest else 0)
 
     def head_bytes(self) -> int:
         """Peak of the tensors that the head allocates."""

@@ -95,7 +95,7 @@ def test_layouts_and_micro_batches_train_alike(program, expected, tmp_path, rank
     [
         (2, {"batching": "prefix_shared", "max_tokens_per_micro_batch": 700, PP: 2}),
         (2, {"batching": "packed", "max_tokens_per_micro_batch": 900, "pair_schedule": "two_pass"}),
-        (4, {"batching": "prefix_shared", TP: 2, "sequence_parallel": True, "use_distributed_optimizer": True}),
+        (4, {"batching": "prefix_shared", TP: 2, "sequence_parallel": True, "context_parallel_size": 2}),
     ],
     ids=str,
 )

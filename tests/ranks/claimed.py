@@ -105,20 +105,29 @@ _EXPERT_ROWS = (
     Layout(context=2, data=2, distributed_optimizer=True, expert=2, expert_tensor=2),
     Layout(tensor=2, pipeline=2, sequence_parallel=True, virtual_pipeline=True, expert=2, expert_tensor=1),
 )
-_WHOLE_EXPERT_ROWS = (
+_PACKED_EXPERT_ROWS = (
+    *_EXPERT_ROWS,
     Layout(data=4, distributed_optimizer=True, expert=2, expert_tensor=2),
     Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True, expert=2),
 )
 
-_WHOLE_ROWS = (
+_PACKED_ROWS = (
     Layout(),
     Layout(tensor=4),
+    Layout(context=2),
+    Layout(context=3),
+    Layout(context=4),
+    Layout(pipeline=2, virtual_pipeline=True),
+    Layout(tensor=2, context=2, sequence_parallel=True),
     Layout(tensor=2, data=2, sequence_parallel=True, distributed_optimizer=True),
     Layout(tensor=2, pipeline=2, sequence_parallel=True),
     Layout(pipeline=3, data=2),
-    Layout(2, 1, 2, 2, sequence_parallel=True, distributed_optimizer=True),
+    Layout(context=2, pipeline=2, data=2),
+    Layout(2, 1, 2, 2, sequence_parallel=True, virtual_pipeline=True, distributed_optimizer=True),
+    Layout(context=2, data=2, distributed_optimizer=True),
+    Layout(2, 2, 2, 1, sequence_parallel=True, virtual_pipeline=True, distributed_optimizer=True),
 )
-"""Without CP and VPP, which packed rows do not go with."""
+"""Of the packed forms, whose rows differ in length and whose documents context-parallel ranks cut."""
 
 # a budget that gives several micro-batches, and not equally many to all ranks
 _BUDGET = {"max_tokens_per_micro_batch": 60}
@@ -145,8 +154,8 @@ class Option:
         return frozenset().union(*(row.axes for row in (*self.rows, *self.expert_rows)))
 
 
-_PACKED = Option("batching", "packed", _WHOLE_ROWS, _BUDGET, _WHOLE_EXPERT_ROWS)
-_PREFIX_SHARED = Option("batching", "prefix_shared", _WHOLE_ROWS, _BUDGET, _WHOLE_EXPERT_ROWS)
+_PACKED = Option("batching", "packed", _PACKED_ROWS, _BUDGET, _PACKED_EXPERT_ROWS)
+_PREFIX_SHARED = Option("batching", "prefix_shared", _PACKED_ROWS, _BUDGET, _PACKED_EXPERT_ROWS)
 OPTIONS: tuple[Option, ...] = (
     Option("pair_schedule", "split", _PAIRS_OF_AXES),
     Option("pair_schedule", "two_pass", _PAIRS_OF_AXES),
@@ -166,3 +175,25 @@ OPTIONS_TOGETHER: tuple[tuple[Option, ...], ...] = (
     (_PREFIX_SHARED, *OPTIONS[2:5]),
 )
 """Options that the matrix also has all at once: without packing, packed, and with shared prompts."""
+
+_FULL, _SELECTIVE = OPTIONS[4:6]
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_SOME = ("down_proj", "up_proj", "v_proj")
+
+ADAPTER_COVERING: tuple[tuple[Layout, tuple[Option, ...], str, tuple[str, ...]], ...] = (
+    (Layout(tensor=2, sequence_parallel=True), (_PACKED, *OPTIONS[1:5]), "qwen2", _PROJECTIONS),
+    (Layout(tensor=2, pipeline=2), (_PREFIX_SHARED, OPTIONS[2], _FULL), "qwen3", _SOME),
+    (Layout(context=2, data=2, distributed_optimizer=True), (OPTIONS[1], _SELECTIVE), "qwen2", _PROJECTIONS),
+    (Layout(pipeline=2, virtual_pipeline=True), (OPTIONS[0],), "qwen2", _SOME),
+    (Layout(tensor=4, sequence_parallel=True), (), "shared key-value heads", _PROJECTIONS),
+    (Layout(2, 2, 2, 1, sequence_parallel=True), (_FULL,), "phi3", ("gate_up_proj", "o_proj", "qkv_proj")),
+)
+"""Rows with adapters in continuous integration: (layout, options, family, adapted modules)."""
+
+ADAPTER_MATRIX = (
+    *ADAPTER_COVERING,
+    *((layout, (), "qwen2", _PROJECTIONS) for layout in COVERING),
+    *((layout, options, "qwen2", _PROJECTIONS) for options in OPTIONS_TOGETHER for layout in options[0].rows),
+    *((layout, (option,), "qwen2", _SOME) for option in OPTIONS for layout in option.rows[-2:]),
+)
+"""All rows with adapters."""

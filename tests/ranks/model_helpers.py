@@ -160,12 +160,13 @@ def engine_model(folder, layout, **options):
 
     from mindspeed_simpo.model.hf_config import read_description
     from mindspeed_simpo.model.megatron.gpt import build_model
-    from mindspeed_simpo.model.megatron.weights import fill_weights
+    from mindspeed_simpo.model.megatron.weights import fill_adapters, fill_weights
 
     model_parallel_cuda_manual_seed(1)
     description = read_description(str(folder))
     models = build_model(description, config, groups, device)
     fill_weights(models, description, config, groups, config.seed)
+    fill_adapters(models, description, config, groups, config.seed)
     return description, groups, models
 
 

@@ -194,17 +194,12 @@ VIRTUAL = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_s
 @pytest.mark.parametrize(
     ("options", "fragment"),
     [
-        ({"batching": "packed", "context_parallel_size": 2}, "with context_parallel_size"),
+        (
+            {"batching": "packed", "context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo"},
+            "with context_parallel_algo: megatron_cp_algo",
+        ),
         ({"batching": "packed", "pair_schedule": "split"}, "with pair_schedule: split"),
         ({"batching": "prefix_shared", "pair_schedule": "two_pass"}, "with pair_schedule: two_pass"),
-        (
-            {
-                "batching": "prefix_shared",
-                "pipeline_model_parallel_size": 2,
-                "num_layers_per_virtual_pipeline_stage": 1,
-            },
-            "with num_layers_per_virtual_pipeline_stage",
-        ),
     ],
 )
 def test_what_does_not_combine_is_refused(options, fragment):

@@ -138,6 +138,19 @@ def test_devices_keep_different_things(spec):
     assert npu.activations - cuda.activations == layers * tokens * 4 * 15 * heads
 
 
+@pytest.mark.parametrize("batching", ["padded", "packed", "prefix_shared"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
+def test_nothing_of_a_long_pair_grows_with_the_square_of_its_tokens(spec, device, batching):
+    def activations(tokens: int) -> int:
+        run = config(batching=batching, context_parallel_size=4, seq_length=tokens, global_batch_size=1)
+        lengths, layout = np.array([[tokens - 2048, 2048, 1024]]), Layout(context=4)
+        largest = largest_pass(lengths, run, Batching.of(run), layout)
+        [estimate] = memory.estimate_memory(spec, run, layout, largest, device)
+        return estimate.activations
+
+    assert 1.9 < activations(131_072) / activations(65_536) < 2.05
+
+
 def test_the_largest_passes_are_those_of_the_run():
     lengths = np.array([[10, 5, 3], [4, 1, 9], [2, 2, 2], [7, 6, 1]])
 

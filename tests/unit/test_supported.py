@@ -124,8 +124,9 @@ def test_options_that_do_not_go_together_are_refused():
         ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, "prefix_shared"),
         ({"pair_schedule": "two_pass"}, "packed"),
         ({"pair_schedule": "split"}, "padded"),
-        ({"context_parallel_size": 2}, "padded"),
-        ({"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}, "padded"),
+        ({"context_parallel_size": 2}, "prefix_shared"),
+        ({"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo"}, "padded"),
+        ({"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}, "prefix_shared"),
         ({"batching": "padded"}, "padded"),
     ],
 )

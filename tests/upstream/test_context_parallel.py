@@ -11,10 +11,12 @@ from tests.upstream.harness import environment, needs_upstream
 pytestmark = needs_upstream
 
 
-@pytest.mark.parametrize("algo", ["megatron_cp_algo", "ulysses_cp_algo"])
+@pytest.mark.parametrize(
+    ("algo", "form"), [("megatron_cp_algo", "padded"), ("ulysses_cp_algo", "padded"), ("ulysses_cp_algo", "packed")]
+)
 @pytest.mark.parametrize(("ranks", "heads", "groups"), [(2, 4, 2), (4, 4, 1), (2, 4, 4)])
-def test_outputs_and_gradients_are_those_of_the_gathered_form(tmp_path, algo, ranks, heads, groups):
-    words = [algo, ranks, heads, groups, tmp_path / "store"]
+def test_outputs_and_gradients_are_those_of_the_gathered_form(tmp_path, algo, form, ranks, heads, groups):
+    words = [algo, ranks, heads, groups, form, tmp_path / "store"]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.upstream.context_worker", str(rank), *map(str, words)],

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +41,7 @@ class Attention(torch.nn.Module):
 
     Padded rows need no mask: padding is on the right, and a token attends to earlier tokens only. Documents of a packed
     row do not attend to each other (:mod:`mindspeed_simpo.model.packed`). Under context parallelism a rank holds two
-    chunks of the sequence; :data:`~mindspeed_simpo.model.megatron.context.CONTEXT_PARALLEL_ATTENTION` has the
+    chunks of each document; :data:`~mindspeed_simpo.model.megatron.context.CONTEXT_PARALLEL_ATTENTION` has the
     algorithms.
 
     With more tensor-parallel ranks than key-value heads, consecutive ranks share a key-value head: each rank projects a
@@ -78,11 +77,8 @@ class Attention(torch.nn.Module):
         if layer.qk_norm is not None:
             self.q_layernorm = RMSNorm(config, layer.head_dim, layer.qk_norm)
             self.k_layernorm = RMSNorm(config, layer.head_dim, layer.qk_norm)
-        scores: dict[str, Any] = {"scale": layer.scale, "window": layer.window, "softcap": layer.softcap}
-        if groups.context.size() > 1:
-            self._attend = partial(CONTEXT_PARALLEL_ATTENTION[context_parallel_algo], **scores, group=groups.context)
-        else:
-            self._attend = partial(causal_attention, **scores)
+        over_context = CONTEXT_PARALLEL_ATTENTION[context_parallel_algo]
+        self._over_context = over_context if groups.context.size() > 1 else None
 
     def forward(
         self, hidden: Float[Tensor, "held row hidden"], contents: RowContents
@@ -137,9 +133,11 @@ class Attention(torch.nn.Module):
         value: Float[Tensor, "seq row groups dim"],
         documents: Documents,
     ) -> Float[Tensor, "seq row width"]:
+        layer = self.layer
+        scores = layer.scale, layer.window, layer.softcap
+        if self._over_context is not None:
+            attended: Tensor = self._over_context(query, key, value, documents, *scores, self.context_group)
+            return attended
         if documents.wholes:
-            assert self.context_group.size() == 1, "a packed row is not sharded over context-parallel ranks"
-            layer = self.layer
-            return packed_attention(query, key, value, documents, layer.scale, layer.window, layer.softcap)
-        attended: Tensor = self._attend(query, key, value)
-        return attended
+            return packed_attention(query, key, value, documents, *scores)
+        return causal_attention(query, key, value, *scores)

@@ -9,8 +9,10 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from mindspeed_simpo.batch import Documents
 from mindspeed_simpo.config.options import ContextParallelAlgo
 from mindspeed_simpo.device import npu_context
+from mindspeed_simpo.model import packed
 from mindspeed_simpo.model.causal import causal_attention
 from mindspeed_simpo.parallel.collectives import gather_along_first
 from mindspeed_simpo.parallel.context import chunks_of, in_rank_order, in_sequence_order
@@ -20,27 +22,32 @@ def gathered_attention(
     query: Float[Tensor, "seq row heads dim"],
     key: Float[Tensor, "seq row groups dim"],
     value: Float[Tensor, "seq row groups dim"],
+    documents: Documents,
     scale: float,
     window: int | None,
     softcap: float | None,
     group: dist.ProcessGroup,
 ) -> Float[Tensor, "seq row width"]:
-    """Causal attention of this rank's two chunks over all-gathered keys and values; on any device.
+    """Causal attention of this rank's chunks over all-gathered keys and values; on any device.
 
     Each chunk attends to the keys up to its own end, so that the ranks have equal work. Gathered keys and values take
-    two tensors ``[full seq, row, groups, dim]`` per layer.
+    two tensors ``[full seq, row, groups, dim]`` per layer, and their copies in the order of the sequences two more.
 
     Args:
-        query: Queries of this rank's two chunks, ``seq`` positions.
+        query: Queries of this rank's ``seq`` positions.
         key: Keys of the same positions.
         value: Values of the same positions.
+        documents: Documents of the full row where it is packed.
         scale: Factor of the scores.
         window: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
         softcap: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
         group: The context-parallel ranks.
     """
     size = group.size()
-    key, value = (in_sequence_order(gather_along_first(tensor, group), size) for tensor in (key, value))
+    key, value = (gather_along_first(tensor, group) for tensor in (key, value))
+    if documents.wholes:
+        return packed.segmented_attention(query, key, value, documents, group.rank(), size, scale, window, softcap)
+    key, value = (in_sequence_order(tensor, size) for tensor in (key, value))
     length = query.shape[0] // 2
     parts = [
         causal_attention(part, key[: (chunk + 1) * length], value[: (chunk + 1) * length], scale, window, softcap)
@@ -53,6 +60,7 @@ def ulysses_attention(
     query: Float[Tensor, "seq row heads dim"],
     key: Float[Tensor, "seq row groups dim"],
     value: Float[Tensor, "seq row groups dim"],
+    documents: Documents,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -61,9 +69,10 @@ def ulysses_attention(
     """Causal attention by Ulysses: all-to-alls shard heads in place of the sequence and back; Ascend only.
 
     Args:
-        query: Queries of this rank's two chunks, ``seq`` positions.
+        query: Queries of this rank's ``seq`` positions.
         key: Keys of the same positions.
         value: Values of the same positions.
+        documents: Documents of the full row where it is packed.
         scale: Factor of the scores.
         window: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
         softcap: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
@@ -72,6 +81,10 @@ def ulysses_attention(
     size = group.size()
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if documents.wholes:
+            query, key, value = (packed.in_row_order(tensor, documents, size) for tensor in (query, key, value))
+            context = packed.packed_attention(query, key, value, documents, scale, window, softcap)
+            return packed.in_rank_order(context, documents, size)
         query, key, value = (in_sequence_order(tensor, size) for tensor in (query, key, value))
         return in_rank_order(causal_attention(query, key, value, scale, window, softcap), size)
 
@@ -82,6 +95,7 @@ def ring_attention(
     query: Float[Tensor, "seq row heads dim"],
     key: Float[Tensor, "seq row groups dim"],
     value: Float[Tensor, "seq row groups dim"],
+    documents: Documents,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -90,14 +104,16 @@ def ring_attention(
     """Causal attention by MindSpeed's ring attention; Ascend only.
 
     Args:
-        query: Queries of this rank's two chunks, ``seq`` positions.
+        query: Queries of this rank's ``seq`` positions.
         key: Keys of the same positions.
         value: Values of the same positions.
+        documents: Empty; ``config.validation`` refuses packed rows.
         scale: Factor of the scores.
         window: None, or at least the full sequence length; ``config.validation`` refuses shorter windows.
         softcap: None; models with a soft cap are refused on NPUs.
         group: The context-parallel ranks.
     """
+    assert not documents.wholes, "MindSpeed's ring attention takes no packed row of uneven documents"
     assert window is None or window >= group.size() * query.shape[0], "MindSpeed's ring attention has no sliding window"
     assert softcap is None, "MindSpeed's ring attention has no soft cap"
     return npu_context.ring_attention(query, key, value, scale, group)

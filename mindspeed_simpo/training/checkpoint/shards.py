@@ -33,9 +33,9 @@ class OptimizerShard:
 
 
 def named_slots(models: Sequence[torch.nn.Module]) -> Iterator[tuple[Slot, torch.nn.Parameter]]:
-    """The slots of this rank's chunks with their parameters."""
+    """The slots of what a checkpoint holds, on this rank, with their parameters."""
     for model in map(unwrap, models):
-        for slot in model.slots:
+        for slot in model.stored_slots:
             yield slot, model.get_parameter(slot.parameter)
 
 

@@ -62,14 +62,17 @@ class Rows:
 
         Args:
             context_rank: The rank.
-            context_size: Number of context-parallel ranks; divides the row into ``2 * context_size`` chunks.
+            context_size: Number of context-parallel ranks; divides each document into ``2 * context_size`` chunks.
         """
-        local = positions_of(context_rank, context_size, self.tokens.shape[1], self.tokens.device)
+        documents = self.packing.documents if self.packing is not None else UNPACKED
+        lengths = documents.lengths or (self.tokens.shape[1],)
+        local = positions_of(context_rank, context_size, lengths, self.tokens.device)
+        packing = self.packing.at(local) if self.packing is not None else None
         return RowShard(
             tokens=self.tokens[:, local],
-            position_ids=self.packing.positions[local] if self.packing is not None else local,
-            documents=self.packing.documents if self.packing is not None else UNPACKED,
-            scored=ScoredTokens.of(self.targets[:, local], self.packing),
+            position_ids=packing.positions if packing is not None else local,
+            documents=documents,
+            scored=ScoredTokens.of(self.targets[:, local], packing),
             lengths=self.lengths,
         )
 
@@ -112,30 +115,23 @@ class Rows:
         wholes = [spans[sequence][1] for sequence in sequences]
         kept = torch.cat([torch.arange(start, start + length) for start, length in (spans[each] for each in sequences)])
         side = torch.tensor([sequence // number for sequence in sequences]).repeat_interleave(torch.tensor(wholes))
-        padding = _rounded(len(kept), multiple_of) - len(kept)
-        wholes = [length for length in (*wholes, padding) if length]
-        pad = torch.nn.functional.pad
-        packing = Packing(
-            Documents(tuple(wholes)),
-            pad(self.packing.positions[kept], (0, padding)),
-            pad(self.packing.pair_of[kept], (0, padding)),
-            number,
-        )
-        tokens = pad(self.tokens[:, kept], (0, padding))
-        targets = pad(self.targets[side, kept][None], (0, padding), value=IGNORE_INDEX)
-        return Half(Rows(tokens, targets, packing), torch.tensor(sequences))
+        documents = Documents(tuple(length for length in wholes if length))
+        packing = Packing(documents, self.packing.positions[kept], self.packing.pair_of[kept], number)
+        rows = Rows(self.tokens[:, kept], self.targets[side, kept][None], packing)
+        return Half(rows.padded_to(_rounded(len(kept), multiple_of)), torch.tensor(sequences))
 
     def trimmed_to(self, length: int) -> Rows:
         """The first ``length`` positions of padded rows."""
         return Rows(self.tokens[:, :length], self.targets[:, :length], lengths=self.lengths)
 
     def padded_to(self, length: int) -> Rows:
-        """Padded rows, padded further to ``length`` positions."""
+        """The rows, padded further to ``length`` positions; the padding of a packed row is a document."""
         missing = length - self.tokens.shape[1]
         return Rows(
             torch.nn.functional.pad(self.tokens, (0, missing)),
             torch.nn.functional.pad(self.targets, (0, missing), value=IGNORE_INDEX),
-            lengths=self.lengths,
+            self.packing.with_padding(missing) if self.packing is not None else None,
+            self.lengths,
         )
 
 

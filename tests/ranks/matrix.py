@@ -178,7 +178,7 @@ def quick_objectives(row: Row) -> tuple[str, ...]:
 @functools.cache
 def _rows_of_all_objectives() -> frozenset[Row]:
     together = [Row(_rows_of_all(options)[-1], options) for options in OPTIONS_TOGETHER[1:]]
-    return frozenset({Row(COVERING[-2]), *together})
+    return frozenset({Row(COVERING[-1]), *together})
 
 
 def _rows_of_all(options: tuple[Option, ...]) -> list[Layout]:

@@ -60,7 +60,7 @@ def _start_tied_embeddings_at_a_bucket() -> None:
 def _leave_frozen_embeddings_alone() -> None:
     # 0.12.1: distributed/finalize_model_grads.py all-reduces the gradient of a tied embedding also where the embedding
     # is frozen and has no gradient
-    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    module: Any = importlib.import_module("megatron.core.distributed.finalize_model_grads")
     original = module._allreduce_word_embedding_grads
     if "grad is None" in inspect.getsource(module):
         return

@@ -7,6 +7,7 @@ the first steps of a run are left out.
     python -m scripts.bench --data pairs.json                       # our own variants
     python -m scripts.bench --data pairs.json --trl-python PATH     # and TRL, which that interpreter can import
     python -m scripts.bench --data pairs.json --name cpu_10m        # and write docs/benchmarks/cpu_10m.{json,md}
+    python -m scripts.bench --data pairs.json --adapters            # adapters beside the training of all weights
 """
 
 from __future__ import annotations
@@ -40,6 +41,15 @@ LEVERS: dict[str, dict[str, Any]] = {
     "prefix_shared": {"batching": "prefix_shared", "fused_logprob": False},
 }
 """Ours; the default is prefix_shared with the fused head."""
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "all weights": {},
+    "adapters": {"lora_r": 16},
+    "adapters of q_proj, v_proj": {"lora_r": 16, "lora_target_modules": ["q_proj", "v_proj"]},
+    "DPO, all weights": {"stage": "dpo"},
+    "DPO, adapters": {"stage": "dpo", "lora_r": 16},
+}
+"""With ``--adapters``: the default form of batches, all weights trained or adapters of rank 16."""
 
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "TRL": ("trl", {"gradient_checkpointing": False}),
@@ -90,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=2, help="steps left out")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each variant")
+    parser.add_argument("--adapters", action="store_true", help="measure adapters beside all weights, and no levers")
     parser.add_argument("--only", nargs="*", help="variants, by name")
     parser.add_argument("--trl-python", help="interpreter that can import trl")
     parser.add_argument("--llamafactory-python", help="interpreter that can import llamafactory")
@@ -114,8 +125,9 @@ def _matmul_rate(threads: int) -> float:
 
 def _measure(arguments: argparse.Namespace, inputs: bench_inputs.Inputs) -> dict[str, dict[str, Any]]:
     interpreters = {"trl": arguments.trl_python, "llamafactory": arguments.llamafactory_python}
-    jobs = [(name, sys.executable, "engine", options) for name, options in LEVERS.items()]
-    jobs += [(name, interpreters[tool], tool, options) for name, (tool, options) in PEERS.items() if interpreters[tool]]
+    ours, peers = (ADAPTERS, {}) if arguments.adapters else (LEVERS, PEERS)
+    jobs = [(name, sys.executable, "engine", options) for name, options in ours.items()]
+    jobs += [(name, interpreters[tool], tool, options) for name, (tool, options) in peers.items() if interpreters[tool]]
     runs: dict[str, list[dict[str, Any]]] = {}
     for turn in range(arguments.repeats):
         for name, interpreter, tool, options in jobs:
@@ -177,6 +189,14 @@ def _add_ratios(result: dict[str, Any]) -> None:
 HEADER = ("variant", "pairs/s", "tokens/s", "speed", "peak memory", "memory", "of matmul rate", "first loss")
 
 
+def _table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows; without the arithmetic rate where weights are frozen, which need fewer operations."""
+    left_out = "of matmul rate" if any(name in result["variants"] for name in list(ADAPTERS)[1:]) else None
+    kept = [index for index, title in enumerate(HEADER) if title != left_out]
+    rows = [[row[index] for index in kept] for row in _rows(result)]
+    return [HEADER[index] for index in kept], rows
+
+
 def _rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
@@ -194,8 +214,9 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table(*HEADER)
-    for row in _rows(result):
+    header, rows = _table(result)
+    table = Table(*header)
+    for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
@@ -212,7 +233,8 @@ def _markdown(result: dict[str, Any]) -> str:
         f"pairs, {inputs['micro_batch_size']} a step, prompts of {inputs['mean_prompt_tokens']:.0f} and responses of "
         f"{inputs['mean_response_tokens']:.0f} tokens on average."
     )
-    lines = [" | ".join(row) for row in (HEADER, ["---"] * len(HEADER), *_rows(result))]
+    header, rows = _table(result)
+    lines = [" | ".join(row) for row in (header, ["---"] * len(header), *rows)]
     return "\n".join([note, "", *(f"| {line} |" for line in lines)]) + "\n"
 
 

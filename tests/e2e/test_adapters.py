@@ -78,6 +78,29 @@ def test_a_resumed_run_and_one_that_never_stopped(program, tmp_path, model):
     assert size < (model / "model.safetensors").stat().st_size  # the checkpoint does not hold the base
 
 
+def test_a_reference_of_its_own_and_the_model_without_adapters(program, tmp_path, model, train_pairs):
+    """The same numbers, computed before training or in each step, where ``ref_model`` is the model itself."""
+    program.config |= {"stage": "dpo", "dpo_beta": 0.5, "eval_data_path": str(train_pairs), "eval_iters": 1}
+    for output, flags in (("step", {}), ("before", {"ref_model": model})):
+        done = program.run("train", 2, output_dir=tmp_path / output, **{PP: 2}, **flags)
+        assert done.code == 0, done.stderr
+    for split in ("train", "eval"):
+        step, before = ([line["loss"] for line in lines_of(tmp_path / run, split)] for run in ("step", "before"))
+        assert step == pytest.approx(before, rel=1e-6)
+    assert (program.home / ".cache" / "mindspeed_simpo" / "reference").is_dir()
+
+
+def test_check_counts_adapters_and_their_learning_rate(program):
+    done = program.type("check")
+    assert done.code == 0, done.stderr
+    assert "frozen, 1,664 of adapters (r 4)" in " ".join(done.stdout.split())
+    assert "adapters want about 10 times" in " ".join(done.stdout.split())
+    program.config["lora_target_modules"] = ["q_prj"]
+    done = program.type("check")
+    assert done.code == 1
+    assert "did you mean q_proj?" in done.stdout
+
+
 def test_what_does_not_belong_together_is_refused(program, tmp_path, model):
     done = program.run("train", train_iters=1, export_hf=True)
     assert done.code == 0, done.stderr

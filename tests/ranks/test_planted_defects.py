@@ -149,6 +149,35 @@ def experts_counted_twice_in_the_norm():
     optimizer._norm_groups = norm_groups
 
 
+def replicated_factor_not_summed():
+    """Each tensor-parallel rank keeps the gradient of its own shard of the sequence."""
+    from mindspeed_simpo.model.megatron.adapters import LowRankFactors
+
+    original = LowRankFactors.__init__
+
+    def initialise(self, *args):
+        original(self, *args)
+        self.lora_A.sequence_parallel = self.lora_B.sequence_parallel = False
+
+    LowRankFactors.__init__ = initialise
+
+
+def own_rows_of_b_alone():
+    """A replicated A gets the gradient of the outputs that its own rank holds."""
+    from mindspeed_simpo.model.megatron import adapters
+
+    adapters.copy_to = lambda value, group: value  # noqa: ARG005
+
+
+def reference_with_adapters():
+    """The reference sums come from the trained model."""
+    from contextlib import nullcontext
+
+    from mindspeed_simpo.training.schedule import runner
+
+    runner.without_adapters = nullcontext
+
+
 TENSOR, CONTEXT = Row(Layout(tensor=2)), Row(Layout(context=2))
 
 
@@ -185,6 +214,26 @@ def test_the_matrix_catches_a_double_count_in_the_norm(matrix):
     assert not cell.holds
     assert cell.gradient < GRADIENT
     assert cell.grad_norm > 1000 * GRADIENT
+
+
+ADAPTED = Row(Layout(tensor=2), adapters=("q_proj", "down_proj"))
+ADAPTED_SEQUENCE = dataclasses.replace(ADAPTED, layout=Layout(tensor=2, sequence_parallel=True))
+
+
+@pytest.mark.parametrize(
+    ("defect", "row", "objective", "loss_shows_it"),
+    [
+        (replicated_factor_not_summed, ADAPTED_SEQUENCE, OBJECTIVE, False),
+        (own_rows_of_b_alone, ADAPTED, OBJECTIVE, False),
+        (reference_with_adapters, ADAPTED, "dpo", True),
+    ],
+)
+def test_the_matrix_catches_defects_of_adapters(matrix, defect, row, objective, loss_shows_it):
+    [sound] = matrix.cells(row, [objective])
+    [cell] = matrix.cells(row, [objective], prepare=defect)
+    assert sound.holds
+    assert cell.gradient > 1000 * GRADIENT
+    assert (cell.loss > LOSS) == loss_shows_it
 
 
 @pytest.mark.parametrize("row", [TENSOR, CONTEXT, EXPERTS], ids=str)

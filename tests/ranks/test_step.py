@@ -65,12 +65,13 @@ def _waits(folder, data, output, options):
     return waits.seen, run.step
 
 
+@pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("stage", ["simpo", "dpo"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_that_is_not_logged_waits_for_nothing(tmp_path, layout, stage):
+def test_a_step_that_is_not_logged_waits_for_nothing(tmp_path, layout, stage, adapters):
     folder, data = make_checkpoint(tmp_path / "model", "qwen3"), make_pairs(tmp_path / "pairs.jsonl", 16)
     ranks = 1 if layout == "one rank" else 2
-    options = LAYOUTS[layout] | {"stage": stage}
+    options = LAYOUTS[layout] | {"stage": stage, "lora_r": 4 if adapters else 0}
     for seen, step in run_ranks(_waits, ranks, str(folder), str(data), str(tmp_path / "out"), options):
         assert seen == []
         assert step == 2

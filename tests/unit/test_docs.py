@@ -32,7 +32,17 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _KEY_VALUE = re.compile(r"([a-z][a-z0-9_]*): (\S.*)")
 _NAME = re.compile(r"[a-z]{2,}(_[a-z0-9]{2,})+")
 _FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
-_OTHER_FLAGS = {"nproc-per-node", "checkpoint", "output", "output-prefix", "help", "stage", "dpo-exact", "signal"}
+_OTHER_FLAGS = {
+    "nproc-per-node",
+    "checkpoint",
+    "output",
+    "output-prefix",
+    "merge-adapters",
+    "help",
+    "stage",
+    "dpo-exact",
+    "signal",
+}
 
 
 def read(page):

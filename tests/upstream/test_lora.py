@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.upstream.harness import dense, make_pairs, needs_upstream, train
-from tests.upstream.weights import CONFIG, hf_params, megatron_part
+from tests.upstream.weights import CONFIG, Place, hf_params, megatron_part
 
 pytestmark = needs_upstream
 
@@ -42,8 +42,8 @@ def adapters(run):
     for rank in run.ranks:
         for name, (layer, gradient, value) in rank["parameters"].items():
             module, kind = re.fullmatch(r"(.*)\.lora_([AB])\.default\.weight", name).groups()
-            place = f"{module}.weight", layer, rank["tensor"][0]
-            found.setdefault(place, (rank["tensor"][1], {}))[1][kind] = value.double(), gradient.double()
+            place = f"{module}.weight", layer, rank["place"][0][0]
+            found.setdefault(place, (rank["place"][0][1], {}))[1][kind] = value.double(), gradient.double()
     return found
 
 
@@ -52,7 +52,7 @@ def merged(parts, salt=0):
     params = {name: value.double().requires_grad_() for name, value in hf_params(salt=salt).items()}
     # megatron_part moves numbers without changing them, so that its transpose moves them back
     total = sum(
-        (megatron_part(params, name, layer, rank, size) * (ALPHA / RANK * pair["B"][0] @ pair["A"][0])).sum()
+        (megatron_part(params, name, layer, Place((rank, size))) * (ALPHA / RANK * pair["B"][0] @ pair["A"][0])).sum()
         for (name, layer, rank), (size, pair) in parts.items()
     )
     moved = torch.autograd.grad(total, params.values(), allow_unused=True)
@@ -66,7 +66,7 @@ def wanted_gradients(parts, gradients):
     """{(base parameter, layer, tensor rank): {A or B: gradient}} from those of the dense weights."""
     wanted = {}
     for (name, layer, rank), (size, pair) in parts.items():
-        dense = ALPHA / RANK * megatron_part(gradients, name, layer, rank, size)
+        dense = ALPHA / RANK * megatron_part(gradients, name, layer, Place((rank, size)))
         wanted[name, layer, rank] = {"A": pair["B"][0].T @ dense, "B": dense @ pair["A"][0].T}
     for (name, layer, rank), (size, _) in parts.items():
         # what every tensor-parallel rank holds whole: the adapter's side that the layer does not shard

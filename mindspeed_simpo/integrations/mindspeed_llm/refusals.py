@@ -28,7 +28,6 @@ _REFUSED: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     ("use_custom_fsdp", bool, "not in the parity matrix; remove it"),
     ("enable_elastic_training", bool, "it averages the loss itself; remove it"),
     ("async_log_allreduce", bool, "it takes the metrics in another form; remove it"),
-    ("num_experts", bool, "mixture-of-experts models are not in the parity matrix; use a dense model"),
 )
 """Name of the argument, predicate of the refused values, and the reason with what to do."""
 
@@ -113,8 +112,6 @@ def _refused_parallelism(args: Namespace) -> Iterator[str]:
     algorithm = getattr(args, "context_parallel_algo", "megatron_cp_algo")
     if context > 1 and algorithm not in _EXACT_CP_ALGORITHMS:
         yield f"--context-parallel-algo {algorithm}: use one of {', '.join(_EXACT_CP_ALGORITHMS)}"
-    if args.expert_model_parallel_size > 1:
-        yield f"--expert-model-parallel-size {args.expert_model_parallel_size}: not in the parity matrix; set it to 1"
     if not _pads_to_need(args):
         return
     slices = context * (2 if algorithm == "megatron_cp_algo" else 1) if context > 1 else 1

@@ -28,7 +28,10 @@ MODEL_FLAGS = f"""
     --attention-softmax-in-fp32 --no-gradient-accumulation-fusion --max-position-embeddings 4096 --use-flash-attn
 """
 EXPERTS, TOP_K, EXPERT_FFN = 4, 2, 24
-_MOE_FLAGS = f"--num-experts {EXPERTS} --moe-router-topk {TOP_K} --moe-router-load-balancing-type none"
+_MOE_FLAGS = f"""
+    --num-experts {EXPERTS} --moe-router-topk {TOP_K} --moe-intermediate-size {EXPERT_FFN}
+    --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.0
+"""
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,13 @@ FAMILIES = {
             "mlp_only_layers": [],
             "head_dim": HEAD_DIM,
         },
-        f"{_MOE_FLAGS} --moe-intermediate-size {EXPERT_FFN} --norm-topk-prob --qk-layernorm",
+        f"{_MOE_FLAGS} --norm-topk-prob --qk-layernorm --spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec",
         qk_norm=True,
         experts="mlp.experts.{}.gate_proj mlp.experts.{}.up_proj mlp.experts.{}.down_proj",
     ),
     "mixtral": Family(
         {"model_type": "mixtral", "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K, "sliding_window": None},
-        f"{_MOE_FLAGS} --moe-intermediate-size {EXPERT_FFN}",
+        _MOE_FLAGS,
         experts="block_sparse_moe.experts.{}.w1 block_sparse_moe.experts.{}.w3 block_sparse_moe.experts.{}.w2",
     ),
 }
@@ -184,10 +187,11 @@ def _mlp_part(get, part, place, described):
         )
         for mlp in mlps
     ]
-    if part in ("mlp.experts.weight1", "mlp.experts.weight2"):  # inputs first, all experts of the rank in one tensor
+    if part in ("mlp.experts.weight1", "mlp.experts.weight2"):
+        # [expert, inputs, outputs] of the rank's experts, seen as a matrix of other sides
         first = part.endswith("1")
         joined = torch.stack([weights[0 if first else 1].t() for weights in both])
-        return joined.transpose(0, 1).flatten(1) if first else joined.flatten(0, 1)
+        return joined.reshape(HIDDEN, -1) if first else joined.reshape(-1, HIDDEN)
     number = re.search(r"local_experts\.(\d+)\.", part)
     return both[int(number[1]) if number else 0][0 if "linear_fc1" in part else 1]
 

@@ -24,6 +24,7 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from mindspeed_llm import megatron_adaptor  # noqa: E402, F401
 from mindspeed_llm.tasks.posttrain.launcher import AutoTrainer  # noqa: E402
+from torch_npu import grouped  # noqa: E402
 from weights import Place, hf_params, megatron_part  # noqa: E402 - MindSpeed-LLM has a package tests of its own
 
 
@@ -65,6 +66,8 @@ def fill(models, hf, place, family):
 
 def main():
     folder = Path(sys.argv.pop(1))
+    if "--moe-grouped-gemm" in sys.argv:
+        grouped.install()
     trainer = AutoTrainer().trainer
     models, optimizer = trainer.train_args[1], trainer.train_args[2]
     from megatron.core import mpu

@@ -62,7 +62,7 @@ def layer_types(config: Config) -> list[str]:
     if family in ("mistral", "phi3"):
         sliding = config.get("sliding_window", 4096 if family == "mistral" else None)
         return [SLIDING if sliding else FULL for _ in layers]
-    if family in ("llama", "glm4", "qwen3_moe", "mixtral") or (family in ("qwen2", "qwen3") and not config.get("use_sliding_window")):
+    if family in ("llama", "glm4") or (family in ("qwen2", "qwen3") and not config.get("use_sliding_window")):
         return [FULL for _ in layers]
     if config.get("layer_types"):
         return config["layer_types"]
@@ -224,19 +224,6 @@ def _attention(
 
 
 def _mlp(params: Params, config: Config, name: str, hidden: Tensor) -> Tensor:
-    block = name if config["model_type"] != "mixtral" else name.replace(".mlp", ".block_sparse_moe")
-    if f"{block}.gate.weight" in params:
-        scores = (hidden @ params[f"{block}.gate.weight"].T).softmax(-1)
-        top, chosen = scores.topk(config["num_experts_per_tok"])
-        top = top / top.sum(-1, keepdim=True)
-        out = torch.zeros_like(hidden)
-        names = ("gate_proj", "up_proj", "down_proj") if block == name else ("w1", "w3", "w2")
-        for e in range(scores.shape[-1]):
-            g, u, d = (params[f"{block}.experts.{e}.{n}.weight"] for n in names)
-            w = (top * (chosen == e)).sum(-1, keepdim=True)
-            x = hidden @ g.T
-            out = out + w * ((x * torch.sigmoid(x) * (hidden @ u.T)) @ d.T)
-        return out
     if f"{name}.gate_up_proj.weight" in params:
         gate, up = _linear(params, f"{name}.gate_up_proj", hidden).chunk(2, dim=-1)
     else:

@@ -1,8 +1,12 @@
 """Mixture-of-experts models in a real MindSpeed-LLM: loss and every gradient, against the dense fp64 oracle."""
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
+from tests import oracle_model
 from tests.upstream.harness import expected, gradient_errors, make_pairs, needs_upstream, train
+from tests.upstream.weights import config_of, hf_params
 
 pytestmark = needs_upstream
 
@@ -57,3 +61,60 @@ def test_grouped_products_are_those_of_the_experts_one_by_one(tmp_path, family, 
     )
     assert grouped.metrics() == [pytest.approx(metrics, rel=2e-3) for metrics in one_by_one.metrics()]
     assert grouped.logged("grad norm") == pytest.approx(one_by_one.logged("grad norm"), rel=1e-2)
+
+
+AUXILIARY = 0.1
+AUXILIARY_CASES = {
+    "one rank": (1, DISPATCH, 2),
+    "ep2": (2, f"{EP2} {ONE}", 1),
+    "ep2 tp2 sp": (4, f"{EP2} {TP2} {ONE}", 1),
+    "cp2 ring ep2": (2, f"{EP2} {RING}", 2),
+    "ep2 alltoall_seq": (2, f"{EP2} {ONE}".replace("alltoall", "alltoall_seq"), 1),
+}
+"""Ranks, flags, and pairs of a micro-batch."""
+
+
+def auxiliary_gradients(micro_batches, family, padding, seq_length=48):
+    """Gradients of the mean over micro-batches of upstream's loss, ``coefficient experts sum_e f_e P_e`` a layer.
+
+    ``f_e`` is the share of the choices that are expert e, ``P_e`` its mean probability, both over all tokens of the
+    micro-batch, padding included.
+    """
+    config, seen = config_of(family), {}
+
+    def record(params, config, layer, hidden):
+        block = "block_sparse_moe" if family == "mixtral" else "mlp"
+        seen.setdefault(layer, []).append((hidden @ params[f"{layer}.{block}.gate.weight"].T).softmax(-1))
+        return experts(params, config, layer, hidden)
+
+    params = {name: value.double().requires_grad_() for name, value in hf_params(family=family).items()}
+    total, experts = 0.0, oracle_model._experts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracle_model, "_experts", record)
+        for pairs in micro_batches:
+            for prompt, *answers in pairs:
+                for answer in answers:
+                    row = [*prompt, *answer]
+                    oracle_model.logits(params, config, row + [padding] * (seq_length - len(row)))
+            for probabilities in map(torch.cat, seen.values()):
+                count = config["num_experts_per_tok"]
+                chosen = probabilities.topk(count).indices.flatten().bincount(minlength=probabilities.shape[1])
+                share = chosen / (count * len(probabilities))
+                total = total + AUXILIARY * len(share) * (share * probabilities.mean(0)).sum()
+            seen.clear()
+    found = torch.autograd.grad(total / len(micro_batches), list(params.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(params[name]) if grad is None else grad for name, grad in zip(params, found, strict=True)
+    }
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("name", AUXILIARY_CASES)
+def test_the_auxiliary_loss_is_that_of_each_micro_batch(tmp_path, name, family):
+    ranks, flags, size = AUXILIARY_CASES[name]
+    run = train(tmp_path, PAIRS, f"{LOCAL} {flags} --moe-aux-loss-coeff {AUXILIARY}", ranks, family=family)
+    padding = AutoTokenizer.from_pretrained(tmp_path / "data" / "tokenizer").pad_token_id
+    _, gradients = expected(PAIRS[:4], family)
+    added = auxiliary_gradients([PAIRS[first : first + size] for first in range(0, 4, size)], family, padding)
+    errors = gradient_errors(run, {key: gradient + added[key] for key, gradient in gradients.items()}, family=family)
+    assert max(errors.values()) < 1e-5, errors

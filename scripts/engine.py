@@ -24,12 +24,13 @@ def build_engine(
     """
     from mindspeed_simpo.model.hf_config import read_description
     from mindspeed_simpo.model.megatron.gpt import build_model
-    from mindspeed_simpo.model.megatron.weights import fill_weights
+    from mindspeed_simpo.model.megatron.weights import fill_adapters, fill_weights
     from mindspeed_simpo.training.optimizer import wrap_for_training
     from mindspeed_simpo.training.session import build_schedule
 
     spec = read_description(config.model_name_or_path)
     models = build_model(spec, config, groups, device)
     fill_weights(models, spec, config, groups, config.seed)
+    fill_adapters(models, spec, config, groups, config.seed)
     wrapped = wrap_for_training(models, config, bf16=config.bf16_in_use)
     return wrapped, build_schedule(config, spec, groups, device, running, wrapped, table)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tokenizers import CHINESE, ENGLISH, TOKENIZER_SIZE, Family, make_tokenizer
 
+ExpertFamily = Literal["qwen3_moe", "mixtral", "glm4_moe"]
+TOKENIZER_OF: dict[str, Family] = {"qwen3_moe": "qwen3", "mixtral": "mistral", "glm4_moe": "glm4"}
+"""The family whose tokenizer a family with experts has."""
 RopeScaling = Literal["llama3", "linear", "dynamic", "yarn", "longrope"]
 
 DYNAMIC_CONTEXT = 16
@@ -21,7 +27,7 @@ DYNAMIC_CONTEXT = 16
 
 def make_checkpoint(
     folder: str | Path,
-    family: Family = "qwen2",
+    family: Family | ExpertFamily = "qwen2",
     *,
     hidden: int = 64,
     layers: int = 2,
@@ -34,6 +40,7 @@ def make_checkpoint(
     window: int | None = None,
     rope_scaling: RopeScaling | None = None,
     partial: float | None = None,
+    experts: int = 4,
     max_positions: int | None = None,
     dtype: str = "float32",
     seed: int = 0,
@@ -63,6 +70,7 @@ def make_checkpoint(
         rope_scaling: By name, each with an original context so small that short tests feel it; Gemma 3 scales its
             full layers only. Phi-3 knows ``longrope`` only.
         partial: Rotated part of each head; default 1 for Phi-3 and 0.5 for GLM-4, the only ones that have it.
+        experts: Experts of a layer where the family has them; a token chooses two.
         max_positions: ``max_position_embeddings``; default 4096, with a scaling that reads it what fits the scaling.
         dtype: Type of the stored weights.
         seed: Seed of the weights.
@@ -70,11 +78,12 @@ def make_checkpoint(
         max_shard_size: Largest safetensors file.
     """
     vocab_size = vocab_size or TOKENIZER_SIZE
-    tokenizer = make_tokenizer(family, min(vocab_size, TOKENIZER_SIZE))
+    tokenizer = make_tokenizer(TOKENIZER_OF.get(family, family), min(vocab_size, TOKENIZER_SIZE))
     rope = _rope(family, rope_scaling, head_dim or hidden // heads, partial)
     context = rope.get("original_max_position_embeddings", DYNAMIC_CONTEXT)
     scaled = {"dynamic": DYNAMIC_CONTEXT, "yarn": 4 * context, "longrope": 4 * context}.get(rope_scaling or "", 4096)
-    shape: dict[str, Any] = {
+    shape: dict[str, Any] = _windows(family, window, layers) | _experts(family, hidden, experts)
+    shape |= {
         "hidden_size": hidden,
         "intermediate_size": intermediate or 2 * hidden,
         "num_hidden_layers": layers,
@@ -97,17 +106,15 @@ def make_checkpoint(
         # a base of its own for each type of layer, so that one in the other's place is seen
         local = {"rope_type": "default", "rope_theta": 700.0}
         shape["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-    shape |= _windows(family, window, layers)
-    if family in ("gemma2", "gemma3_text"):
-        shape["query_pre_attn_scalar"] = 24
-    if family == "gemma2":
-        shape |= {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5}
+    shape |= _scores(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
         for param in model.parameters():
             if param.dim() == 1:
                 param.data += std * torch.randn_like(param)
+        for name in (name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias")):
+            model.get_buffer(name).normal_(0.0, std)
         if tokenizer.pad_token_id is not None:  # the padding row of an embedding begins at zero
             model.get_input_embeddings().weight.data[tokenizer.pad_token_id] = std * torch.randn(hidden)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
@@ -115,10 +122,44 @@ def make_checkpoint(
     return Path(folder)
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """peft reads a property of transformers that newer versions of transformers warn about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
+
+
+def make_adapter(
+    folder: str | Path,
+    base: str | Path,
+    modules: Sequence[str],
+    *,
+    r: int = 4,
+    alpha: float = 8.0,
+    std: float = 0.1,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> Path:
+    """Write random adapters for a model as peft does; neither factor is zero, so that both have a gradient."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]), quiet_peft():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        options = {"r": r, "lora_alpha": alpha, "target_modules": list(modules), "task_type": "CAUSAL_LM"}
+        adapted = get_peft_model(model, LoraConfig(**options))
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data = (std * torch.randn_like(parameter)).to(getattr(torch, dtype))
+        adapted.save_pretrained(folder)
+    return Path(folder)
+
+
 def _rope(family: Family, scaling: RopeScaling | None, head_dim: int, partial: float | None) -> dict[str, Any]:
-    if partial is not None and family not in ("phi3", "glm4"):
+    if partial is not None and family not in ("phi3", "glm4", "glm4_moe"):
         raise ValueError(f"{family} has no partial rotation")
-    if family == "glm4":
+    if family in ("glm4", "glm4_moe"):
         partial = partial or 0.5
     pairs = int(head_dim * (partial or 1)) // 2
     rope = {"rope_theta": 10000.0, "rope_type": scaling or "default"} | (
@@ -145,11 +186,32 @@ def _rope(family: Family, scaling: RopeScaling | None, head_dim: int, partial: f
     return rope | options[scaling]
 
 
+def _scores(family: str) -> dict[str, Any]:
+    if family not in ("gemma2", "gemma3_text"):
+        return {}
+    caps = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5} if family == "gemma2" else {}
+    return {"query_pre_attn_scalar": 24} | caps
+
+
+def _experts(family: str, hidden: int, experts: int) -> dict[str, Any]:
+    """Sizes of the experts, smaller than those of a dense layer where the family has both."""
+    shape: dict[str, Any] = {"num_experts_per_tok": 2}
+    if family == "mixtral":
+        return shape | {"num_local_experts": experts}
+    shape |= {"moe_intermediate_size": hidden // 2}
+    if family == "qwen3_moe":
+        return shape | {"num_experts": experts, "norm_topk_prob": True, "mlp_only_layers": [1]}
+    if family == "glm4_moe":
+        scaled = {"routed_scaling_factor": 1.5, "n_shared_experts": 2, "use_qk_norm": True}
+        return shape | scaled | {"n_routed_experts": experts, "first_k_dense_replace": 1}
+    return {}
+
+
 def _windows(family: Family, window: int | None, layers: int) -> dict[str, Any]:
     if family in ("gemma2", "gemma3_text"):
         types = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
         return {"sliding_window": window or 8, "layer_types": types}
-    if family in ("mistral", "phi3"):
+    if family in ("mistral", "mixtral", "phi3"):
         return {"sliding_window": window}
     if window is None:
         return {}

@@ -67,7 +67,8 @@ def _backward(
     running: Running,
 ) -> tuple[dict[str, float], Params, list[float]]:
     """Metrics, gradient of the mean loss, gaps of the pairs; pair by pair, so that only one graph lives at a time."""
-    total = {name: torch.zeros_like(param) for name, param in params.items()}
+    trained = {name: param for name, param in params.items() if param.requires_grad}
+    total = {name: torch.zeros_like(param) for name, param in trained.items()}
     metrics, gaps = [], []
     for pair in pairs:
         scores = _scores(params, reference, config, pair, options, running)
@@ -75,7 +76,8 @@ def _backward(
         metrics.append(named)
         if STAGES[options.stage].tracks_gap:
             gaps.append(scores.gap)
-        parts = torch.autograd.grad(loss / len(pairs), list(params.values()))
+        # an expert that no token of the pair chooses has no gradient
+        parts = torch.autograd.grad(loss / len(pairs), list(trained.values()), materialize_grads=True)
         for accumulated, part in zip(total.values(), parts, strict=True):
             accumulated += part
     return _mean(metrics), total, gaps
@@ -111,7 +113,8 @@ class AdamW:
         """Move the parameters, in place, against ``grads`` (already clipped)."""
         options, self._steps = self._options, self._steps + 1
         beta1, beta2 = options.adam_beta1, options.adam_beta2
-        for name, param in self._params.items():
+        for name in grads:
+            param = self._params[name]
             self._first[name].lerp_(grads[name], 1 - beta1)
             self._second[name].lerp_(grads[name].square(), 1 - beta2)
             first = self._first[name] / (1 - beta1**self._steps)

@@ -1,8 +1,8 @@
 """The oracle's model: dense fp64 logits of one sequence, from a Hugging Face folder, sharing no code with the package.
 
-It reads safetensors and config.json of the families Qwen2, Qwen3, Llama, Mistral, Gemma 2, Gemma 3 (text), Phi-3 and
-GLM-4, as transformers 4 and 5 write them. ``params`` is always ``{Hugging Face name: fp64 tensor}``, ``config`` the
-content of config.json.
+It reads safetensors and config.json of the families Qwen2, Qwen3, Llama, Mistral, Gemma 2, Gemma 3 (text), Phi-3,
+GLM-4, Qwen3-MoE, Mixtral and GLM-4.5, as transformers 4 and 5 write them. ``params`` is always ``{Hugging Face name:
+fp64 tensor}``, ``config`` the content of config.json.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ Config = Mapping[str, Any]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
+CLOSE_CHOICE = 2e-6
+"""Lead of the last chosen expert that the rounding of fp32 could turn round."""
+_EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+class CloseChoiceError(ValueError):
+    """A token's last chosen expert and the next one lie within rounding: fp32 may choose another one than fp64."""
+
+
 _NORMS: dict[str, tuple[str, str | None, str, str | None]] = {
     "gemma2": (
         "input_layernorm",
@@ -37,12 +46,13 @@ _PRE_NORMS = ("input_layernorm", None, "post_attention_layernorm", None)
 
 
 def load(folder: str | Path) -> tuple[Params, dict[str, Any]]:
-    """All tensors of a Hugging Face folder as fp64 leaves that require a gradient, and its config.json."""
+    """All tensors of a Hugging Face folder as fp64 leaves, and its config.json; all but router biases are trained."""
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     params = {}
     for file in sorted(folder.glob("*.safetensors")):
-        params.update({name: tensor.double().requires_grad_() for name, tensor in load_file(file).items()})
+        for name, tensor in load_file(file).items():
+            params[name] = tensor.double().requires_grad_(not name.endswith("e_score_correction_bias"))
     if config.get("tie_word_embeddings", _is_gemma(config)):
         params.pop("lm_head.weight", None)
     return params, config
@@ -59,13 +69,15 @@ def _head_dim(config: Config) -> int:
 def layer_types(config: Config) -> list[str]:
     """``full_attention`` or ``sliding_attention``, layer by layer."""
     family, layers = config["model_type"], range(config["num_hidden_layers"])
-    if family in ("mistral", "phi3"):
+    if family in ("mistral", "mixtral", "phi3"):
         sliding = config.get("sliding_window", 4096 if family == "mistral" else None)
         return [SLIDING if sliding else FULL for _ in layers]
-    if family in ("llama", "glm4") or (family in ("qwen2", "qwen3") and not config.get("use_sliding_window")):
+    if family in ("llama", "glm4", "glm4_moe") or (family.startswith("qwen") and not config.get("use_sliding_window")):
         return [FULL for _ in layers]
     if config.get("layer_types"):
         return config["layer_types"]
+    if family == "qwen3_moe":
+        return [SLIDING for _ in layers]
     if family in ("qwen2", "qwen3"):
         return [SLIDING if i >= config.get("max_window_layers", 28) else FULL for i in layers]
     pattern = {"gemma2": 2, "gemma3_text": config.get("sliding_window_pattern", 6)}[family]
@@ -85,7 +97,9 @@ def _rotary_options(config: Config, layer_type: str) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     # Phi-3's first checkpoints call it "su" or "yarn"
     rope["rope_type"] = "longrope" if family == "phi3" and kind in ("su", "yarn") else kind
-    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 0.5 if family == "glm4" else 1.0))
+    rope.setdefault(
+        "partial_rotary_factor", config.get("partial_rotary_factor", 0.5 if family.startswith("glm4") else 1.0)
+    )
     longest = config["max_position_embeddings"]
     inside = rope.get("original_max_position_embeddings", 4096 if family == "phi3" else longest)
     rope["original_max_position_embeddings"] = config.get("original_max_position_embeddings", inside)
@@ -235,6 +249,38 @@ def _mlp(params: Params, config: Config, name: str, hidden: Tensor) -> Tensor:
     return _linear(params, f"{name}.down_proj", active * up)
 
 
+def _experts(params: Params, config: Config, layer: str, hidden: Tensor) -> Tensor:
+    """The weighted sum of the experts that each token chooses, and the shared expert where the family has one."""
+    block = f"{layer}.block_sparse_moe" if config["model_type"] == "mixtral" else f"{layer}.mlp"
+    glm, count = config["model_type"] == "glm4_moe", config["num_experts_per_tok"]
+    router = hidden @ params[f"{block}.gate.weight"].T
+    scores = router.sigmoid() if glm else router.softmax(-1)
+    choice = scores.detach() + (params[f"{block}.gate.e_score_correction_bias"] if glm else 0)
+    ranked, order = choice.sort(descending=True)
+    if count < choice.shape[-1] and (gap := (ranked[:, count - 1] - ranked[:, count]).min().item()) < CLOSE_CHOICE:
+        raise CloseChoiceError(
+            f"{layer}: the last chosen expert of a token leads by {gap:.1e}: take other weights or pairs"
+        )
+    weights = torch.zeros_like(scores).scatter(1, order[:, :count], 1.0) * scores
+    if config["model_type"] == "mixtral" or config["norm_topk_prob"]:
+        weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights * config.get("routed_scaling_factor", 1.0)
+    mixed = torch.zeros_like(hidden)
+    for expert in range(weights.shape[-1]):
+        tokens = weights[:, expert].nonzero()[:, 0]
+        names = [f"{block}.experts.{expert}.{part}" for part in _EXPERT_PARTS[config["model_type"] == "mixtral"]]
+        gate, up = (_linear(params, name, hidden[tokens]) for name in names[:2])
+        output = _linear(params, names[2], gate * torch.sigmoid(gate) * up)
+        mixed = mixed.index_add(0, tokens, weights[tokens, expert, None] * output)
+    return mixed + _mlp(params, config, f"{block}.shared_experts", hidden) if glm else mixed
+
+
+def _feed_forward(params: Params, config: Config, layer: str, hidden: Tensor) -> Tensor:
+    if f"{layer}.mlp.gate.weight" in params or config["model_type"] == "mixtral":
+        return _experts(params, config, layer, hidden)
+    return _mlp(params, config, f"{layer}.mlp", hidden)
+
+
 def logits(params: Params, config: Config, tokens: Sequence[int] | Tensor) -> Tensor:
     """Next-token logits of one sequence, [seq, vocabulary], fp64.
 
@@ -255,7 +301,7 @@ def logits(params: Params, config: Config, tokens: Sequence[int] | Tensor) -> Te
         normed = norm(layer, before_attention, hidden)
         output = _attention(params, config, f"{layer}.self_attn", normed, rotations[layer_type], window)
         hidden = hidden + norm(layer, after_attention, output)
-        output = _mlp(params, config, f"{layer}.mlp", norm(layer, before_mlp, hidden))
+        output = _feed_forward(params, config, layer, norm(layer, before_mlp, hidden))
         hidden = hidden + norm(layer, after_mlp, output)
     hidden = _norm(params, config, "model.norm", hidden)
     scores = hidden @ params.get("lm_head.weight", params["model.embed_tokens.weight"]).T

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -27,6 +28,8 @@ from mindspeed_simpo.data.template import ChatFormat, TemplateSettings
 from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import find_device
 from mindspeed_simpo.errors import DataError, SimpoError
+from mindspeed_simpo.model.adapter_folder import AdapterFolder
+from mindspeed_simpo.model.adapters import Adapters
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.hf_config import read_description, resolve_model
 from mindspeed_simpo.model.naming import pipeline_chunks
@@ -36,6 +39,8 @@ from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, es
 
 INSPECTED_PAIRS = 2000
 """Largest number of pairs of each part, evenly spaced, whose token ids are inspected."""
+ADAPTER_LR = 10
+"""The learning rate of adapters, over that of all weights."""
 _COUNTS = ("rows", "kept", "malformed", "empty", "identical", "not_prefix", "too_long", "tie", "unpaired")
 _T = TypeVar("_T")
 
@@ -106,10 +111,16 @@ def setting_warnings(config: Config) -> Iterator[str]:
     if config.init_from == "config":
         yield "init_from: config starts from random weights; preference training normally starts from a tuned model"
         return
-    lowest, highest = config.objective.learning_rates
+    factor = ADAPTER_LR if config.lora_r else 1
+    lowest, highest = (factor * rate for rate in config.objective.learning_rates)
     if not lowest <= config.lr <= highest:
         degrades = "; ten times as much is known to degrade models" if config.lr >= 10 * highest else ""
-        yield (f"lr {config.lr:g}: published runs of {config.objective.title} use {lowest:g} to {highest:g}{degrades}")
+        runs = f"published runs of {config.objective.title} use {lowest:g} to {highest:g}"
+        if config.lora_r:
+            runs = (
+                f"adapters want about {ADAPTER_LR} times the lr of {config.objective.title}, {lowest:g} to {highest:g}"
+            )
+        yield f"lr {config.lr:g}: {runs}{degrades}"
 
 
 def run_length_warnings(config: Config, num_pairs: int) -> Iterator[str]:
@@ -181,6 +192,9 @@ def _model(config: Config, world_size: int, device: str) -> ModelDescription:
     make_layout(resolve(config, spec, device), world_size, spec, device)
     if config.init_from == "weights":
         SafetensorsFolder(resolve_model(config.model_name_or_path, weights=True), spec)
+    adapters = Adapters.of(config, spec)
+    if adapters is not None and config.lora_load is not None:
+        AdapterFolder(Path(config.lora_load), adapters, spec)
     return spec
 
 
@@ -264,12 +278,16 @@ def _largest(config: Config, layout: Layout, parts: dict[str, PairDataset]) -> L
 def _print_layout(
     console: Console, config: Config, layout: Layout, spec: ModelDescription, estimates: Sequence[MemoryEstimate]
 ) -> None:
-    total = count_parameters(spec, pipeline_chunks(spec, 1))
+    chunks = pipeline_chunks(spec, 1)
+    parameters = f"{count_parameters(spec, chunks):,} parameters"
+    adapters = Adapters.of(config, spec)
+    if adapters is not None:
+        parameters += f", frozen, {adapters.count(spec, chunks):,} of adapters (r {adapters.r})"
     axes = ("tensor", "pipeline", "context", "data")
     degrees = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in axes)
     pairs = config.global_batch_size // layout.data
     console.print(
-        f"{spec.family}, {total:,} parameters; {degrees}; {pairs} pairs per step on each data-parallel rank",
+        f"{spec.family}, {parameters}; {degrees}; {pairs} pairs per step on each data-parallel rank",
         soft_wrap=True,
     )
     console.print(_memory_options(config), soft_wrap=True)

@@ -61,7 +61,8 @@ def _flag(name: str, field: FieldInfo) -> tuple[str, Any, Any]:
     elif any(get_origin(kind) is dict for kind in kinds):
         metavar = "JSON"
     elif list[str] in kinds:
-        flag_type, metavar = list[str], "PATH [PATH ...]"
+        flag_type, item = list[str], "PATH" if name.endswith("path") else "NAME"
+        metavar = f"{item} [{item} ...]"
     else:
         literals = [value for kind in kinds for value in get_args(kind) or ([kind] if isinstance(kind, str) else [])]
         metavar = "{" + ",".join(literals) + "}" if literals else _METAVARS[kinds[0]]

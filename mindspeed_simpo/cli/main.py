@@ -46,6 +46,9 @@ class _Export:
         str, tyro.conf.arg(help="Checkpoint: a checkpoints folder or one iter_* folder.", metavar="DIR")
     ]
     output: Annotated[str, tyro.conf.arg(help="Hugging Face folder to write.", metavar="HF_DIR")]
+    merge_adapters: Annotated[
+        bool, tyro.conf.arg(help="Write whole weights with the adapters merged, not the adapters alone, for peft.")
+    ] = False
 
 
 def main() -> NoReturn:
@@ -173,7 +176,7 @@ def _export(command: _Export, _argv: Sequence[str]) -> int:
     open_device("cpu")
     from mindspeed_simpo.training.session import export_checkpoint
 
-    export_checkpoint(command.checkpoint, Path(command.output))
+    export_checkpoint(command.checkpoint, Path(command.output), merge_adapters=command.merge_adapters)
     return 0
 
 

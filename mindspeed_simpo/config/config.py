@@ -11,6 +11,7 @@ from pydantic import model_validator
 from mindspeed_simpo.config import supported
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.config.options import (
+    AdapterOptions,
     BatchingForm,
     DataOptions,
     ModelOptions,
@@ -22,7 +23,7 @@ from mindspeed_simpo.config.options import (
 )
 
 
-class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOptions, OutputOptions):
+class Config(TaskOptions, ModelOptions, AdapterOptions, DataOptions, TrainingOptions, ParallelOptions, OutputOptions):
     """All options in one flat key space; the checks here need options of more than one group."""
 
     @model_validator(mode="after")
@@ -51,6 +52,11 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
             return self.max_tokens_per_micro_batch
         return 2 * self.seq_length
 
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the reference model is the trained model without its adapters."""
+        return self.objective.needs_reference and self.lora_r > 0 and self.ref_model is None
+
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
         """Model chunks of each pipeline rank for a model of ``num_layers`` layers.
 
@@ -71,6 +77,11 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
         """The interleaved schedule needs a multiple of ``pipeline_model_parallel_size`` micro-batches; else 1."""
         return 1 if self.num_layers_per_virtual_pipeline_stage is None else self.pipeline_model_parallel_size
 
+    @property
+    def equal_micro_batches(self) -> bool:
+        """See :attr:`Layout.experts_span_data_ranks`."""
+        return self.layout_with(data=1).experts_span_data_ranks
+
     def layout_with(self, data: int) -> Layout:
         """The configured layout with ``data`` data-parallel ranks; ``config.validation`` checks layouts."""
         return Layout(
@@ -81,6 +92,8 @@ class Config(TaskOptions, ModelOptions, DataOptions, TrainingOptions, ParallelOp
             sequence_parallel=self.sequence_parallel,
             virtual_pipeline=self.num_layers_per_virtual_pipeline_stage is not None,
             distributed_optimizer=self.use_distributed_optimizer,
+            expert=self.expert_model_parallel_size,
+            expert_tensor=self.expert_tensor_parallel_size,
         )
 
     def arithmetic(self, **values: object) -> dict[str, object]:

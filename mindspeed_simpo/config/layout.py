@@ -12,6 +12,8 @@ AXES = {
     "VPP": "num_layers_per_virtual_pipeline_stage",
     "DP": "data parallelism (more ranks than TP x CP x PP)",
     "DO": "use_distributed_optimizer",
+    "EP": "expert_model_parallel_size",
+    "ETP": "expert_tensor_parallel_size",
 }
 """Abbreviation of each axis -> the configuration key that turns the axis on."""
 
@@ -27,6 +29,20 @@ class Layout:
     sequence_parallel: bool = False
     virtual_pipeline: bool = False
     distributed_optimizer: bool = False
+    expert: int = 1
+    """Ranks, among the tensor-, context- and data-parallel ones, over which the experts of a layer are divided."""
+    expert_tensor: int | None = None
+    """Ranks over which each expert is divided; None for as many as ``tensor``."""
+
+    @property
+    def expert_tensor_ranks(self) -> int:
+        """``expert_tensor`` with its default."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def experts_span_data_ranks(self) -> bool:
+        """Whether ranks with other pairs compute this rank's tokens, and so must do equally many passes."""
+        return self.expert * self.expert_tensor_ranks > self.tensor * self.context
 
     @property
     def ranks(self) -> int:
@@ -44,6 +60,8 @@ class Layout:
             "VPP": self.virtual_pipeline,
             "DP": self.data > 1,
             "DO": self.distributed_optimizer,
+            "EP": self.expert > 1,
+            "ETP": self.expert_tensor_ranks != self.tensor,
         }
         return frozenset(axis for axis, on in used.items() if on)
 
@@ -54,6 +72,7 @@ class Layout:
 
     def __str__(self) -> str:
         sizes = {"TP": self.tensor, "CP": self.context, "PP": self.pipeline, "DP": self.data}
+        sizes |= {"EP": self.expert, "ETP": self.expert_tensor_ranks}
         parts = [f"{axis}{sizes.get(axis, '')}" for axis in AXES if axis in self.axes]
         return " ".join(parts) or "one rank"
 

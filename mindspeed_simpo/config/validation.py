@@ -7,7 +7,7 @@ from typing import Protocol
 
 from mindspeed_simpo.config import supported
 from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.config.layout import Layout
+from mindspeed_simpo.config.layout import Layout, names_of
 from mindspeed_simpo.errors import ConfigError
 
 
@@ -43,6 +43,18 @@ class MLPSizes(Protocol):
         """Elements of the inner activation, ``intermediate_size``."""
 
 
+class ExpertSizes(Protocol):
+    """Sizes of a layer's experts that expert parallelism divides."""
+
+    @property
+    def number(self) -> int:
+        """Number of experts."""
+
+    @property
+    def width(self) -> int:
+        """Elements of the inner activation of one expert."""
+
+
 class LayerSizes(Protocol):
     """Sizes of one decoder layer."""
 
@@ -51,8 +63,12 @@ class LayerSizes(Protocol):
         """Sizes of the attention."""
 
     @property
-    def mlp(self) -> MLPSizes:
-        """Sizes of the MLP."""
+    def mlp(self) -> MLPSizes | None:
+        """Sizes of the MLP; None for none."""
+
+    @property
+    def experts(self) -> ExpertSizes | None:
+        """Sizes of the experts; None for none."""
 
 
 class Model(Protocol):
@@ -90,6 +106,8 @@ def make_layout(config: Config, world_size: int, model: Model | None = None, dev
         _check_pipeline(config, layout, len(model.layers))
         for layer in model.layers:
             _check_layer(config, layout, layer)
+        if all(layer.experts is None for layer in model.layers):
+            _check_dense(config, layout)
         _check_prefixes(config, model)
     refused = supported.refusal(layout, config.arithmetic())
     if refused is not None:
@@ -107,7 +125,16 @@ def _divide(config: Config, world_size: int) -> Layout:
             f"{pipeline} x context_parallel_size {context} = {model_ranks}: "
             f"start a multiple of {model_ranks} ranks (--nproc-per-node), or change the sizes"
         )
-    return config.layout_with(data=world_size // model_ranks)
+    layout = config.layout_with(data=world_size // model_ranks)
+    expert_ranks = layout.expert * layout.expert_tensor_ranks
+    if (world_size // pipeline) % expert_ranks:
+        raise ConfigError(
+            f"{world_size} ranks cannot hold expert_model_parallel_size {layout.expert} x expert_tensor_parallel_size "
+            f"{layout.expert_tensor_ranks} (default: tensor_model_parallel_size) x pipeline_model_parallel_size "
+            f"{pipeline} = {expert_ranks * pipeline}: start a multiple of that many ranks (--nproc-per-node), or "
+            "change the sizes"
+        )
+    return layout
 
 
 def _check_batch(config: Config, layout: Layout) -> None:
@@ -143,11 +170,13 @@ def _check_pipeline(config: Config, layout: Layout, num_layers: int) -> None:
 
 def _check_layer(config: Config, layout: Layout, layer: LayerSizes) -> None:
     ranks, attention = layout.tensor, layer.attention
-    if layer.mlp.width % ranks:
+    if layer.mlp is not None and layer.mlp.width % ranks:
         raise ConfigError(
             f"tensor_model_parallel_size {ranks} does not divide the model's intermediate_size {layer.mlp.width}: "
             f"choose a divisor of {layer.mlp.width}"
         )
+    if layer.experts is not None:
+        _check_experts(layout, layer.experts)
     if ranks > attention.heads:
         raise ConfigError(
             f"tensor_model_parallel_size {ranks} is more than the model's num_attention_heads {attention.heads}: "
@@ -157,6 +186,26 @@ def _check_layer(config: Config, layout: Layout, layer: LayerSizes) -> None:
         _check_shared_heads(ranks, attention)
     if layout.context > 1:
         _check_context_algorithm(config, layout, attention)
+
+
+def _check_experts(layout: Layout, experts: ExpertSizes) -> None:
+    if experts.number % layout.expert:
+        raise ConfigError(
+            f"expert_model_parallel_size {layout.expert} does not divide the model's {experts.number} experts: choose "
+            f"a divisor of {experts.number}"
+        )
+    if experts.width % layout.expert_tensor_ranks:
+        raise ConfigError(
+            f"expert_tensor_parallel_size {layout.expert_tensor_ranks} (default: tensor_model_parallel_size) does not "
+            f"divide the size of the model's experts, {experts.width}: choose a divisor of {experts.width}"
+        )
+
+
+def _check_dense(config: Config, layout: Layout) -> None:
+    if layout.axes & {"EP", "ETP"}:
+        raise ConfigError(
+            f"{names_of(layout.axes & {'EP', 'ETP'})}: {config.model_name_or_path} has no experts; remove the key"
+        )
 
 
 def _check_shared_heads(ranks: int, attention: AttentionSizes) -> None:

@@ -36,6 +36,10 @@ class BatchingOptions(Protocol):
     def micro_batch_multiple(self) -> int:
         """``number_multiple_of`` of :class:`Batching`."""
 
+    @property
+    def equal_micro_batches(self) -> bool:
+        """See :class:`Batching`."""
+
 
 @dataclass(frozen=True)
 class Batching:
@@ -50,6 +54,8 @@ class Batching:
     """The length of each row is rounded up to a multiple of this number of tokens."""
     number_multiple_of: int = 1
     """The number of a rank's micro-batches is rounded up to a multiple of this number; packed forms only."""
+    equal_micro_batches: bool = False
+    """Whether filler micro-batches make their number the same on all data-parallel ranks."""
 
     @classmethod
     def of(cls, options: BatchingOptions) -> Batching:
@@ -60,6 +66,7 @@ class Batching:
             options.token_budget,
             options.sequence_multiple,
             options.micro_batch_multiple,
+            options.equal_micro_batches,
         )
 
     def deal(self, sizes: Sequence[int], ranks: int) -> list[list[int]]:
@@ -80,7 +87,20 @@ class Batching:
             return [[index for index, turn in enumerate(turns) if turn == rank] for rank in range(ranks)]
         return spread(sizes, ranks)
 
-    def micro_batches(self, pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int]) -> list[PairBatch]:
+    def number_of_micro_batches(self, sizes: Sequence[int], dealt: Sequence[Sequence[int]]) -> int:
+        """The least number of micro-batches of each data-parallel rank for a global batch.
+
+        Args:
+            sizes: As for :meth:`deal`.
+            dealt: The pairs of each rank, from :meth:`deal`.
+        """
+        if not self.equal_micro_batches:
+            return 0
+        return max(len(self.parts([sizes[index] for index in own])) for own in dealt)
+
+    def micro_batches(
+        self, pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int], at_least: int = 0
+    ) -> list[PairBatch]:
         """Micro-batches of one rank's pairs of a global batch; a function of these pairs alone.
 
         ``padded`` puts ``micro_batch_size`` consecutive pairs into each micro-batch. The packed forms use :func:`fill`:
@@ -89,15 +109,15 @@ class Batching:
         Args:
             pairs: At least one; ``None`` is a filler pair.
             pair_ids: Index of each pair in the data set.
+            at_least: Micro-batches of a filler pair make up this number.
         """
-        return [
-            COLLATE[self.name](
-                [pairs[index] for index in part] or [None],
-                [pair_ids[index] for index in part] or [FILLER_PAIR],
-                multiple_of=self.multiple_of,
-            )
-            for part in self.parts([self.size_of_pair(pair) for pair in pairs])
+        parts = self.parts([self.size_of_pair(pair) for pair in pairs])
+        parts += [[]] * (at_least - len(parts))
+        contents = [
+            ([pairs[index] for index in part] or [None], [pair_ids[index] for index in part] or [FILLER_PAIR])
+            for part in parts
         ]
+        return [COLLATE[self.name](*content, multiple_of=self.multiple_of) for content in contents]
 
     def parts(self, sizes: Sequence[int]) -> list[list[int]]:
         """The indices of the pairs of each micro-batch of one rank, from the :meth:`size_of` of each of its pairs.

@@ -119,9 +119,12 @@ class PairLoader:
             0 if pair_id == FILLER_PAIR else self._batching.size_of(*self._dataset.lengths[pair_id].tolist())
             for pair_id in pair_ids
         ]
-        own = [pair_ids[index] for index in self._batching.deal(sizes, self._ranks)[self._rank]]
+        dealt = self._batching.deal(sizes, self._ranks)
+        own = [pair_ids[index] for index in dealt[self._rank]]
         return self._batching.micro_batches(
-            [None if pair_id == FILLER_PAIR else self._dataset[pair_id] for pair_id in own], own
+            [None if pair_id == FILLER_PAIR else self._dataset[pair_id] for pair_id in own],
+            own,
+            self._batching.number_of_micro_batches(sizes, dealt),
         )
 
 

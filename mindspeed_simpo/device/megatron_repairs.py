@@ -1,8 +1,9 @@
-"""Patches of megatron-core: for runs without TransformerEngine, and for parameters that share a bucket."""
+"""Patches of megatron-core: for runs without TransformerEngine, parameters that share a bucket, frozen embeddings."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from typing import Any
 
@@ -15,6 +16,7 @@ def repair() -> None:
     """
     _allow_optimizers_without_fp8()
     _start_tied_embeddings_at_a_bucket()
+    _leave_frozen_embeddings_alone()
 
 
 def _allow_optimizers_without_fp8() -> None:
@@ -53,3 +55,20 @@ def _start_tied_embeddings_at_a_bucket() -> None:
         original(*bound.args, **bound.kwargs)
 
     _ParamAndGradBuffer.__init__ = initialise
+
+
+def _leave_frozen_embeddings_alone() -> None:
+    # 0.12.1: distributed/finalize_model_grads.py all-reduces the gradient of a tied embedding also where the embedding
+    # is frozen and has no gradient
+    module: Any = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    original = module._allreduce_word_embedding_grads
+    if "grad is None" in inspect.getsource(module):
+        return
+    from megatron.core.utils import get_attr_wrapped_model
+
+    def reduce(model: list[Any], config: Any) -> None:
+        weights = [get_attr_wrapped_model(chunk, "shared_embedding_or_output_weight")() for chunk in model]
+        if any(weight is not None and weight.requires_grad for weight in weights):
+            original(model, config)
+
+    module._allreduce_word_embedding_grads = reduce

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,46 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     activated: Tensor = torch_npu.npu_swiglu(gate_up, dim=-1)
     return activated
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, stops)
+        return _grouped_matmul(rows, weights.transpose(1, 2), stops, group_type=0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weights, stops = ctx.saved_tensors
+        rows_grad = _grouped_matmul(grads[0], weights, stops, group_type=0)
+        weights_grad = _grouped_matmul(grads[0].t(), rows, stops, group_type=2)
+        return rows_grad, weights_grad, None
+
+
+def grouped_linear(rows: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
+    """``rows_g weights_g^T`` for each group ``g`` of consecutive rows, by ``npu_grouped_matmul``.
+
+    Args:
+        rows: ``[rows, in]``.
+        weights: ``[groups, out, in]``.
+        stops: int64 ``[groups]``, the number of rows up to the end of each group.
+
+    Returns:
+        ``[rows, out]``.
+    """
+    result: Tensor = _GroupedLinear.apply(rows, weights, stops)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _grouped_matmul(left: Tensor, right: Tensor, stops: Tensor, group_type: int) -> Tensor:
+    """Groups of the rows of ``left`` (``group_type`` 0), or of the summed axis (2), whose result has a group axis."""
+    import torch_npu
+
+    [result] = torch_npu.npu_grouped_matmul(
+        [left], [right], group_list=stops, split_item=3, group_type=group_type, group_list_type=0
+    )
+    product: Tensor = result
+    return product
 
 
 def rotate(heads: Tensor, cosines: Tensor, sines: Tensor, *, interleaved: bool = False) -> Tensor:

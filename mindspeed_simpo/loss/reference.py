@@ -38,6 +38,33 @@ class ReferenceTable:
         return rows[:, 0], rows[:, 1]
 
 
+class StepReference:
+    """Sums of the pairs of the current step under a reference that the step itself computes.
+
+    With adapters the reference is the model without them, so that no table of the dataset is needed.
+    """
+
+    def __init__(self) -> None:
+        self._ids: Tensor | None = None
+        self._sums: Tensor | None = None
+
+    def set(self, pair_ids: Int[Tensor, " step"], sums: Float[Tensor, "step 2"]) -> None:
+        """Take the place of the sums of the step before.
+
+        Args:
+            pair_ids: int64 numbers of this rank's pairs; the loss discards pairs with negative numbers.
+            sums: Sums of the chosen and of the rejected response, nats.
+        """
+        self._ids, self._sums = pair_ids, sums
+
+    def __call__(self, pair_ids: Int[Tensor, " pair"]) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
+        """The chosen and the rejected sums of some pairs of the step."""
+        assert self._ids is not None, "the sums of the step are set before its losses are computed"
+        assert self._sums is not None, "numbers and sums are set together"
+        rows = self._sums[(pair_ids[:, None] == self._ids).int().argmax(dim=1)]
+        return rows[:, 0], rows[:, 1]
+
+
 class ReferenceCache:
     """Sums of one dataset under one model on disk, in shards of ``SHARD_PAIRS`` pairs.
 

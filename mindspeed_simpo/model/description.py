@@ -115,20 +115,47 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """``sum_e w_e expert_e(x)`` over the ``top_k`` experts of the token ``x`` with the highest scores.
+
+    An expert is an MLP without biases. The scores are ``scores(router x)``, in fp32, and the weights ``w_e`` are the
+    scores of the chosen experts, divided by their sum where ``normalised``, times ``scale``.
+    """
+
+    number: int
+    width: int
+    """Elements of the inner activation of one expert."""
+    top_k: int
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = True
+    scale: float = 1.0
+    corrected: bool = False
+    """Whether a frozen bias of each expert is added to its score for the choice, and not to the weight."""
+    activation: Activation = "silu"
+
+
+@dataclass(frozen=True)
 class Layer:
-    """``x += norm_after(attention(norm_before(x)))``, then the same with the MLP; a norm that is None is left out."""
+    """``x += norm_after(attention(norm_before(x)))``, then the same with the MLP; a norm that is None is left out.
+
+    Where a layer has experts, their sum is added to the output of the MLP, which is then the shared expert, or None.
+    """
 
     norm_before_attention: Norm
     attention: Attention
     norm_before_mlp: Norm
-    mlp: MLP
+    mlp: MLP | None
     norm_after_attention: Norm | None = None
     norm_after_mlp: Norm | None = None
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True)
 class TensorNames:
-    """Hugging Face names of a layer's modules; ``qkv`` and ``gate_up`` have one name where fused."""
+    """Hugging Face names of a layer's modules; ``qkv`` and ``gate_up`` have one name where fused.
+
+    ``{}`` in the names of experts stands for the number of the expert.
+    """
 
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     q_norm: str = "self_attn.q_norm"
@@ -136,6 +163,12 @@ class TensorNames:
     o: str = "self_attn.o_proj"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
+    router: str = "mlp.gate.weight"
+    correction: str = "mlp.gate.e_score_correction_bias"
+    expert_gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
+    expert_down: str = "mlp.experts.{}.down_proj"
+    shared_gate_up: tuple[str, ...] = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
+    shared_down: str = "mlp.shared_experts.down_proj"
     norm_before_attention: str = "input_layernorm"
     norm_after_attention: str = ""
     norm_before_mlp: str = "post_attention_layernorm"
@@ -166,11 +199,18 @@ class ModelDescription:
     dtype: str
     """Declared dtype of the stored weights and of an export."""
     layers: tuple[Layer, ...]
+    ignores_layers_beyond: bool = False
+    """Whether checkpoints may hold layers after the last one, which are not part of the model."""
 
     @property
     def num_layers(self) -> int:
         """Layers of the whole model."""
         return len(self.layers)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a layer has experts."""
+        return any(layer.experts is not None for layer in self.layers)
 
     @property
     def rotations(self) -> tuple[Rotation, ...]:

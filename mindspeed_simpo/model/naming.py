@@ -9,8 +9,8 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mindspeed_simpo.model.description import Attention, Layer, ModelDescription, Norm
-from mindspeed_simpo.model.slots import HFTensor, Slot, Span
+from mindspeed_simpo.model.description import Attention, Experts, Layer, ModelDescription, Norm
+from mindspeed_simpo.model.slots import HFTensor, Slot, Span, stack
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -28,6 +28,8 @@ class Chunk:
     num_layers: int
     has_embedding: bool
     has_head: bool
+    expert_tensor_ranks: int = 1
+    """Ranks that divide each expert."""
 
     def layers(self, model: ModelDescription) -> tuple[Layer, ...]:
         """The descriptions of the layers of this chunk."""
@@ -39,7 +41,7 @@ class Chunk:
             yield _vocabulary("embedding.word_embeddings.weight", _EMBEDDING, model)
         for index, layer in enumerate(self.layers(model)):
             hf = f"model.layers.{self.first_layer + index}."
-            yield from _layer_slots(model, layer, hf, f"decoder.layers.{index}.")
+            yield from _layer_slots(model, layer, hf, f"decoder.layers.{index}.", self.expert_tensor_ranks)
         if self.has_head:
             yield _norm("decoder.final_layernorm", "model.norm", model.hidden_size, model.final_norm)
             if not model.tied:
@@ -65,13 +67,16 @@ def layers_per_pipeline_rank(num_layers: int, pipeline_size: int) -> list[int]:
     return [-(-outer // 2), *[middle] * (pipeline_size - 2), outer // 2]
 
 
-def pipeline_chunks(model: ModelDescription, pipeline_size: int, virtual_pipeline_size: int = 1) -> list[Chunk]:
+def pipeline_chunks(
+    model: ModelDescription, pipeline_size: int, virtual_pipeline_size: int = 1, expert_tensor_ranks: int = 1
+) -> list[Chunk]:
     """The chunks of all pipeline ranks, in the order of the layers; chunk ``i`` is on rank ``i % pipeline_size``.
 
     Args:
         model: Description of the whole model.
         pipeline_size: Number of pipeline ranks, at most the number of layers.
         virtual_pipeline_size: Number of chunks per pipeline rank.
+        expert_tensor_ranks: Number of ranks that divide each expert.
     """
     if virtual_pipeline_size > 1:
         number = pipeline_size * virtual_pipeline_size
@@ -81,7 +86,7 @@ def pipeline_chunks(model: ModelDescription, pipeline_size: int, virtual_pipelin
     chunks, first = [], 0
     for index, size in enumerate(sizes):
         virtual_rank, rank = divmod(index, pipeline_size)
-        chunks.append(Chunk(rank, virtual_rank, first, size, index == 0, index == len(sizes) - 1))
+        chunks.append(Chunk(rank, virtual_rank, first, size, index == 0, index == len(sizes) - 1, expert_tensor_ranks))
         first += size
     return chunks
 
@@ -92,8 +97,10 @@ def hf_tensors(model: ModelDescription) -> list[HFTensor]:
     return [tensor for slot in whole.slots(model) for tensor in slot.tensors]
 
 
-def _layer_slots(model: ModelDescription, layer: Layer, hf: str, prefix: str) -> Iterator[Slot]:
-    names, hidden, attention, mlp = model.names, model.hidden_size, layer.attention, layer.mlp
+def _layer_slots(
+    model: ModelDescription, layer: Layer, hf: str, prefix: str, expert_tensor_ranks: int
+) -> Iterator[Slot]:
+    names, hidden, attention = model.names, model.hidden_size, layer.attention
     head = attention.head_dim
     yield _norm(f"{prefix}input_layernorm", f"{hf}{names.norm_before_attention}", hidden, layer.norm_before_attention)
     rows = [attention.heads * head, attention.kv_heads * head, attention.kv_heads * head]
@@ -111,11 +118,33 @@ def _layer_slots(model: ModelDescription, layer: Layer, hf: str, prefix: str) ->
         name = f"{hf}{names.norm_after_attention}"
         yield _norm(f"{prefix}post_attention_layernorm", name, hidden, layer.norm_after_attention)
     yield _norm(f"{prefix}pre_mlp_layernorm", f"{hf}{names.norm_before_mlp}", hidden, layer.norm_before_mlp)
-    gate_up = [f"{hf}{name}" for name in names.gate_up]
-    yield from _columns(f"{prefix}mlp.linear_fc1", gate_up, [mlp.width] * 2, hidden, _evenly, bias=mlp.bias)
-    yield from _rows(f"{prefix}mlp.linear_fc2", f"{hf}{names.down}", hidden, mlp.width, _evenly, bias=mlp.bias)
+    if layer.mlp is not None:
+        shared = layer.experts is not None
+        width, bias = layer.mlp.width, layer.mlp.bias
+        gate_up = [f"{hf}{name}" for name in (names.shared_gate_up if shared else names.gate_up)]
+        down = f"{hf}{names.shared_down if shared else names.down}"
+        yield from _columns(f"{prefix}mlp.linear_fc1", gate_up, [width] * 2, hidden, _evenly, bias=bias)
+        yield from _rows(f"{prefix}mlp.linear_fc2", down, hidden, width, _evenly, bias=bias)
+    if layer.experts is not None:
+        yield from _expert_slots(model, layer.experts, hf, f"{prefix}experts.", expert_tensor_ranks)
     if layer.norm_after_mlp is not None:
         yield _norm(f"{prefix}post_mlp_layernorm", f"{hf}{names.norm_after_mlp}", hidden, layer.norm_after_mlp)
+
+
+def _expert_slots(model: ModelDescription, experts: Experts, hf: str, prefix: str, tensor_ranks: int) -> Iterator[Slot]:
+    names, hidden = model.names, model.hidden_size
+    yield Slot(f"{prefix}router.weight", (HFTensor(f"{hf}{names.router}", (experts.number, hidden)),))
+    if experts.corrected:
+        correction = HFTensor(f"{hf}{names.correction}", (experts.number,), is_fp32=True, initial=0.0)
+        yield Slot(f"{prefix}router.correction", (correction,))
+    gate_up: list[Slot] = []
+    down: list[Slot] = []
+    for number in range(experts.number):
+        of_one = [f"{hf}{name}".format(number) for name in names.expert_gate_up]
+        gate_up += _columns("", of_one, [experts.width] * 2, hidden, _evenly, bias=False)
+        down += _rows("", f"{hf}{names.expert_down}".format(number), hidden, experts.width, _evenly, bias=False)
+    yield stack(f"{prefix}linear_fc1", gate_up, tensor_ranks)
+    yield stack(f"{prefix}linear_fc2", down, tensor_ranks)
 
 
 def _vocabulary(parameter: str, name: str, model: ModelDescription, *, replica: bool = False) -> Slot:

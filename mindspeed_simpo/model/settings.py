@@ -13,6 +13,7 @@ from typing import Any
 from mindspeed_simpo.model.description import (
     MLP,
     Attention,
+    Experts,
     Layer,
     ModelDescription,
     Norm,
@@ -33,6 +34,11 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
     "sliding_window",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
 )
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -48,6 +54,8 @@ class Family:
     """Related but unsupported values of ``model_type`` -> advice for the error message."""
     rotary_aliases: Mapping[str, RotationKind] = field(default_factory=dict)
     """Names in old files -> kinds of rotary scaling."""
+    ignores_layers_beyond: bool = False
+    """Whether published checkpoints have layers after the last one, for another purpose, which are not read."""
 
 
 class Settings(RotarySettings):
@@ -158,6 +166,25 @@ class Settings(RotarySettings):
             raise self.error(f"{key} {found!r} is not supported; expected {expected!r}")
         return MLP(self.hf.intermediate_size, activation, bias)  # type: ignore[arg-type]
 
+    def experts(self, number: str, width: str, **variants: Any) -> Experts:
+        """Experts of a layer, with the ``num_experts_per_tok`` of the file.
+
+        Args:
+            number: Key of the number of experts.
+            width: Key of the size of an expert.
+            variants: Other fields of :class:`Experts`.
+
+        Raises:
+            ModelError: where the file has more experts for a token than experts, or another activation than ``silu``.
+        """
+        found = getattr(self.hf, "hidden_act", "silu")
+        if _ACTIVATIONS.get(found) != "silu":
+            raise self.error(f"hidden_act {found!r} is not supported with experts; expected 'silu'")
+        experts, top_k = int(getattr(self.hf, number)), int(self.hf.num_experts_per_tok)
+        if top_k > experts:
+            raise self.error(f"num_experts_per_tok {top_k} is more than {number} {experts}")
+        return Experts(experts, int(getattr(self.hf, width)), top_k, **variants)
+
     def model(self, layers: Sequence[Layer], final_norm: Norm, **variants: Any) -> ModelDescription:
         """The description of the model; ``variants`` override fields that most families leave at their defaults."""
         defaults: dict[str, Any] = {"names": TensorNames(), "embedding_scale": 1.0, "logit_softcap": None}
@@ -171,6 +198,7 @@ class Settings(RotarySettings):
             max_position_embeddings=self.hf.max_position_embeddings,
             initializer_range=float(self.hf.initializer_range),
             dtype=self.dtype,
+            ignores_layers_beyond=self.family.ignores_layers_beyond,
             layers=tuple(layers),
             **(defaults | variants),
         )

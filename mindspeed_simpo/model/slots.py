@@ -24,6 +24,8 @@ class HFTensor:
     shape: tuple[int, ...]
     axis: int | None = None
     """Axis that the tensor-parallel ranks shard; None where every rank has a copy."""
+    is_fp32: bool = False
+    """Whether the parameter is fp32 whatever the dtype of the model."""
     initial: float | None = None
     """Initial value of all elements under ``init_from: config``; None for values from a normal distribution."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,8 +49,7 @@ class RandomWeights:
         if tensor.initial is not None:
             whole = torch.full(tensor.shape, tensor.initial)
         else:
-            digest = hashlib.sha256(f"{self.seed}:{tensor.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            generator = seeded_generator(self.seed, tensor.name)
             whole = torch.empty(tensor.shape).normal_(0.0, self.std, generator=generator)
         return whole.narrow(tensor.axis or 0, span.start, span.length)
 
@@ -94,7 +94,11 @@ class SafetensorsFolder:
             raise ModelError(f"{self.folder}: the safetensors lack {_some(missing)}, which config.json calls for")
         # transformers ignores these too: the copy of a tied embedding, and rotary tables of old checkpoints
         tied = {"lm_head.weight"} if model.tied else set()
-        unknown = [n for n in self._file_of if n not in names | tied and not n.endswith("rotary_emb.inv_freq")]
+        unknown = [
+            n
+            for n in self._file_of
+            if n not in names | tied and not n.endswith("rotary_emb.inv_freq") and not _is_beyond(n, model)
+        ]
         if unknown:
             raise ModelError(
                 f"{self.folder}: the safetensors hold {_some(unknown)}, which config.json does not describe "
@@ -111,6 +115,17 @@ class SafetensorsFolder:
         if stored.get_dtype() not in _DTYPES:
             raise ModelError(f"{where} is stored as {stored.get_dtype()}; expected one of {', '.join(_DTYPES)}")
         return _DTYPES[stored.get_dtype()]
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """The generator of the random values of one tensor, the same on every layout."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _is_beyond(name: str, model: ModelDescription) -> bool:
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return model.ignores_layers_beyond and layer is not None and int(layer[1]) >= model.num_layers
 
 
 def _some(names: list[str]) -> str:

@@ -49,9 +49,7 @@ class _GatherWithScatteredBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        whole = value.new_empty(group.size() * value.shape[0], *value.shape[1:])
-        _all_gather(whole, value.contiguous(), group=group)
-        return whole
+        return _gathered(value, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -59,6 +57,113 @@ class _GatherWithScatteredBackward(torch.autograd.Function):
         part = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
         _reduce_scatter(part, grad, group=ctx.group)
         return part, None
+
+
+class _SplitWithGatheredBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return value.chunk(group.size())[group.rank()].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gathered(grads[0], ctx.group), None
+
+
+class _GatherWithSplitBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gathered(value, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _exchanged(rows, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchanged(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+class _ScatteredSumWithGatheredBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        part = value.new_empty(value.shape[0] // group.size(), *value.shape[1:])
+        _reduce_scatter(part, value.contiguous(), group=group)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        whole = grad.new_empty(ctx.group.size() * grad.shape[0], *grad.shape[1:])
+        _all_gather(whole, grad, group=ctx.group)
+        return whole, None
+
+
+def _gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    whole = value.new_empty(group.size() * value.shape[0], *value.shape[1:])
+    _all_gather(whole, value.contiguous(), group=group)
+    return whole
+
+
+def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    result = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
+    return result
+
+
+def split_along_first(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's equal part along the first axis; the backward is an all-gather of the gradient.
+
+    Args:
+        value: ``[group.size() * n, ...]``, replicated over ``group``.
+        group: Ranks that take a part each.
+    """
+    if group.size() == 1:
+        return value
+    part: Tensor = _SplitWithGatheredBackward.apply(value, group)  # type: ignore[no-untyped-call]
+    return part
+
+
+def join_along_first(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The inverse of :func:`split_along_first`: an all-gather, for a result that every rank uses in the same way.
+
+    The backward takes this rank's part of the gradient, which is the same on every rank.
+
+    Args:
+        value: This rank's part ``[n, ...]``; the same shape on every rank.
+        group: Ranks that hold the parts.
+    """
+    if group.size() == 1:
+        return value
+    whole: Tensor = _GatherWithSplitBackward.apply(value, group)  # type: ignore[no-untyped-call]
+    return whole
+
+
+def exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """All-to-all of rows; the backward is the all-to-all in the other direction.
+
+    Args:
+        rows: ``[sum(sent), ...]``: the rows for each rank, in rank order.
+        sent: Number of rows for each rank.
+        received: Number of rows from each rank.
+        group: The ranks.
+
+    Returns:
+        ``[sum(received), ...]``: the rows from each rank, in rank order.
+    """
+    if group.size() == 1:
+        return rows
+    result: Tensor = _Exchange.apply(rows, sent, received, group)  # type: ignore[no-untyped-call]
+    return result
 
 
 def gather_along_first(value: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -75,6 +180,22 @@ def gather_along_first(value: Tensor, group: dist.ProcessGroup) -> Tensor:
         return value
     whole: Tensor = _GatherWithScatteredBackward.apply(value, group)  # type: ignore[no-untyped-call]
     return whole
+
+
+def scatter_sums_along_first(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Reduce-scatter (sum) along the first axis; the backward is an all-gather of the gradient.
+
+    Args:
+        value: This rank's summand ``[group.size() * n, ...]``.
+        group: Ranks that hold the summands.
+
+    Returns:
+        ``[n, ...]``, this rank's shard of the sum.
+    """
+    if group.size() == 1:
+        return value
+    part: Tensor = _ScatteredSumWithGatheredBackward.apply(value, group)  # type: ignore[no-untyped-call]
+    return part
 
 
 def copy_to(value: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -56,6 +56,8 @@ class Groups:
     """The ranks that hold a layer's experts, among the tensor-, context- and data-parallel ranks of this pipeline rank:
     the expert-tensor- and expert-parallel ranks together, of which the former vary fastest, hold the parts. None in the
     plug-in."""
+    expert_tensor_ranks: int = 1
+    """Number of ranks that divide each expert."""
 
     def shards(self, *, experts: bool) -> Shards:
         """The ranks of this pipeline rank that hold a parameter.
@@ -113,6 +115,8 @@ def initialize(layout: Layout, device: Device, timeout_minutes: float = 10.0) ->
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor_ranks,
         create_gloo_process_groups=not device.is_cpu,
         distributed_timeout_minutes=timeout_minutes,
     )
@@ -131,6 +135,7 @@ def initialize(layout: Layout, device: Device, timeout_minutes: float = 10.0) ->
             parallel_state.get_expert_data_parallel_rank(),
             parallel_state.get_expert_data_parallel_world_size(),
         ),
+        expert_tensor_ranks=layout.expert_tensor_ranks,
     )
 
 

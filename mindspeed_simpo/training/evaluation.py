@@ -8,9 +8,12 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.loader import PairLoader
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import TrainingError
+from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.training import checkpoint
+from mindspeed_simpo.training.base_model import check_base
 from mindspeed_simpo.training.optimizer import wrap_precision
 from mindspeed_simpo.training.reference_pass import UsedPairs, configured_tables
+from mindspeed_simpo.training.resume import check_adapters
 from mindspeed_simpo.training.schedule.runner import PairSchedule
 from mindspeed_simpo.training.session import Session, on_every_rank, open_session
 
@@ -36,6 +39,9 @@ def evaluate(config: Config, device: Device) -> dict[str, float]:
         if config.load is not None:
             load = config.output_dir if config.load == "auto" else config.load
             folder, state = checkpoint.find(load, session.groups.control)
+            with fail_together(session.groups.control):
+                check_adapters(folder, state, config)
+                check_base(folder, state.base, session.base)
             checkpoint.load(folder, session.models, None, session.groups, device)
             session.running.load(state.running)
         schedule = session.schedule(wrap_precision(session.models, bf16=config.bf16_in_use), table)

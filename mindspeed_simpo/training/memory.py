@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.largest import LargestPass, PassShape
 from mindspeed_simpo.device import DeviceName
+from mindspeed_simpo.model.adapters import Adapters
 from mindspeed_simpo.model.blockwise import block_size
 from mindspeed_simpo.model.causal import LARGEST_MASK
 from mindspeed_simpo.model.description import Attention, HeadShare, Layer, ModelDescription
@@ -55,6 +57,9 @@ def estimate_memory(
     - parameters ``P b``; gradients ``4 P``, accumulated in fp32;
     - optimizer ``8 P`` (Adam's moments), and ``4 P`` more for the fp32 parameters of bf16; divided by the data and
       context ranks with ``use_distributed_optimizer``;
+    - of the parameters of experts a rank holds ``1 / (e x)``, with e expert and x expert-tensor ranks, and their
+      optimizer state is divided by the ranks that hold the same ones;
+    - with adapters, gradients and optimizer of the adapters alone, and parameters of both;
     - activations ``n (layers a + b hidden) s``: n tokens of a pass on this context rank, s passes in flight
       (``pipeline ranks - pipeline rank``; with virtual pipeline ranks the number of warm-up passes of megatron-core's
       interleaved schedule, at most all passes), and a the bytes that one layer saves for a token:
@@ -79,15 +84,27 @@ def estimate_memory(
     Returns:
         One estimate for each pipeline rank, in order.
     """
-    chunks = pipeline_chunks(model, layout.pipeline, config.virtual_pipeline_size(model.num_layers) or 1)
+    virtual = config.virtual_pipeline_size(model.num_layers) or 1
+    chunks = pipeline_chunks(model, layout.pipeline, virtual, layout.expert_tensor_ranks)
     by_rank = [[chunk for chunk in chunks if chunk.pipeline_rank == rank] for rank in range(layout.pipeline)]
     run = _PassMemory(model, config, layout, largest, device)
     return [run.estimate(chunks) for chunks in by_rank]
 
 
-def count_parameters(model: ModelDescription, chunks: Sequence[Chunk], tensor_ranks: int = 1) -> int:
-    """Number of parameters of the chunks on the first of ``tensor_ranks`` tensor-parallel ranks, padding included."""
-    return sum(math.prod(slot.shape(0, tensor_ranks)) for chunk in chunks for slot in chunk.slots(model))
+def count_parameters(
+    model: ModelDescription, chunks: Sequence[Chunk], tensor_ranks: int = 1, *, experts: bool | None = None
+) -> int:
+    """Number of parameters of the chunks on the first rank, padding included.
+
+    Args:
+        model: The description.
+        chunks: Chunks of one pipeline rank.
+        tensor_ranks: Ranks that divide a parameter: tensor-parallel ones, or of experts, see
+            :class:`~mindspeed_simpo.model.slots.Slot`.
+        experts: Whether to count the parameters of experts alone, or those of the rest; None counts all.
+    """
+    slots = [slot for chunk in chunks for slot in chunk.slots(model) if experts in (None, slot.of_experts)]
+    return sum(math.prod(slot.shape(0, tensor_ranks)) for slot in slots)
 
 
 @dataclass(frozen=True)
@@ -99,6 +116,11 @@ class _PassMemory:
     layout: Layout
     largest: LargestPass
     device: DeviceName
+
+    @functools.cached_property
+    def adapters(self) -> Adapters | None:
+        """The configured adapters."""
+        return Adapters.of(self.config, self.model)
 
     @property
     def width(self) -> int:
@@ -122,14 +144,21 @@ class _PassMemory:
 
     def estimate(self, chunks: Sequence[Chunk]) -> MemoryEstimate:
         """Memory of one pipeline rank, which has these chunks."""
-        count = count_parameters(self.model, chunks, self.layout.tensor)
-        shards = self.layout.data * self.layout.context if self.config.use_distributed_optimizer else 1
+        layout, sharded = self.layout, self.config.use_distributed_optimizer
+        expert_ranks, copies = layout.expert * layout.expert_tensor_ranks, layout.data * layout.context
+        dense = count_parameters(self.model, chunks, layout.tensor, experts=False)
+        of_experts = count_parameters(self.model, chunks, expert_ranks, experts=True)
+        count = trained = dense + of_experts
+        held = dense // copies + of_experts * expert_ranks // (copies * layout.tensor) if sharded else count
+        if self.adapters is not None:
+            trained = self.adapters.count(self.model, chunks, layout.tensor)
+            count, held = count + trained, trained // copies if sharded else trained
         place = chunks[0].pipeline_rank
         return MemoryEstimate(
             pipeline_rank=place,
             parameters=self.width * count,
-            gradients=_FP32 * count,
-            optimizer=(12 if self.config.bf16_in_use else 8) * count // shards,
+            gradients=_FP32 * trained,
+            optimizer=(12 if self.config.bf16_in_use else 8) * held,
             activations=self.activation_bytes(chunks) + self.mask_bytes(),
             head=self.head_bytes() if chunks[-1].has_head else 0,
             backward=max(self.backward_bytes(layer) for chunk in chunks for layer in chunk.layers(self.model)),
@@ -172,10 +201,60 @@ class _PassMemory:
     def layer_bytes(self, layer: Layer) -> int:
         """Saved tensors of one layer without recomputation."""
         residual = self.width * self.tokens * self.hidden
-        whole = 4 * residual + 3 * self.width * self.tokens * layer.mlp.width // self.layout.tensor
+        whole = 4 * residual + self.mlp_bytes(layer) + self.expert_bytes(layer)
         norms_after = sum(norm is not None for norm in (layer.norm_after_attention, layer.norm_after_mlp))
         whole += norms_after * residual + (2 + norms_after) * _FP32 * self.tokens
+        if self.adapters is not None:
+            whole += self.adapter_bytes(layer, self.adapters)
         return whole + self.attention_bytes(layer.attention, recomputed=False)
+
+    def mlp_bytes(self, layer: Layer) -> int:
+        """Saved tensors of the MLP, or of the shared expert, without its input."""
+        return 0 if layer.mlp is None else 3 * self.width * self.tokens * layer.mlp.width // self.layout.tensor
+
+    @property
+    def expert_rows(self) -> float:
+        """Tokens of one rank that its experts compute, per expert of a token, where all experts get equally many."""
+        return self.tokens / self.layout.tensor * self.layout.expert_tensor_ranks
+
+    def expert_bytes(self, layer: Layer) -> int:
+        """Saved tensors of the experts, with equally many tokens for each.
+
+        For each row of an expert, its input, the products of the first projection and their activation, and the
+        output; the input a second time where the rows came from other ranks; scores, weights and places of each token.
+        """
+        experts, layout = layer.experts, self.layout
+        if experts is None:
+            return 0
+        rows = self.expert_rows * experts.top_k
+        several = layout.expert * layout.expert_tensor_ranks > 1
+        hidden = self.model.hidden_size
+        values = rows * (2 * hidden + 3 * experts.width // layout.expert_tensor_ranks)
+        weighted = self.tokens / layout.tensor * experts.top_k * hidden if layout.expert_tensor_ranks > 1 else 0
+        routing = self.tokens * (2 * experts.number + 3 * experts.top_k) * _FP32
+        places = rows * 8 * (5 if several else 2)
+        wide = _FP32 * self.tokens * hidden if self.config.bf16_in_use else 0
+        return int(self.width * (values + weighted) + routing + places + wide)
+
+    def adapter_bytes(self, layer: Layer, adapters: Adapters) -> int:
+        """Saved tensors of one layer with adapters, less those of a layer whose weights are trained.
+
+        A frozen projection without an adapter does not save its input; with one it saves ``r`` values a token too, and
+        the factors A of several projections with one input are concatenated.
+        """
+        names, hidden, tensor = self.model.names, self.model.hidden_size, self.layout.tensor
+        groups = (names.qkv, (names.o,), names.gate_up, (names.down,))
+        qkv, o, gate_up, down = (sum(name.rsplit(".")[-1] in adapters.modules for name in group) for group in groups)
+        attention = self.share(layer.attention).padded_queries * layer.attention.head_dim
+        joined = self.config.batching_in_use != "padded" or self.layout.context > 1
+        inputs = [(qkv, self.hidden), (o, attention if joined else 0)]
+        if layer.mlp is not None:
+            inputs += [(gate_up, self.hidden), (down, layer.mlp.width // tensor)]
+        unsaved = sum(size for adapted, size in inputs if not adapted)
+        shards = tensor if self.config.sequence_parallel else 1
+        inner = self.tokens * (qkv + gate_up) + self.tokens // shards * (o + down)
+        stacked = hidden * sum(number for number in (qkv, gate_up) if number > 1)
+        return self.width * (adapters.r * (inner + stacked) - self.tokens * unsaved)
 
     def share(self, attention: Attention) -> HeadShare:
         """Heads of the first tensor-parallel rank."""
@@ -254,7 +333,11 @@ class _PassMemory:
 
     def backward_bytes(self, layer: Layer) -> int:
         """Peak of the tensors that the backward of one layer allocates."""
-        mlp = 4 * self.width * self.tokens * layer.mlp.width // self.layout.tensor
+        mlp = 0 if layer.mlp is None else 4 * self.width * self.tokens * layer.mlp.width // self.layout.tensor
+        if layer.experts is not None:
+            experts = layer.experts
+            rows = self.expert_rows * experts.top_k
+            mlp += int(self.width * rows * (4 * experts.width // self.layout.expert_tensor_ranks))
         attention, share = layer.attention, self.share(layer.attention)
         if attention.softcap is None or not self.blockwise(attention):
             return mlp

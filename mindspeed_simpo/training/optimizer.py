@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from mindspeed_simpo.config.options import ParallelOptions, TrainingOptions
 from mindspeed_simpo.device import Device
+from mindspeed_simpo.model.megatron.weights import unwrap
 
 
 def wrap_for_training(
@@ -66,6 +68,9 @@ class Stepper:
     """Maximum norm of the gradient; 0 disables clipping."""
     norm_dtype: torch.dtype
     """The dtype in which the clipping coefficient is computed."""
+    norm_groups: tuple[tuple[bool, dist.ProcessGroup | None], ...]
+    """Whether the parameters of experts are meant, and the ranks that hold the parts of such parameters' gradients;
+    None for all ranks. Every rank has the same entries, whether it holds such parameters or not."""
 
     @torch.no_grad()
     def squared_norm(self) -> Float[Tensor, " one"]:
@@ -75,13 +80,16 @@ class Stepper:
         to the optimizer's parameters.
         """
         self.optimizer.prepare_grads()
-        grads = [grad for part in _parts(self.optimizer) for grad in part.get_main_grads_for_grad_norm()]
-        norms = [torch.linalg.vector_norm(grad) for grad in grads]
-        device = torch.cuda.current_device()
-        local_norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=device)
-        squared = local_norm.reshape(1).square()
-        dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
-        return squared
+        total = torch.zeros(1, device=torch.cuda.current_device())
+        for of_experts, group in self.norm_groups:
+            parts = [part for part in _parts(self.optimizer) if _is_of_experts(part) == of_experts]
+            grads = [grad for part in parts for grad in part.get_main_grads_for_grad_norm()]
+            norms = [torch.linalg.vector_norm(grad) for grad in grads]
+            local_norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros_like(total)
+            squared = local_norm.reshape(1).square()
+            dist.all_reduce(squared, group=group)
+            total += squared
+        return total
 
     @torch.no_grad()
     def update(self, squared_norm: Float[Tensor, " one"]) -> float:
@@ -121,6 +129,19 @@ class Stepper:
 def _parts(optimizer: Any) -> list[Any]:
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _is_of_experts(part: Any) -> bool:
+    return any(group["is_expert_parallel"] for group in part.param_groups)
+
+
+def _norm_groups(models: Sequence[torch.nn.Module], *, sharded: bool) -> tuple[tuple[bool, Any], ...]:
+    """See :attr:`Stepper.norm_groups`."""
+    dense = None if sharded else parallel_state.get_model_parallel_group()
+    if not unwrap(models[0]).description.has_experts:
+        return ((False, dense),)
+    of_experts = None if sharded else parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+    return (False, dense), (True, of_experts)
 
 
 def build_stepper(
@@ -170,4 +191,5 @@ def build_stepper(
         wd_incr_steps=steps,
         wd_incr_style="constant",
     )
-    return Stepper(optimizer, scheduler, training.clip_grad, device.reduction_dtype)
+    norm_groups = _norm_groups(models, sharded=parallel.use_distributed_optimizer)
+    return Stepper(optimizer, scheduler, training.clip_grad, device.reduction_dtype, norm_groups)

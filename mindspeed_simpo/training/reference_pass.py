@@ -19,14 +19,15 @@ from mindspeed_simpo.data.cache import cache_folder
 from mindspeed_simpo.data.dataset import PairDataset
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ModelError
-from mindspeed_simpo.loss import reference
 from mindspeed_simpo.loss.reference import SHARD_PAIRS, ReferenceCache, ReferenceTable
 from mindspeed_simpo.loss.scoring import PairScorer
 from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.hf_config import read_description, resolve_model
+from mindspeed_simpo.model.hf_config import read_description
+from mindspeed_simpo.model.megatron.adapters import without_adapters
 from mindspeed_simpo.model.megatron.weights import fill_weights, load_hf_weights
 from mindspeed_simpo.parallel import Groups
-from mindspeed_simpo.parallel.collectives import fail_together, of_all_ranks
+from mindspeed_simpo.parallel.collectives import fail_together
+from mindspeed_simpo.training.base_model import weights_digest
 from mindspeed_simpo.training.optimizer import wrap_precision
 from mindspeed_simpo.training.progress import counting
 from mindspeed_simpo.training.schedule.runner import PairSchedule
@@ -61,10 +62,7 @@ class ReferenceModel:
                     f"ref_model: {self.path} has another {difference}; the reference must be a model of the same shape "
                     "and vocabulary"
                 )
-            folder = resolve_model(self.path or self.start.model_name_or_path, weights=not random)
-            own = reference.file_digests(folder, weights=not random, rank=control.rank(), size=control.size())
-        digests = {name: digest for part in of_all_ranks(own, control) for name, digest in part.items()}
-        return reference.model_fingerprint(digests, self.seed if random else None)
+        return weights_digest(self.path or self.start.model_name_or_path, self.seed if random else None, control)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +77,8 @@ class UsedPairs:
 def configured_tables(
     session: Session, config: Config, used: Sequence[UsedPairs | None]
 ) -> Sequence[ReferenceTable | None]:
-    """:func:`reference_tables` of the configured reference model; None for every dataset without a reference model."""
-    if not config.objective.needs_reference:
+    """:func:`reference_tables` of the configured reference model; None for every dataset without one that is apart."""
+    if not config.objective.needs_reference or config.reference_is_base:
         return [None for _ in used]
     cache = cache_folder(config.data_cache_dir)
     model = ReferenceModel(config.ref_model, config, config.seed, config.bf16_in_use, cache)
@@ -113,9 +111,10 @@ def reference_tables(
         if model.path is not None:
             load_hf_weights(session.models, session.description, model.path, groups)
         schedule = session.schedule(wrap_precision(session.models, bf16=model.bf16), None)
-        for part in parts:
-            if part is not None:
-                part.score(session, schedule)
+        with without_adapters(session.models):
+            for part in parts:
+                if part is not None:
+                    part.score(session, schedule)
         if model.path is not None:
             fill_weights(session.models, session.description, model.start, groups, model.seed)
     return [None if part is None else part.table(session.device) for part in parts]

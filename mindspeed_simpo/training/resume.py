@@ -14,7 +14,8 @@ from mindspeed_simpo.training.checkpoint import TrainingState, find, find_newest
 
 logger = logging.getLogger(__name__)
 
-_FIXED = ("stage", "pref_ftx", "bf16", "seed", "global_batch_size")
+_ADAPTERS = ("lora_r", "lora_alpha_in_use", "lora_dropout", "lora_target_modules")
+_FIXED = (*_ADAPTERS, "stage", "pref_ftx", "bf16", "seed", "global_batch_size")
 
 
 def find_resumed(root: Path, load: str | None, groups: Groups) -> tuple[Path, TrainingState] | None:
@@ -74,6 +75,21 @@ def check_resumable(folder: Path, state: TrainingState, config: Config, data_fin
     others = [name for name, field in fields.items() if effect_of(field) == "result" and name not in objective]
     if changed := _differences(state.config, config, others):
         logger.warning("options differ from those of %s, which had %s", folder, changed)
+
+
+def check_adapters(folder: Path, state: TrainingState, config: Config) -> None:
+    """Check that a checkpoint holds the adapters that are configured, or all weights where none are.
+
+    Args:
+        folder: The checkpoint.
+        state: Its state.
+        config: The configuration of this run.
+
+    Raises:
+        CheckpointError: where they differ.
+    """
+    if fixed := _differences(state.config, config, [*_ADAPTERS]):
+        raise CheckpointError(f"load: {folder} was written with {fixed}: give the same")
 
 
 def _differences(theirs: Config, ours: Config, names: list[str]) -> str:

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from mindspeed_simpo.batch import RunningStatistics
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import validate
-from mindspeed_simpo.config.options import ModelOptions
 from mindspeed_simpo.config.resolution import resolve
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
@@ -27,21 +26,22 @@ from mindspeed_simpo.data.paths import Part
 from mindspeed_simpo.data.together import prepare_together
 from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import Device, open_device
-from mindspeed_simpo.errors import SimpoError
+from mindspeed_simpo.errors import CheckpointError, SimpoError
 from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.loss.pair_loss import PairLoss
-from mindspeed_simpo.loss.reference import ReferenceTable
+from mindspeed_simpo.loss.reference import ReferenceTable, StepReference
 from mindspeed_simpo.loss.running import RunningTracker
 from mindspeed_simpo.loss.scoring import PairScorer
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.hf_config import read_description, resolve_model
-from mindspeed_simpo.model.megatron.export import export_hf
+from mindspeed_simpo.model.megatron.export import export_adapters, export_hf
 from mindspeed_simpo.model.megatron.gpt import build_model
-from mindspeed_simpo.model.megatron.weights import fill_weights
+from mindspeed_simpo.model.megatron.weights import fill_adapters, fill_weights
 from mindspeed_simpo.parallel import Groups, initialize, seed_model_ranks, shutdown
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.parallel.lost_ranks import naming_lost_ranks
 from mindspeed_simpo.training import checkpoint
+from mindspeed_simpo.training.base_model import Base, check_base, identify_base
 from mindspeed_simpo.training.metrics import MetricSums
 from mindspeed_simpo.training.progress import set_up_logging
 from mindspeed_simpo.training.schedule.runner import PairSchedule
@@ -70,8 +70,11 @@ class Session:
     """Makes the loader of this rank's micro-batches of a dataset."""
     schedule: Callable[[list[torch.nn.Module], ReferenceTable | None], PairSchedule]
     """Makes the configured pair schedule over pipeline chunks, wrapped or not."""
-    export: Callable[[Path], None]
-    """Writes the current weights as a Hugging Face folder; a collective that raises on every rank or on none."""
+    export: Callable[[Path, bool], None]
+    """``export(folder, merge_adapters)`` writes the current weights as a Hugging Face folder, or the adapters as a
+    folder of peft unless they are to be merged; a collective that raises on every rank or on none."""
+    base: Base | None
+    """The model that the adapters belong to; None without adapters, and where its weights are not read."""
 
     @property
     def is_main(self) -> bool:
@@ -97,7 +100,8 @@ def build_schedule(
         device: The device of the models.
         running: Returns the statistics of the objective's tracked value.
         models: Pipeline chunks, wrapped or not.
-        table: Sums under the reference model; None where the objective has no reference model.
+        table: Sums under the reference model; None where the objective has no reference model, or the reference is the
+            model without its adapters.
     """
     head = ResponseHead(
         groups.tensor,
@@ -109,36 +113,56 @@ def build_schedule(
         sequence_parallel=config.sequence_parallel and groups.tensor.size() > 1,
         weight_grad_awaited=config.overlap_grad_reduce,
     )
-    scorer = PairScorer(PairLoss.of(config), table, running)
+    step_reference = StepReference() if config.reference_is_base else None
+    scorer = PairScorer(PairLoss.of(config), step_reference or table, running)
     return PairSchedule(
-        models, scorer, head, groups, device.torch_device, config.pair_schedule, config.sequence_multiple
+        models,
+        scorer,
+        head,
+        groups,
+        device.torch_device,
+        config.pair_schedule,
+        config.sequence_multiple,
+        step_reference,
     )
 
 
-def export_checkpoint(load: str, output: Path) -> None:
-    """Write a training checkpoint of any layout as a Hugging Face folder, in one process.
+def export_checkpoint(load: str, output: Path, *, merge_adapters: bool = False) -> None:
+    """Write a training checkpoint of any layout as a Hugging Face folder, or of peft, in one process.
 
     Args:
         load: The checkpoint, as for :func:`~mindspeed_simpo.training.checkpoint.find`.
         output: Folder to write.
+        merge_adapters: Whether the checkpoint's adapters are merged into the weights that they were trained on, which
+            are then read.
 
     Raises:
-        CheckpointError: where the checkpoint is absent, incomplete or damaged.
+        CheckpointError: where the checkpoint is absent, incomplete or damaged, has no adapters that could be merged, or
+            where their model has changed.
         ModelError: where ``output`` cannot be written, or config.json or the tokenizer of the model that training
-            started from cannot be read; its weights are not needed.
+            started from cannot be read; its weights are needed only for ``merge_adapters``.
     """
     folder, state = checkpoint.find(load, None)
+    if merge_adapters and state.base is None:
+        raise CheckpointError(
+            f"--merge-adapters: {folder} has no adapters: it holds all weights; export it without --merge-adapters"
+        )
     one_rank: dict[str, Any] = {
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "context_parallel_size": 1,
         "context_parallel_algo": "gathered",
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": None,
     }
     one_rank |= {"num_layers_per_virtual_pipeline_stage": None, "sequence_parallel": False, "device": "cpu"}
+    one_rank["lora_load"] = None  # the checkpoint has the adapters
     config = validate(state.config.model_dump() | one_rank, where=str(folder))
-    with open_session(config, open_device("cpu"), starting_weights=False) as session:
+    with open_session(config, open_device("cpu"), starting_weights=merge_adapters) as session:
+        if merge_adapters:
+            check_base(folder, state.base, session.base)
         checkpoint.load(folder, session.models, None, session.groups, session.device)
-        session.export(output)
+        session.export(output, merge_adapters)
 
 
 @contextmanager
@@ -193,6 +217,10 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
         models = build_model(description, config, groups, device)
         if starting_weights:
             fill_weights(models, description, config, groups, config.seed)
+            fill_adapters(models, description, config, groups, config.seed)
+    base = None
+    if config.lora_r and starting_weights:
+        base = identify_base(config, config.seed, groups.control)
     running = RunningTracker(config.objective, groups, device)
     return Session(
         config,
@@ -214,6 +242,7 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
         ),
         schedule=partial(build_schedule, config, description, groups, device, running.current),
         export=partial(_export, models, description, groups, tokenizer, config),
+        base=base,
     )
 
 
@@ -222,18 +251,16 @@ def _export(
     description: ModelDescription,
     groups: Groups,
     tokenizer: PreTrainedTokenizerBase,
-    options: ModelOptions,
+    config: Config,
     output: Path,
+    merge_adapters: bool,
 ) -> None:
-    folder = resolve_model(options.model_name_or_path, weights=False)
-    template = None if options.chat_template is None else str(tokenizer.chat_template)
+    folder = resolve_model(config.model_name_or_path, weights=False)
+    template = None if config.chat_template is None else str(tokenizer.chat_template)
     with fail_together(groups.control):
-        export_hf(
-            models,
-            description,
-            groups,
-            source=folder,
-            output=output,
-            tokenizer=tokenizer,
-            chat_template=template,
-        )
+        files: dict[str, Any] = {"source": folder, "output": output}
+        files |= {"tokenizer": tokenizer, "chat_template": template}
+        if config.lora_r and not merge_adapters:
+            export_adapters(models, description, groups, base=config.model_name_or_path, **files)
+        else:
+            export_hf(models, description, groups, **files)

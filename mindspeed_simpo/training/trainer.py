@@ -26,6 +26,7 @@ from mindspeed_simpo.loss.reference import ReferenceTable
 from mindspeed_simpo.loss.scoring import ScoredBatch
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.training import checkpoint, not_finite
+from mindspeed_simpo.training.base_model import check_base
 from mindspeed_simpo.training.evaluation import mean_metrics
 from mindspeed_simpo.training.metrics import MetricsWriter
 from mindspeed_simpo.training.optimizer import Stepper, build_stepper, wrap_for_training
@@ -132,6 +133,7 @@ class Run:
         """
         with fail_together(self.session.groups.control):
             check_resumable(folder, state, self.recorded, self.train_data.fingerprint)
+            check_base(folder, state.base, self.session.base)
         checkpoint.load(folder, self.models, self.stepper, self.session.groups, self.session.device)
         self.session.running.load(state.running)
         self.step = state.step
@@ -181,7 +183,7 @@ class Run:
                     return self._stopped(stop)
             self.checkpoints.wait()
         if options.export_hf:
-            self.session.export(self.root / "hf")
+            self.session.export(self.root / "hf", False)
         return 0
 
     def _stopped(self, signal: Signals) -> int:
@@ -272,6 +274,7 @@ class Run:
             consumed_pairs=self.consumed_pairs,
             data_fingerprint=self.train_data.fingerprint,
             running=self.session.running.state(),
+            base=self.session.base,
             config=self.recorded,
         )
         self.checkpoints.save(state, self.models, self.stepper)

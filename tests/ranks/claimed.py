@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -60,6 +61,57 @@ COVERING: tuple[Layout, ...] = (
 
 _PAIRS_OF_AXES = COVERING[-3:]
 
+
+def _with_experts(layout: Layout) -> Iterator[Layout]:
+    """The layout with expert parallelism, with another expert TP, and with both; with more ranks where needed."""
+    other = 2 if layout.tensor == 1 else 1
+    for expert, expert_tensor in ((2, None), (1, other), (2, other)):
+        found = dataclasses.replace(layout, expert=expert, expert_tensor=expert_tensor)
+        needed = expert * found.expert_tensor_ranks
+        if found.tensor * found.context * found.data % needed:
+            grown = {"data": 4} if found.data > 1 else {"context": 4} if found.context > 1 else {}
+            found = dataclasses.replace(found, **grown)
+        if found.tensor * found.context * found.data % needed == 0:
+            yield found
+
+
+EXPERT_COVERING: tuple[Layout, ...] = (
+    Layout(tensor=2),
+    Layout(data=2, expert=2),
+    Layout(tensor=2, sequence_parallel=True, expert=2, expert_tensor=1),
+    Layout(pipeline=2, data=2, virtual_pipeline=True, distributed_optimizer=True, expert_tensor=2),
+    Layout(pipeline=2, data=2, virtual_pipeline=True, expert=2),
+    Layout(context=2, data=2, distributed_optimizer=True, expert=2, expert_tensor=2),
+    Layout(tensor=2, data=2, expert=4, expert_tensor=1),
+)
+"""Rows for models with experts in which EP and expert TP meet every other axis: what continuous integration runs."""
+
+EXPERT_MATRIX: tuple[Layout, ...] = tuple(
+    dict.fromkeys(
+        [
+            *EXPERT_COVERING,
+            *(found for layout in (*_products((1, 2), 8), *_FOUR_AXES) for found in _with_experts(layout)),
+            Layout(data=4, expert=4),
+            Layout(data=4, pipeline=2, expert=4, distributed_optimizer=True),
+            Layout(context=2, data=2, expert=4),
+            Layout(tensor=2, data=2, sequence_parallel=True, expert=4, expert_tensor=1),
+            Layout(tensor=2, context=2, data=2, sequence_parallel=True, expert=4, distributed_optimizer=True),
+            Layout(data=8, expert=4, expert_tensor=2, distributed_optimizer=True),
+        ]
+    )
+)
+"""The rows of models with experts in which every option is plain."""
+
+_EXPERT_ROWS = (
+    Layout(context=2, data=2, distributed_optimizer=True, expert=2, expert_tensor=2),
+    Layout(tensor=2, pipeline=2, sequence_parallel=True, virtual_pipeline=True, expert=2, expert_tensor=1),
+)
+_PACKED_EXPERT_ROWS = (
+    *_EXPERT_ROWS,
+    Layout(data=4, distributed_optimizer=True, expert=2, expert_tensor=2),
+    Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True, expert=2),
+)
+
 _PACKED_ROWS = (
     Layout(),
     Layout(tensor=4),
@@ -91,6 +143,8 @@ class Option:
     rows: tuple[Layout, ...]
     companions: dict = field(default_factory=dict, hash=False)
     """Keys that are set with it."""
+    expert_rows: tuple[Layout, ...] = _EXPERT_ROWS
+    """The rows of a model with experts."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.value}"
@@ -98,11 +152,11 @@ class Option:
     @property
     def axes(self) -> frozenset[str]:
         """Every axis of its rows."""
-        return frozenset().union(*(row.axes for row in self.rows))
+        return frozenset().union(*(row.axes for row in (*self.rows, *self.expert_rows)))
 
 
-_PACKED = Option("batching", "packed", _PACKED_ROWS, _BUDGET)
-_PREFIX_SHARED = Option("batching", "prefix_shared", _PACKED_ROWS, _BUDGET)
+_PACKED = Option("batching", "packed", _PACKED_ROWS, _BUDGET, _PACKED_EXPERT_ROWS)
+_PREFIX_SHARED = Option("batching", "prefix_shared", _PACKED_ROWS, _BUDGET, _PACKED_EXPERT_ROWS)
 OPTIONS: tuple[Option, ...] = (
     Option("pair_schedule", "split", _PAIRS_OF_AXES),
     Option("pair_schedule", "two_pass", _PAIRS_OF_AXES),
@@ -122,3 +176,25 @@ OPTIONS_TOGETHER: tuple[tuple[Option, ...], ...] = (
     (_PREFIX_SHARED, *OPTIONS[2:5]),
 )
 """Options that the matrix also has all at once: without packing, packed, and with shared prompts."""
+
+_FULL, _SELECTIVE = OPTIONS[4:6]
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_SOME = ("down_proj", "up_proj", "v_proj")
+
+ADAPTER_COVERING: tuple[tuple[Layout, tuple[Option, ...], str, tuple[str, ...]], ...] = (
+    (Layout(tensor=2, sequence_parallel=True), (_PACKED, *OPTIONS[1:5]), "qwen2", _PROJECTIONS),
+    (Layout(tensor=2, pipeline=2), (_PREFIX_SHARED, OPTIONS[2], _FULL), "qwen3", _SOME),
+    (Layout(context=2, data=2, distributed_optimizer=True), (OPTIONS[1], _SELECTIVE), "qwen2", _PROJECTIONS),
+    (Layout(pipeline=2, virtual_pipeline=True), (OPTIONS[0],), "qwen2", _SOME),
+    (Layout(tensor=4, sequence_parallel=True), (), "shared key-value heads", _PROJECTIONS),
+    (Layout(2, 2, 2, 1, sequence_parallel=True), (_FULL,), "phi3", ("gate_up_proj", "o_proj", "qkv_proj")),
+)
+"""Rows with adapters in continuous integration: (layout, options, family, adapted modules)."""
+
+ADAPTER_MATRIX = (
+    *ADAPTER_COVERING,
+    *((layout, (), "qwen2", _PROJECTIONS) for layout in COVERING),
+    *((layout, options, "qwen2", _PROJECTIONS) for options in OPTIONS_TOGETHER for layout in options[0].rows),
+    *((layout, (option,), "qwen2", _SOME) for option in OPTIONS for layout in option.rows[-2:]),
+)
+"""All rows with adapters."""

@@ -9,10 +9,20 @@ from pathlib import Path
 
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.objectives import OBJECTIVES as DECLARED
-from tests import oracle
-from tests.hf import make_checkpoint, make_token_pairs
+from tests import oracle, oracle_adapters
+from tests.hf import make_adapter, make_checkpoint, make_token_pairs
 from tests.objectives import OBJECTIVES, STATISTICS, stage_of
-from tests.ranks.claimed import COVERING, MATRIX, OPTIONS, OPTIONS_TOGETHER, Option
+from tests.ranks.claimed import (
+    ADAPTER_COVERING,
+    ADAPTER_MATRIX,
+    COVERING,
+    EXPERT_COVERING,
+    EXPERT_MATRIX,
+    MATRIX,
+    OPTIONS,
+    OPTIONS_TOGETHER,
+    Option,
+)
 from tests.ranks.parity import Run, engine_runs, worst_error
 
 LOSS, GRADIENT, PARAMETER = 1e-6, 1e-5, 1e-5
@@ -33,10 +43,23 @@ FAMILIES = {
 are shorter than the sequences. With the last, tensor-parallel ranks share one key-value head and divide its queries
 unevenly."""
 
+EXPERT_FAMILIES = {
+    "qwen3_moe": {"family": "qwen3_moe", "head_dim": 8},
+    "qwen3_moe, 8 experts": {"family": "qwen3_moe", "head_dim": 8, "experts": 8},
+    "mixtral": {"family": "mixtral", "window": 8},
+    "glm4_moe": {"family": "glm4_moe", "head_dim": 8},
+}
+"""A token chooses two experts, of four where the name does not say otherwise; in the layers of the first model, one has
+an MLP, and GLM-4.5's first."""
+
 ON_EVERY_ROW = ("sigmoid", "sigmoid + ftx", "hinge", "hinge + ftx", "ipo", "ipo + ftx", "dpo")
 """The objectives that continuous integration has on each of its rows of the first family."""
 OF_FAMILIES = ("sigmoid + ftx", "dpo")
 """And on the rows of the other families, and on all rows with the older megatron-core."""
+
+OF_ADAPTERS = ("sigmoid + ftx", "dpo", "alphadpo")
+"""And on the rows with adapters: one without a reference, and those whose reference is the model without adapters."""
+ADAPTER_RANK, ADAPTER_ALPHA = 3, 12.0
 
 LR = 1e-3
 # Adam's first step is lr * g / (|g| + eps): an epsilon far above fp32's noise keeps it from scaling that noise up.
@@ -52,9 +75,13 @@ class Row:
     layout: Layout
     options: tuple[Option, ...] = ()
     family: str = "qwen2"
+    adapters: tuple[str, ...] = ()
+    """Adapted modules; none where all weights are trained."""
 
     def __str__(self) -> str:
         parts = [str(self.layout), *map(str, self.options)]
+        if self.adapters:
+            parts.append(f"adapters {' '.join(self.adapters)}")
         return ", ".join([*parts, self.family] if self.family != "qwen2" else parts)
 
 
@@ -86,16 +113,36 @@ def all_rows() -> list[Row]:
     families = [Row(layout, family=family) for family in FAMILIES for layout in most_axes]
     packed = [option for option in OPTIONS if option.key == "batching"]
     families += [Row(option.rows[-1], (option,), family) for family in FAMILIES for option in packed]
-    rows = [*map(Row, MATRIX), *options, *together, *families]
+    adapters = [Row(*row) for row in ADAPTER_MATRIX]
+    rows = [*map(Row, MATRIX), *options, *together, *families, *adapters, *_expert_rows()]
     return sorted(dict.fromkeys(rows), key=lambda row: row.layout.ranks)
 
 
+def _expert_rows() -> list[Row]:
+    """Everything that is claimed with experts."""
+    rows = [Row(layout, family=_experts_for(layout)) for layout in EXPERT_MATRIX]
+    rows += [Row(layout, (option,), "qwen3_moe") for option in OPTIONS for layout in option.expert_rows]
+    return rows + [Row(layout, family=family) for family in EXPERT_FAMILIES for layout in EXPERT_COVERING]
+
+
+def _experts_for(layout: Layout) -> str:
+    return "qwen3_moe, 8 experts" if layout.expert > 2 and layout.expert_tensor_ranks > 1 else "qwen3_moe"
+
+
+def _quick_expert_rows() -> list[Row]:
+    rows = [Row(layout, family="qwen3_moe") for layout in EXPERT_COVERING]
+    rows += [Row(EXPERT_COVERING[-1], family="mixtral"), Row(EXPERT_COVERING[3], family="glm4_moe")]
+    together = [(options, options[0].expert_rows[0]) for options in OPTIONS_TOGETHER]
+    return rows + [Row(layout, options, "qwen3_moe") for options, layout in together]
+
+
 def quick_rows() -> list[Row]:
-    """What continuous integration runs: every pair of axes, all options at once, and each family."""
+    """What continuous integration runs: every pair of axes, all options at once, each family, and experts."""
     most_axes = COVERING[-1]
     families = [Row(most_axes, family=family) for family in FAMILIES]
     together = [Row(_rows_of_all(options)[-1], options) for options in OPTIONS_TOGETHER]
-    return list(dict.fromkeys([*map(Row, COVERING), *together, *families]))
+    adapters = [Row(*row) for row in ADAPTER_COVERING]
+    return list(dict.fromkeys([*map(Row, COVERING), *together, *families, *adapters, *_quick_expert_rows()]))
 
 
 def objectives_of(row: Row) -> tuple[str, ...]:
@@ -103,6 +150,10 @@ def objectives_of(row: Row) -> tuple[str, ...]:
 
     Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
     """
+    if row.family in EXPERT_FAMILIES:
+        return OF_FAMILIES
+    if row.adapters:
+        return OF_ADAPTERS
     covering = row.layout in COVERING or bool(row.options)
     return tuple(OBJECTIVES) if row.family == "qwen2" and covering else ON_EVERY_ROW
 
@@ -117,6 +168,8 @@ def quick_objectives(row: Row) -> tuple[str, ...]:
 
     Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
     """
+    if row.adapters:
+        return OF_ADAPTERS
     if row.family != "qwen2" or megatron_version().startswith("0.12."):
         return OF_FAMILIES
     return tuple(OBJECTIVES) if row in _rows_of_all_objectives() else ON_EVERY_ROW
@@ -174,33 +227,38 @@ class Matrix:
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self._checkpoint = functools.cache(self._make_checkpoint)
+        self._adapters = functools.cache(self._make_adapters)
         self._references = functools.cache(self._reference_sums)
         self._expected = functools.cache(self._by_oracle)
 
     def cells(self, row: Row, objectives=tuple(OBJECTIVES), prepare=None) -> list[Cell]:
         """One optimizer step by each objective; ``prepare`` as :func:`tests.ranks.parity.engine_runs` takes it."""
         shape = _shape_of(row.layout, row.family)
-        runs = [self._run(shape, name) for name in objectives]
+        runs = [self._run(shape, name, row.adapters) for name in objectives]
         keys = {**ADAM, "lr": LR, "lr_decay_style": "constant", **layout_keys(row.layout, shape.layers, shape.pairs)}
+        if row.adapters:
+            folder = self._adapters(shape, row.adapters)
+            keys |= {"lora_r": ADAPTER_RANK, "lora_alpha": ADAPTER_ALPHA, "lora_load": str(folder)}
+            keys["lora_target_modules"] = list(row.adapters)
         for option in row.options:
             keys |= {option.key: option.value, **option.companions}
         batches = [global_batch(shape.pairs)]
         results = engine_runs(self._checkpoint(shape), batches, runs, prepare, timeout_s=900, **keys)
         return [
-            _compare(row, objective, result, *self._expected(shape, objective))
+            _compare(row, objective, result, *self._expected(shape, objective, row.adapters))
             for objective, result in zip(objectives, results, strict=True)
         ]
 
-    def _run(self, shape: _Shape, objective: str) -> Run:
+    def _run(self, shape: _Shape, objective: str, adapters: tuple[str, ...]) -> Run:
         declared = DECLARED[stage_of(objective)]
         return Run(
             OBJECTIVES[objective],
-            references=self._references(shape) if declared.needs_reference else None,
+            references=self._references(shape) if declared.needs_reference and not adapters else None,
             running=STATISTICS if declared.tracked is not None else None,
         )
 
     def _make_checkpoint(self, shape: _Shape, seed=0) -> Path:
-        options = {"heads": shape.heads, "kv_heads": shape.kv_heads} | FAMILIES[shape.family]
+        options = {"heads": shape.heads, "kv_heads": shape.kv_heads} | (FAMILIES | EXPERT_FAMILIES)[shape.family]
         folder = self._folder / f"{shape.family}-{shape.layers}-{shape.heads}-{seed}"
         if not folder.exists():
             make_checkpoint(
@@ -218,10 +276,20 @@ class Matrix:
             for pair in global_batch(shape.pairs)
         ]
 
-    def _by_oracle(self, shape: _Shape, objective: str):
+    def _make_adapters(self, shape: _Shape, modules: tuple[str, ...]) -> Path:
+        base = self._checkpoint(shape)
+        folder = base.with_name(f"{base.name}-{'-'.join(modules)}")
+        if not folder.exists():
+            make_adapter(folder, base, modules, r=ADAPTER_RANK, alpha=ADAPTER_ALPHA)
+        return folder
+
+    def _by_oracle(self, shape: _Shape, objective: str, adapters: tuple[str, ...]):
         """Loss, gradient norm, gradients and updated parameters."""
         options = oracle.Options(**OBJECTIVES[objective], **ADAM)
         pairs = [pair for pair in global_batch(shape.pairs) if pair]
+        if adapters:
+            folders = self._checkpoint(shape), self._adapters(shape, adapters)
+            return oracle_adapters.train_step(*folders, pairs, LR, options, oracle.Running(STATISTICS))
         folder, reference = self._checkpoint(shape), self._make_checkpoint(shape, seed=1)
         grads = oracle.gradients(folder, pairs, options, reference, oracle.Running(STATISTICS))
         [(loss, grad_norm)], params = oracle.train(
@@ -243,6 +311,8 @@ def layout_keys(layout: Layout, num_layers, num_pairs):
         "data_parallel_size": layout.data,
         "sequence_parallel": layout.sequence_parallel,
         "use_distributed_optimizer": layout.distributed_optimizer,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
         "num_layers_per_virtual_pipeline_stage": num_layers // (2 * stages) if layout.virtual_pipeline else None,
         "micro_batch_size": size,
     }

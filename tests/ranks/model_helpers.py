@@ -1,5 +1,6 @@
 """Small Hugging Face checkpoints, and what transformers and the engine make of them."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +10,31 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 CONFIGS = {
     "gemma2": Gemma2Config,
     "gemma3_text": Gemma3TextConfig,
     "glm4": Glm4Config,
+    "glm4_moe": Glm4MoeConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
+    "mixtral": MixtralConfig,
     "phi3": Phi3Config,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
 }
-HEAD_DIMS = {"qwen3": 32, "gemma2": 24, "gemma3_text": 32, "glm4": 16}
+HEAD_DIMS = {"qwen3": 32, "gemma2": 24, "gemma3_text": 32, "glm4": 16, "qwen3_moe": 32, "glm4_moe": 16}
 """Of families whose default is not hidden_size / num_attention_heads."""
 VARIANTS = {
     "gemma2": {"query_pre_attn_scalar": 20, "sliding_window": 7, "attn_logit_softcapping": 2.0}
@@ -36,9 +43,16 @@ VARIANTS = {
     | {"layer_types": ["sliding_attention", "full_attention"]},
     "glm4": {"pad_token_id": None},
     "phi3": {"pad_token_id": None},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 2}
+    | {"first_k_dense_replace": 1, "use_qk_norm": True, "routed_scaling_factor": 1.5, "attention_bias": True},
 }
 """Settings that a small model needs to show what is special to its family; a padding id has no gradient in torch."""
+FROZEN = "e_score_correction_bias"
+"""End of the names of tensors without a gradient."""
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5000.0,
@@ -73,6 +87,8 @@ def make_checkpoint(folder, family="qwen2", *, seed=0, dtype=torch.float32, max_
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             else:
                 parameter.normal_(0.0, 0.15)
+        for buffer in (each for name, each in model.named_buffers() if name.endswith(FROZEN)):
+            buffer.normal_(0.0, 0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return str(folder)
 
@@ -98,13 +114,24 @@ def make_batch(vocab_size, seed=1, rows=3, seq=24):
 
 
 def transformers_result(folder):
-    """fp32 logits, and the gradients of the mean cross-entropy by name, of transformers' own model."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    """Logits, and the gradients of the mean cross-entropy by name, of transformers' own model: fp32, experts fp64."""
+    if "_moe" in (Path(folder) / "config.json").read_text() or "mixtral" in (Path(folder) / "config.json").read_text():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens, labels = make_batch(model.config.vocab_size)
     logits = model(tokens).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
-    gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
-    return logits.detach().numpy(), gradients
+    return logits.detach().numpy(), _gradients_as_stored(model)
+
+
+def _gradients_as_stored(model):
+    """Gradients under the names of a checkpoint: transformers keeps all experts of a layer in one parameter."""
+    for parameter in model.parameters():
+        parameter.data = parameter.grad
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return {name: tensor.numpy() for name, tensor in stored_tensors(folder).items() if not name.endswith(FROZEN)}
 
 
 def engine_model(folder, layout, **options):
@@ -116,7 +143,8 @@ def engine_model(folder, layout, **options):
 
     tensor, pipeline, data = layout
     device = open_device("cpu")
-    groups = initialize(Layout(tensor=tensor, pipeline=pipeline, data=data), device)
+    experts = {"expert": options.get(EP, 1), "expert_tensor": options.get(ETP)}
+    groups = initialize(Layout(tensor=tensor, pipeline=pipeline, data=data, **experts), device)
     config = Config(
         **{
             "model_name_or_path": str(folder),
@@ -132,12 +160,13 @@ def engine_model(folder, layout, **options):
 
     from mindspeed_simpo.model.hf_config import read_description
     from mindspeed_simpo.model.megatron.gpt import build_model
-    from mindspeed_simpo.model.megatron.weights import fill_weights
+    from mindspeed_simpo.model.megatron.weights import fill_adapters, fill_weights
 
     model_parallel_cuda_manual_seed(1)
     description = read_description(str(folder))
     models = build_model(description, config, groups, device)
     fill_weights(models, description, config, groups, config.seed)
+    fill_adapters(models, description, config, groups, config.seed)
     return description, groups, models
 
 
@@ -183,8 +212,10 @@ def run_engine(folder, layout, **options):
         forward_only=False,
     )
     finalize_model_grads(wrapped)
-    gathered = gather_hf_tensors(wrapped, description, groups, lambda parameter: parameter.main_grad)
-    gradients = {name: gradient.float().numpy().copy() for name, gradient in gathered}
+    gathered = gather_hf_tensors(
+        wrapped, description, groups, lambda parameter: getattr(parameter, "main_grad", parameter)
+    )
+    gradients = {name: grad.float().numpy().copy() for name, grad in gathered if not name.endswith(FROZEN)}
     return (kept[0]["logits"].float().numpy() if kept else None), gradients
 
 

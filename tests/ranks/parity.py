@@ -55,6 +55,8 @@ def engine_runs(folder, batches, runs, prepare: Callable[[], None] | None = None
         timeout_s: Seconds for all runs together.
         **layout: Configuration keys, and ``data_parallel_size``.
 
+    With adapters, ``grads`` and ``params`` are those of the adapters, and the test fails where a weight changes.
+
     Returns:
         For each run ``losses`` and ``grad_norms`` by step, ``grads`` of the first step, and after the last ``params``
         and ``running``, the statistics of what the objective tracks or None.
@@ -108,12 +110,13 @@ def build(config, groups, device, num_steps):
     """Description, wrapped model chunks with the folder's weights, and stepper."""
     from mindspeed_simpo.model.hf_config import read_description
     from mindspeed_simpo.model.megatron.gpt import build_model
-    from mindspeed_simpo.model.megatron.weights import fill_weights
+    from mindspeed_simpo.model.megatron.weights import fill_adapters, fill_weights
     from mindspeed_simpo.training.optimizer import build_stepper, wrap_for_training
 
     spec = read_description(config.model_name_or_path)
     models = build_model(spec, config, groups, device)
     fill_weights(models, spec, config, groups, config.seed)
+    fill_adapters(models, spec, config, groups, config.seed)
     wrapped = wrap_for_training(models, config, bf16=config.bf16_in_use)
     return spec, wrapped, build_stepper(wrapped, config, config, device, num_steps)
 
@@ -123,12 +126,17 @@ def _train(batches, run, config, groups, device):
 
     from mindspeed_simpo.loss.reference import ReferenceTable
     from mindspeed_simpo.loss.running import RunningState, RunningTracker
-    from mindspeed_simpo.model.megatron.weights import gather_hf_tensors
+    from mindspeed_simpo.model.megatron.weights import gather_hf_tensors, unwrap
+    from mindspeed_simpo.model.naming import Chunk
     from mindspeed_simpo.training import checkpoint
     from mindspeed_simpo.training.metrics import MetricSums
     from mindspeed_simpo.training.session import build_schedule
 
     spec, wrapped, stepper = build(config, groups, device, len(batches))
+    adapters = unwrap(wrapped[0]).adapters
+    trained = Chunk.slots if adapters is None else adapters.slots_of
+    frozen = [] if adapters is None else _frozen(wrapped)
+    before = [parameter.detach().clone() for parameter in frozen]
     references = None if run.references is None else torch.tensor(run.references, dtype=torch.float64)
     table = None if references is None else ReferenceTable(references)
     running = RunningTracker(config.objective, groups, device)
@@ -153,8 +161,8 @@ def _train(batches, run, config, groups, device):
         sums = metric_sums.reduce(metric_sums.local(scored))
         if step == 0:
             _complete_sharded_gradients(wrapped, config)
-            gathered = gather_hf_tensors(wrapped, spec, groups, value=lambda parameter: parameter.main_grad)
-            result["grads"] = {name: tensor.clone().numpy() for name, tensor in gathered}
+            gathered = gather_hf_tensors(wrapped, spec, groups, _gradient, trained)
+            result["grads"] = {name: tensor.clone().numpy() for name, tensor in gathered if _is_trained(name)}
         squared_norm = stepper.squared_norm()
         stepper.update(squared_norm)
         running.update(scored)
@@ -171,9 +179,27 @@ def _train(batches, run, config, groups, device):
         checkpoint.CheckpointWriter(Path(run.save), groups, device).save(state, wrapped, stepper)
     state = running.state()
     result["running"] = state and (state.mean, state.deviation)
-    gathered = gather_hf_tensors(wrapped, spec, groups)
+    assert all(torch.equal(parameter, old) for parameter, old in zip(frozen, before, strict=True))
+    gathered = gather_hf_tensors(wrapped, spec, groups, slots_of=trained)
     result["params"] = {name: tensor.float().clone().numpy() for name, tensor in gathered}
     return result
+
+
+def _gradient(parameter):
+    return parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
+
+
+def _is_trained(name):
+    return not name.endswith("e_score_correction_bias")
+
+
+def _frozen(models):
+    """The weights of the model, of which nothing but the adapters is trained."""
+    from mindspeed_simpo.model.megatron.weights import unwrap
+
+    frozen = [model.get_parameter(slot.parameter) for model in map(unwrap, models) for slot in model.slots]
+    assert not any(parameter.requires_grad or hasattr(parameter, "main_grad") for parameter in frozen)
+    return frozen
 
 
 def _complete_sharded_gradients(models, config):
@@ -183,9 +209,11 @@ def _complete_sharded_gradients(models, config):
 
     if not config.use_distributed_optimizer:
         return
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dense = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    experts = parallel_state.get_expert_data_parallel_group()
     for model in models:
-        for buffer in model.buffers:
+        buffers = [(buffer, dense) for buffer in model.buffers]
+        for buffer, group in [*buffers, *((buffer, experts) for buffer in model.expert_parallel_buffers)]:
             for bucket in buffer.buckets:
                 parts = list(bucket.grad_data.chunk(group.size()))
                 dist.all_gather(parts, parts[group.rank()].clone(), group=group)
@@ -196,8 +224,9 @@ def _micro_batches(pairs, first_row, config, groups):
     from mindspeed_simpo.batch import TokenizedPair
     from mindspeed_simpo.data.batching import Batching
 
-    own = range(groups.data.rank(), len(pairs), groups.data.size())
-    return Batching.of(config).micro_batches(
-        [pairs[i] and TokenizedPair(*map(list, pairs[i]), source=f"pair {i}") for i in own],
-        [first_row + i for i in own],
-    )
+    batching = Batching.of(config)
+    tokenized = [pair and TokenizedPair(*map(list, pair), source=f"pair {i}") for i, pair in enumerate(pairs)]
+    dealt = [range(rank, len(pairs), groups.data.size()) for rank in range(groups.data.size())]
+    own = dealt[groups.data.rank()]
+    number = batching.number_of_micro_batches([batching.size_of_pair(pair) for pair in tokenized], dealt)
+    return batching.micro_batches([tokenized[i] for i in own], [first_row + i for i in own], number)

@@ -50,6 +50,40 @@ def test_the_curve_goes_on_at_another_layout(run, tmp_path, written, read):
     assert error < 1e-5, name
 
 
+EXPERT_LAYOUTS = {
+    "one": {},
+    "ep4": {"data_parallel_size": 4, "expert_model_parallel_size": 4, "use_distributed_optimizer": True},
+    "etp2_pp2": {
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 2,
+    },
+    "ep2_dp2_sharded": {"data_parallel_size": 4, "expert_model_parallel_size": 2, "use_distributed_optimizer": True},
+    "ep2_dp2": {"data_parallel_size": 4, "expert_model_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "family"),
+    [
+        ("ep4", "etp2_pp2", "qwen3_moe"),
+        ("etp2_pp2", "ep2_dp2_sharded", "glm4_moe"),
+        ("ep2_dp2", "one", "glm4_moe"),
+    ],
+)
+def test_experts_go_on_at_another_layout(tmp_path, written, read, family):
+    shape = {"layers": 4, "vocab_size": 301, "heads": 6, "kv_heads": 2, "head_dim": 16}
+    folder, pairs = hf.make_checkpoint(tmp_path / "hf", family, **shape), hf.make_token_pairs(16, vocab_size=301)
+    batches = [pairs[:8], pairs[8:]]
+    whole = engine_steps(folder, batches * 2, **TRAINING)
+    first = engine_steps(folder, batches, save=tmp_path, **TRAINING, **EXPERT_LAYOUTS[written])
+    second = engine_steps(folder, batches, load=tmp_path / "iter_0000002", **TRAINING, **EXPERT_LAYOUTS[read])
+    assert first["losses"] + second["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+    assert second["grad_norms"] == pytest.approx(whole["grad_norms"][2:], rel=1e-5)
+    error, name = worst_error(second["params"], {name: value.double() for name, value in whole["params"].items()})
+    assert error < 1e-5, name
+
+
 class GroupStepAdam(torch.optim.Optimizer):
     """Adam that counts its updates in the parameter group, as those of MindSpeed, apex and TransformerEngine do."""
 

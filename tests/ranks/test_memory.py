@@ -51,7 +51,7 @@ def _counted_on_rank(folder, token_pairs, options, modes):
         )
         micro_batches = loader.train_step(0)
         parameters = [parameter for model in models for parameter in model.parameters()]
-        present = parameters + [parameter.main_grad for parameter in parameters]
+        present = parameters + [parameter.main_grad for parameter in parameters if parameter.requires_grad]
         with StoredBytes(parameters) as stored, PeakBytes(present) as made:
             schedule.forward_backward(micro_batches, PAIRS)
         largest = largest_pass(pairs.lengths, config, Batching.of(config), layout)
@@ -130,6 +130,56 @@ def test_whole_logits_are_the_heads_share(tmp_path):
     [[(stored, made, activations, head, backward)]] = run_ranks(_counted_on_rank, 1, str(folder), pairs, {}, [mode])
     assert activations < stored < activations + head
     assert activations + max(head, backward) == pytest.approx(made, rel=CLOSE)
+
+
+ADAPTERS = {"all": "all-linear", "some": ["q_proj", "v_proj", "down_proj"]}
+
+
+@pytest.mark.parametrize("modules", ADAPTERS)
+def test_adapters(tmp_path, modules):
+    folder = make_checkpoint(tmp_path, "qwen2", **MODELS["qwen2"])
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    options = {"lora_r": 8, "lora_target_modules": ADAPTERS[modules]}
+    modes = [*MODES[:4], MODES[5], MODES[7]]
+    [found] = run_ranks(_counted_on_rank, 1, str(folder), pairs, options, modes)
+    check(found, modes)
+
+
+def _held_on_rank(folder, options):
+    """Counted and estimated bytes of parameters, gradients and Adam's state."""
+    import torch
+    import torch.distributed as dist
+
+    from mindspeed_simpo.config.validation import make_layout
+    from mindspeed_simpo.data.largest import LargestPass, PassShape
+    from mindspeed_simpo.training.memory import estimate_memory
+    from tests.ranks.parity import build, make_config, start
+
+    config = make_config(folder, **options)
+    groups, device = start(config)
+    spec, models, stepper = build(config, groups, device, 1)
+    stepper.squared_norm()
+    stepper.update(torch.zeros(1))
+    buffers = [buffer for model in models for buffer in model.buffers]
+    gradients = sum(buffer.grad_data.numel() * 4 for buffer in buffers)
+    parameters = sum(each.numel() * each.itemsize for model in models for each in model.parameters())
+    optimizers = getattr(stepper.optimizer, "chained_optimizers", [stepper.optimizer])
+    states = [state for each in optimizers for state in each.optimizer.state.values()]
+    held = sum(state[kind].numel() * 4 for state in states for kind in ("exp_avg", "exp_avg_sq"))
+    layout = make_layout(config, dist.get_world_size())
+    largest = LargestPass(PassShape(tokens=8, rows=2, scored=4), (8,), 1)
+    estimate = estimate_memory(spec, config, layout, largest, "cpu")[groups.pipeline.rank()]
+    return (parameters, gradients, held), (estimate.parameters, estimate.gradients, estimate.optimizer)
+
+
+@pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (2, True)])
+def test_frozen_weights_have_no_gradient_and_no_state(tmp_path, ranks, sharded):
+    folder = make_checkpoint(tmp_path, "qwen2", **MODELS["qwen2"])
+    options = {"lora_r": 8, "use_distributed_optimizer": sharded, "global_batch_size": 8}
+    for counted, estimated in run_ranks(_held_on_rank, ranks, str(folder), options):
+        assert counted[0] == estimated[0]
+        assert counted[1:] == pytest.approx(estimated[1:], rel=0.02)  # buffers are padded
+        assert estimated[1] < estimated[0] / 4
 
 
 LAYOUTS = {

@@ -12,7 +12,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.ranks.launcher import run_ranks
-from tests.ranks.model_helpers import CHAT_TEMPLATE, engine_model, make_checkpoint, make_tokenizer, stored_tensors
+from tests.ranks.model_helpers import (
+    CHAT_TEMPLATE,
+    EP,
+    ETP,
+    FROZEN,
+    engine_model,
+    make_checkpoint,
+    make_tokenizer,
+    stored_tensors,
+)
 
 pytestmark = pytest.mark.newest_core
 
@@ -25,14 +34,21 @@ FAMILIES = {
     "gemma3_text": {},
     "phi3": {},
     "glm4": {},
+    "qwen3_moe": {},
+    "mixtral": {},
+    "glm4_moe": {},
 }
 
 
-def _export(folder, layout, output, max_shard_bytes=10**9, change=0.0, **options):
+def _export(folder, layout, output, max_shard_bytes=10**9, change=0.0, rounded=False, **options):
     from mindspeed_simpo.errors import ModelError
     from mindspeed_simpo.model.megatron.export import export_hf
 
     description, groups, models = engine_model(folder, layout, **options)
+    if rounded:
+        from megatron.core.transformer.module import Float16Module
+
+        models = [Float16Module(model.config, model) for model in models]
     with torch.no_grad():
         for parameter in models[0].parameters():
             parameter.add_(change)
@@ -87,6 +103,41 @@ LAYOUTS = [
 def test_every_layout_exports_the_same_bits(tmp_path, family, layout, shape):
     source = make_checkpoint(tmp_path / "source", family, dtype=torch.bfloat16, **FAMILIES[family], **shape)
     run_ranks(_export, np.prod(layout), source, layout, str(tmp_path / "out"), bf16=True)
+    _assert_same_bits(source, tmp_path / "out")
+
+
+EXPERT_LAYOUTS = [
+    ("qwen3_moe", (1, 1, 4), {EP: 2, ETP: 2}),
+    ("mixtral", (2, 1, 2), {EP: 4, ETP: 1}),
+    ("glm4_moe", (2, 2, 1), {EP: 2, ETP: 1}),
+]
+
+
+@pytest.mark.parametrize(("family", "layout", "options"), EXPERT_LAYOUTS)
+def test_experts_of_every_layout_export_the_same_bits(tmp_path, family, layout, options):
+    source = make_checkpoint(tmp_path / "source", family, dtype=torch.bfloat16)
+    run_ranks(_export, np.prod(layout), source, layout, str(tmp_path / "out"), bf16=True, **options)
+    _assert_same_bits(source, tmp_path / "out")
+
+
+def test_each_rank_reads_its_experts(tmp_path):
+    source = make_checkpoint(tmp_path, "qwen3_moe")
+    ranks = run_ranks(_inspect, 4, source, (1, 1, 4), **{EP: 2, ETP: 2})
+    for number, rank in enumerate(ranks):
+        experts = {name: shape for name, shape in rank["read"].items() if ".0.mlp.experts" in name}
+        own = range(0, 2) if number < 2 else range(2, 4)
+        halves = {"gate_proj": (24, 64), "up_proj": (24, 64), "down_proj": (64, 24)}
+        prefix = "model.layers.0.mlp.experts"
+        assert experts == {f"{prefix}.{e}.{part}.weight": shape for e in own for part, shape in halves.items()}
+
+
+def test_the_router_bias_keeps_its_dtype(tmp_path):
+    """Rounded to bfloat16 it would choose other experts."""
+    source = make_checkpoint(tmp_path / "source", "glm4_moe", dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    tensors |= {name: torch.randn(4) for name in tensors if name.endswith(FROZEN)}
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    run_ranks(_export, 1, source, (1, 1, 1), str(tmp_path / "out"), bf16=True, rounded=True)
     _assert_same_bits(source, tmp_path / "out")
 
 
@@ -157,7 +208,7 @@ def test_random_weights_are_the_same_in_every_layout(tmp_path):
     assert first["model.embed_tokens.weight"].std() == pytest.approx(0.02, rel=0.05)
 
 
-def _inspect(folder):
+def _inspect(folder, layout=(2, 2, 1), **options):
     from mindspeed_simpo.model.megatron import weights as hf_weights
 
     read = {}
@@ -171,7 +222,7 @@ def _inspect(folder):
 
     hf_weights.SafetensorsFolder.read = recording
     try:
-        _, groups, (model,) = engine_model(folder, (2, 2, 1))
+        _, groups, (model,) = engine_model(folder, layout, **options)
     finally:
         hf_weights.SafetensorsFolder.read = original
     marked = {
@@ -184,7 +235,7 @@ def _inspect(folder):
         "marked": marked,
         "names": [name for name, _ in model.named_parameters()],
         "shared": getattr(model.shared_embedding_or_output_weight(), "shared_embedding", None),
-        "padding": float(model.output_layer.weight.detach()[65:].abs().max()) if groups.is_last_pipeline_rank else None,
+        "padding": float(model.output_layer.weight.detach()[65:].abs().sum()) if groups.is_last_pipeline_rank else None,
     }
 
 
@@ -212,6 +263,7 @@ def test_each_rank_reads_its_slices_and_marks_its_shards(tmp_path):
 def _planted(folder, mistake):
     from mindspeed_simpo.errors import ModelError
     from mindspeed_simpo.model import naming
+    from mindspeed_simpo.model.slots import HFTensor, Slot
 
     original = naming.Chunk.slots
 
@@ -222,9 +274,9 @@ def _planted(folder, mistake):
         elif mistake == "doubled":
             found.append(found[1])
         elif mistake == "absent":
-            found.append(naming.Slot("decoder.layers.0.adapter.weight", found[1].tensors, kind="adapter"))
+            found.append(Slot("decoder.layers.0.adapter.weight", found[1].tensors, kind="adapter"))
         else:
-            found[1] = naming.Slot(found[1].parameter, (naming.HFTensor("x", (7,)),))
+            found[1] = Slot(found[1].parameter, (HFTensor("x", (7,)),))
         return iter(found)
 
     naming.Chunk.slots = slots

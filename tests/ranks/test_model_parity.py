@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from tests.ranks.launcher import run_ranks
-from tests.ranks.model_helpers import LLAMA3_ROPE, make_checkpoint, run_engine, transformers_result, whole_logits
+from tests.ranks.model_helpers import (
+    EP,
+    ETP,
+    LLAMA3_ROPE,
+    make_checkpoint,
+    run_engine,
+    transformers_result,
+    whole_logits,
+)
 
 pytestmark = pytest.mark.newest_core
 
@@ -82,6 +90,19 @@ MODELS = {
     "phi3-short": {"family": "phi3", "original_max_position_embeddings": 32, "rope_parameters": LONGROPE},
     "glm4": {"family": "glm4"},
     "glm4-without-biases": {"family": "glm4", "attention_bias": False, "head_dim": 24},
+    "qwen3_moe": {"family": "qwen3_moe"},
+    "qwen3_moe-dense-layers": {
+        "family": "qwen3_moe",
+        "num_hidden_layers": 4,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [3],
+        "norm_topk_prob": False,
+    },
+    "qwen3_moe-window": {"family": "qwen3_moe", "use_sliding_window": True, "sliding_window": 5},
+    "mixtral": {"family": "mixtral"},
+    "mixtral-window": {"family": "mixtral", "sliding_window": 6},
+    "glm4_moe": {"family": "glm4_moe"},
+    "glm4_moe-plain": {"family": "glm4_moe", "use_qk_norm": False, "norm_topk_prob": False, "n_shared_experts": 1},
     "llama-7-heads": {"family": "llama", "num_attention_heads": 7, "num_key_value_heads": 1} | WIDE,
     "qwen2-14-heads": {"family": "qwen2", "num_attention_heads": 14, "num_key_value_heads": 2} | WIDE,
     "qwen3-6-heads": {"family": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 1, "attention_bias": True},
@@ -153,6 +174,24 @@ def test_every_layout_gives_the_same_with_a_vocabulary_it_does_not_divide(checkp
         results = [results[0], *[(None, {}) for _ in results[1:]]]
     _assert_equal(results, logits, gradients)
     assert not any(gradients for _, gradients in results[1:])
+
+
+EXPERT_LAYOUTS = [
+    ("qwen3_moe", (2, 1, 1), {}),
+    ("qwen3_moe", (1, 1, 2), {EP: 2}),
+    ("mixtral", (2, 1, 1), {EP: 2, ETP: 1, "sequence_parallel": True}),
+    ("glm4_moe", (1, 2, 2), {ETP: 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "options"), EXPERT_LAYOUTS)
+def test_experts_divided_over_ranks(checkpoint, name, layout, options):
+    folder, logits, gradients = checkpoint(name)
+    results = run_ranks(run_engine, np.prod(layout), folder, layout, **options)
+    if layout[2] > 1:  # data-parallel ranks have the same logits
+        last = next(logits for logits, _ in results if logits is not None)
+        results = [(last, results[0][1])]
+    _assert_equal(results, logits, gradients)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,48 @@ def loss_divided_by_context_ranks():
     PairSchedule.forward_backward = forward_backward
 
 
+def expert_gradients_of_the_wrong_group():
+    """The gradients of experts are reduced as those of the rest: over ranks that hold other experts."""
+    from mindspeed_simpo.model.megatron import experts
+
+    original = experts._stacked
+
+    def reduced_with_the_rest(*args):
+        weight = original(*args)
+        weight.allreduce = True
+        return weight
+
+    experts._stacked = reduced_with_the_rest
+
+
+def dropped_token():
+    """The first token of a rank goes to one expert the fewer, as where an expert is full."""
+    from mindspeed_simpo.model.megatron.experts import Router
+
+    original = Router.forward
+
+    def forward(self, tokens):
+        weights, chosen = original(self, tokens)
+        kept = torch.ones_like(weights)
+        kept[0, -1] = 0
+        return weights * kept, chosen
+
+    Router.forward = forward
+
+
+def experts_counted_twice_in_the_norm():
+    """The squares of the experts' gradients are summed over ranks that hold the same experts, too."""
+    from mindspeed_simpo.training import optimizer
+
+    original = optimizer._norm_groups
+
+    def norm_groups(models, *, sharded):
+        (kind, group), (experts, _) = original(models, sharded=sharded)
+        return (kind, group), (experts, None)
+
+    optimizer._norm_groups = norm_groups
+
+
 TENSOR, CONTEXT = Row(Layout(tensor=2)), Row(Layout(context=2))
 
 
@@ -128,7 +170,24 @@ def test_the_matrix_catches(matrix, defect, row, loss_shows_it):
     assert (cell.loss > LOSS) == loss_shows_it
 
 
-@pytest.mark.parametrize("row", [TENSOR, CONTEXT], ids=str)
+EXPERTS = Row(Layout(data=4, expert=2), family="qwen3_moe")
+
+
+@pytest.mark.parametrize("defect", [expert_gradients_of_the_wrong_group, dropped_token])
+def test_the_matrix_catches_a_defect_of_routing(matrix, defect):
+    [cell] = matrix.cells(EXPERTS, [OBJECTIVE], prepare=defect)
+    assert not cell.holds
+    assert cell.gradient > 1000 * GRADIENT
+
+
+def test_the_matrix_catches_a_double_count_in_the_norm(matrix):
+    [cell] = matrix.cells(EXPERTS, [OBJECTIVE], prepare=experts_counted_twice_in_the_norm)
+    assert not cell.holds
+    assert cell.gradient < GRADIENT
+    assert cell.grad_norm > 1000 * GRADIENT
+
+
+@pytest.mark.parametrize("row", [TENSOR, CONTEXT, EXPERTS], ids=str)
 def test_the_same_cells_hold_without_a_defect(matrix, row):
     [cell] = matrix.cells(row, [OBJECTIVE])
     assert cell.holds

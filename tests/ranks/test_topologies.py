@@ -8,8 +8,19 @@ from mindspeed_simpo.config.layout import AXES, Layout
 from mindspeed_simpo.config.supported import ANY, CLAIMS, PLAIN
 from mindspeed_simpo.objectives import OBJECTIVES as DECLARED
 from tests.objectives import OBJECTIVES, stage_of
-from tests.ranks.claimed import COVERING, MATRIX, OPTIONS
-from tests.ranks.matrix import VOCABULARY, all_rows, boundary_ids, global_batch, quick_objectives, quick_rows
+from tests.ranks.claimed import COVERING, EXPERT_MATRIX, MATRIX, OPTIONS
+from tests.ranks.matrix import (
+    EXPERT_FAMILIES,
+    VOCABULARY,
+    all_rows,
+    boundary_ids,
+    global_batch,
+    quick_objectives,
+    quick_rows,
+)
+
+EXPERT_AXES = {"EP", "ETP"}
+"""Axes of models with experts alone; every objective reaches the model through the same sums of each pair."""
 
 
 @pytest.mark.parametrize("row", quick_rows(), ids=str)
@@ -23,7 +34,7 @@ def test_the_step_equals_the_oracle(matrix, row):
 @pytest.mark.newest_core
 def test_every_objective_meets_every_axis_and_every_batching():
     rows = [row for row in quick_rows() if quick_objectives(row) == tuple(OBJECTIVES)]
-    assert frozenset().union(*(row.layout.axes for row in rows)) == set(AXES)
+    assert frozenset().union(*(row.layout.axes for row in rows)) == set(AXES) - EXPERT_AXES
     batchings = {option.value for row in rows for option in row.options if option.key == "batching"}
     assert batchings == {"packed", "prefix_shared"}
     assert any(not row.options for row in rows)
@@ -39,15 +50,20 @@ def test_these_rows_have_every_pair_of_axes():
 def test_every_claim_is_a_row_of_the_matrix():
     rows = all_rows()
     assert {row.layout for row in rows if not row.options} >= {*MATRIX, *COVERING}
+    with_experts = {row.layout for row in rows if not row.options and row.family in EXPERT_FAMILIES}
+    assert with_experts == {*EXPERT_MATRIX}
     for option in OPTIONS:
-        assert {row.layout for row in rows if row.options == (option,)} == set(option.rows)
+        assert {row.layout for row in rows if row.options == (option,)} == {*option.rows, *option.expert_rows}
 
 
 def test_every_combination_of_axes_is_a_row():
     needs = {"SP": "TP", "VPP": "PP"}
+    # the ranks of experts are among those of TP, CP and DP; with the default of expert TP, TP alone has none for EP
+    groups = {"EP": {"CP", "DP", "ETP"}, "ETP": {"TP", "CP", "DP"}}
     for used in itertools.chain.from_iterable(itertools.combinations(AXES, size) for size in range(len(AXES) + 1)):
-        if all(needs[axis] in used for axis in needs if axis in used):
-            assert any(row.axes == set(used) for row in [Layout(), *MATRIX]), used
+        possible = all(groups[axis] & set(used) for axis in groups if axis in used)
+        if possible and all(needs[axis] in used for axis in needs if axis in used):
+            assert any(row.axes == set(used) for row in [Layout(), *MATRIX, *EXPERT_MATRIX]), used
 
 
 def test_every_claimed_value_has_rows_with_the_axes_that_are_claimed():
@@ -61,6 +77,7 @@ def test_every_claimed_value_has_rows_with_the_axes_that_are_claimed():
 def test_no_row_stands_twice():
     assert len(set(MATRIX)) == len(MATRIX)
     assert len({str(row) for row in MATRIX}) == len(MATRIX)
+    assert len({str(row) for row in all_rows()}) == len(all_rows())
 
 
 def test_a_batch_has_the_labels_that_break_shards():

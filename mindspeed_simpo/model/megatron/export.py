@@ -1,4 +1,4 @@
-"""Export of the trained model as a folder for ``AutoModelForCausalLM.from_pretrained``."""
+"""Export of the trained model as a folder for ``AutoModelForCausalLM.from_pretrained``, or of its adapters for peft."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mindspeed_simpo.errors import ModelError
+from mindspeed_simpo.model.adapter_folder import CONFIG_FILE, write_adapter
 from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.megatron.weights import gather_hf_tensors
+from mindspeed_simpo.model.megatron.weights import gather_hf_tensors, gather_merged, unwrap
 from mindspeed_simpo.model.naming import hf_tensors
 from mindspeed_simpo.model.tokenizer_files import write_tokenizer
 from mindspeed_simpo.model.weight_source import INDEX_FILE, SafetensorsFolder
@@ -38,14 +40,14 @@ def export_hf(
     output: Path,
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str | None = None,
-    value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.data,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write config.json, generation_config.json, safetensors and the tokenizer with its chat template.
 
     A collective of all ranks; only global rank 0 writes. Each weight has its dtype in ``source``, or the dtype of
-    config.json where ``source`` has no weights, so that an export directly after import is bit-identical. All files are
-    written to a temporary hidden folder beside ``output`` and renamed at the end; an earlier export is replaced.
+    config.json where ``source`` has no weights, so that an export directly after import is bit-identical. Adapters are
+    merged into the weights in fp32. All files are written to a temporary hidden folder beside ``output`` and renamed at
+    the end; an earlier export is replaced.
 
     Args:
         models: This rank's model chunks, with or without wrappers.
@@ -56,20 +58,74 @@ def export_hf(
         output: Folder to write.
         tokenizer: See :func:`~mindspeed_simpo.model.tokenizer_files.write_tokenizer`.
         chat_template: The template that takes the place of the tokenizer's own; None keeps that.
-        value: See :func:`~mindspeed_simpo.model.megatron.weights.gather_hf_tensors`.
         max_shard_bytes: Largest size of a safetensors file; rank 0 needs this much host memory.
 
     Raises:
         ModelError: where ``output`` exists and is no earlier export, or cannot be written.
     """
-    tensors = gather_hf_tensors(models, description, groups, value)
+    adapters = unwrap(models[0]).adapters
+    if adapters is None:
+        tensors = gather_hf_tensors(models, description, groups)
+    else:
+        tensors = gather_merged(models, description, adapters, groups)
+
+    def write(folder: Path) -> None:
+        dtypes = _stored_dtypes(source, description)
+        _write_weights(folder, tensors, description, dtypes, max_shard_bytes)
+        _write_config(folder, source, description, dtypes)
+        write_tokenizer(source, folder, tokenizer, chat_template)
+
+    _write_on_first_rank(output, tensors, write)
+
+
+def export_adapters(
+    models: Sequence[torch.nn.Module],
+    description: ModelDescription,
+    groups: Groups,
+    *,
+    source: Path,
+    base: str,
+    output: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+) -> None:
+    """Write the adapters as a folder for peft, in their own dtype, with the tokenizer and its chat template.
+
+    A collective of all ranks; see :func:`export_hf`.
+
+    Args:
+        models: This rank's model chunks, with or without wrappers; they have adapters.
+        description: Description of the model.
+        groups: Process groups that the models were built with.
+        source: Hugging Face folder that the model was built from.
+        base: What the adapters name as their model: a folder or a hub id.
+        output: Folder to write.
+        tokenizer: See :func:`~mindspeed_simpo.model.tokenizer_files.write_tokenizer`.
+        chat_template: See :func:`export_hf`.
+
+    Raises:
+        ModelError: where ``output`` exists and is no earlier export, or cannot be written.
+    """
+    adapters = unwrap(models[0]).adapters
+    assert adapters is not None, "the models have adapters"
+    tensors = gather_hf_tensors(models, description, groups, slots_of=adapters.slots_of)
+
+    def write(folder: Path) -> None:
+        write_adapter(folder, dict(tensors), adapters, base)
+        write_tokenizer(source, folder, tokenizer, chat_template)
+
+    _write_on_first_rank(output, tensors, write)
+
+
+def _write_on_first_rank(output: Path, tensors: Iterator[tuple[str, Tensor]], write: Callable[[Path], None]) -> None:
     if torch.distributed.get_rank() != 0:
         for _ in tensors:
             raise AssertionError("only rank 0 gathers tensors")
         return
     try:
         _check_replaceable(output)
-        _write_folder(tensors, description, source, output, tokenizer, chat_template, max_shard_bytes)
+        with _replacing(output) as folder:
+            write(folder)
     except Exception as error:
         for _ in tensors:  # take part in the remaining collectives, or the other ranks hang
             pass
@@ -78,24 +134,15 @@ def export_hf(
         raise
 
 
-def _write_folder(
-    tensors: Iterator[tuple[str, Tensor]],
-    description: ModelDescription,
-    source: Path,
-    output: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: str | None,
-    max_shard_bytes: int,
-) -> None:
+@contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``output`` at the end of the context."""
     new, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("incomplete", "replaced"))
     try:
         for left_over in (new, old):
             shutil.rmtree(left_over, ignore_errors=True)
         new.mkdir(parents=True)
-        dtypes = _stored_dtypes(source, description)
-        _write_weights(new, tensors, description, dtypes, max_shard_bytes)
-        _write_config(new, source, description, dtypes)
-        write_tokenizer(source, new, tokenizer, chat_template)
+        yield new
         if output.exists():
             output.rename(old)
         new.rename(output)
@@ -107,7 +154,8 @@ def _write_folder(
 def _check_replaceable(output: Path) -> None:
     if output.is_dir():
         names = {path.name for path in output.iterdir()}
-        if not names or ("config.json" in names and not any(path.is_dir() for path in output.iterdir())):
+        exported = not names.isdisjoint(("config.json", CONFIG_FILE))
+        if not names or (exported and not any(path.is_dir() for path in output.iterdir())):
             return
     elif not output.exists():
         return

@@ -19,7 +19,9 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.options import ContextParallelAlgo
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ModelError
+from mindspeed_simpo.model.adapters import Adapters
 from mindspeed_simpo.model.description import ModelDescription, Rotation
+from mindspeed_simpo.model.megatron.adapters import attach
 from mindspeed_simpo.model.megatron.attention import RowContents
 from mindspeed_simpo.model.megatron.layers import block_spec, transformer_config
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
@@ -47,6 +49,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         config: See :func:`~mindspeed_simpo.model.megatron.layers.transformer_config`.
         chunks: The chunks of all pipeline ranks, in the order of the layers.
         chunk: The chunk that this module computes.
+        adapters: Adapters to train instead of the weights; None without adapters.
         groups: Process groups of the layout.
         kv_groups: Number of ranks that share a key-value head -> this rank's group of such ranks.
         context_parallel_algo: Attention over context-parallel ranks.
@@ -58,6 +61,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         config: TransformerConfig,
         chunks: list[Chunk],
         chunk: Chunk,
+        adapters: Adapters | None,
         groups: Groups,
         kv_groups: dict[int, dist.ProcessGroup],
         context_parallel_algo: ContextParallelAlgo,
@@ -82,6 +86,12 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         self.chunks = chunks
         """The chunks of all pipeline ranks, in the order of the layers."""
         self.slots = list(chunk.slots(description))
+        """The slots of the weights."""
+        self.adapters = adapters
+        self.adapter_slots: list[Slot] = []
+        """The slots of the factors of the adapters."""
+        if adapters is not None:
+            self.adapter_slots = attach(self, config, self.slots, adapters, groups)
         self._groups = groups
         rows = self.vocab_size // ranks
         self._vocabulary_rows = max(0, min(rows, description.vocab_size - groups.tensor.rank() * rows))
@@ -90,16 +100,26 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         self._frequencies: dict[Rotation, Tensor] = {
             each: inverse_frequencies(each) for each in description.rotations if not each.depends_on_length
         }
-        check_slots(self.slots, dict(self.named_parameters()), groups)
+        check_slots(self.model_slots, dict(self.named_parameters()), groups)
         self._mark_sharded_parameters()
 
     def _mark_sharded_parameters(self) -> None:
         # the gradient norm counts unmarked parameters on one rank only, and megatron-core marks only weights that it
         # initialises itself
-        for slot in self.slots:
+        for slot in self.model_slots:
             parameter = self.get_parameter(slot.parameter)
             if slot.axis is not None and not hasattr(parameter, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=slot.axis, stride=1)
+
+    @property
+    def model_slots(self) -> list[Slot]:
+        """The slots of all parameters."""
+        return [*self.slots, *self.adapter_slots]
+
+    @property
+    def stored_slots(self) -> list[Slot]:
+        """The slots of what a checkpoint holds: of the adapters where there are any, else of the weights."""
+        return self.adapter_slots or self.slots
 
     def forward(
         self,
@@ -139,6 +159,9 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
             embedded = self.embedding(input_ids=input_ids, position_ids=None)
             if self.description.embedding_scale != 1.0:
                 embedded = embedded * self._embedding_scale
+            if self.adapters is not None and torch.is_grad_enabled():
+                # a recomputed layer whose input requires no gradient would get none for its own parameters
+                embedded.requires_grad_(self.config.recompute_granularity == "full")
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
@@ -210,15 +233,22 @@ def build_model(description: ModelDescription, config: Config, groups: Groups, d
         config: Precision, parallel degrees and recomputation.
         groups: Process groups of the layout.
         device: Device of the ranks.
+
+    Raises:
+        ConfigError: where ``lora_target_modules`` names a projection that the model does not have.
     """
     megatron_config = transformer_config(description, config, device)
+    adapters = Adapters.of(config, description)
     virtual_pipeline_size = config.virtual_pipeline_size(description.num_layers)
     parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual_pipeline_size)
-    chunks = pipeline_chunks(description, groups.pipeline.size(), virtual_pipeline_size or 1)
+    expert_ranks = groups.expert_tensor_ranks
+    chunks = pipeline_chunks(description, groups.pipeline.size(), virtual_pipeline_size or 1, expert_ranks)
     parts = {layer.attention.share(0, groups.tensor.size()).kv_parts for layer in description.layers}
     kv_groups = {number: consecutive_ranks(number) for number in sorted(parts) if number > 1}
     return [
-        PolicyModel(description, megatron_config, chunks, chunk, groups, kv_groups, config.context_parallel_algo)
+        PolicyModel(
+            description, megatron_config, chunks, chunk, adapters, groups, kv_groups, config.context_parallel_algo
+        )
         for chunk in chunks
         if chunk.pipeline_rank == groups.pipeline.rank()
     ]

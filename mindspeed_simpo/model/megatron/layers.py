@@ -19,6 +19,7 @@ from mindspeed_simpo.device import Device, operators
 from mindspeed_simpo.model import description
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.megatron.attention import Attention, RowContents
+from mindspeed_simpo.model.megatron.experts import Experts
 from mindspeed_simpo.model.megatron.linear import RMSNorm, column_parallel, row_parallel
 from mindspeed_simpo.model.naming import Chunk, layers_per_pipeline_rank
 from mindspeed_simpo.parallel import Groups
@@ -73,7 +74,8 @@ class DecoderLayer(torch.nn.Module):
         if layer.norm_after_attention is not None:
             self.post_attention_layernorm = RMSNorm(config, config.hidden_size, layer.norm_after_attention)
         self.pre_mlp_layernorm = RMSNorm(config, config.hidden_size, layer.norm_before_mlp)
-        self.mlp = MLP(config, layer.mlp, groups)
+        self.mlp = None if layer.mlp is None else MLP(config, layer.mlp, groups)
+        self.experts = None if layer.experts is None else Experts(config, layer.experts, groups)
         if layer.norm_after_mlp is not None:
             self.post_mlp_layernorm = RMSNorm(config, config.hidden_size, layer.norm_after_mlp)
 
@@ -89,7 +91,7 @@ class DecoderLayer(torch.nn.Module):
         """
         blocks = (
             (self.input_layernorm, self.self_attention, (attention_bias,), self.post_attention_layernorm),
-            (self.pre_mlp_layernorm, self.mlp, (), self.post_mlp_layernorm),
+            (self.pre_mlp_layernorm, self._feed_forward, (), self.post_mlp_layernorm),
         )
         for norm_before, block, arguments, norm_after in blocks:
             result, bias = block(norm_before(hidden_states), *arguments)
@@ -99,6 +101,17 @@ class DecoderLayer(torch.nn.Module):
                 result = norm_after(result)
             hidden_states = hidden_states + result
         return hidden_states, None
+
+    def _feed_forward(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The sum of MLP and experts, and the bias of the MLP."""
+        if self.experts is None:
+            result: tuple[Tensor, Tensor | None] = self.mlp(normed)  # type: ignore[misc]
+            return result
+        mixed = self.experts(normed)
+        if self.mlp is None:
+            return mixed, None
+        shared, bias = self.mlp(normed)
+        return mixed + shared, bias
 
 
 def block_spec(
@@ -155,7 +168,7 @@ def transformer_config(model: ModelDescription, config: Config, device: Device) 
             num_attention_heads=tensor,
             num_query_groups=tensor,
             kv_channels=model.layers[0].attention.head_dim,
-            ffn_hidden_size=model.layers[0].mlp.width,
+            ffn_hidden_size=tensor,
             normalization="RMSNorm",
             layernorm_epsilon=model.final_norm.eps,
             # megatron-core then sums the gradients of query-key norms over the tensor-parallel ranks

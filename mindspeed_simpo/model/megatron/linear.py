@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mindspeed_simpo.device import operators
 from mindspeed_simpo.model import description
+from mindspeed_simpo.model.megatron.adapters import LinearAdapters
 from mindspeed_simpo.parallel import Groups
 
 
@@ -34,6 +35,29 @@ class RMSNorm(torch.nn.Module):
         return operators.rms_norm(hidden, self.weight, self.norm.eps, self.norm.weight_offset)
 
 
+class _Adapted(torch.nn.Module):
+    """A sharded projection whose output includes the product of its adapters, where it has any."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.adapters: LinearAdapters | None = None
+
+    def forward(self, hidden: Float[Tensor, "held row inputs"]) -> tuple[Tensor, Tensor | None]:
+        """The output, and the bias that it does not include."""
+        output, bias = super().forward(hidden)
+        if self.adapters is not None and self.adapters.active:
+            output = output + self.adapters(hidden)
+        return output, bias
+
+
+class _AdaptedColumns(_Adapted, ColumnParallelLinear):  # type: ignore[misc]
+    pass
+
+
+class _AdaptedRows(_Adapted, RowParallelLinear):  # type: ignore[misc]
+    pass
+
+
 def column_parallel(
     inputs: int, outputs: int, config: TransformerConfig, groups: Groups, *, bias: bool, adds_bias: bool
 ) -> torch.nn.Module:
@@ -47,7 +71,7 @@ def column_parallel(
         bias: Whether the projection has a bias.
         adds_bias: Whether the output includes the bias; the module returns the bias otherwise.
     """
-    linear: torch.nn.Module = ColumnParallelLinear(
+    linear: torch.nn.Module = _AdaptedColumns(
         inputs,
         outputs,
         config=config,
@@ -74,7 +98,7 @@ def row_parallel(
         groups: Process groups of the layout.
         bias: Whether the projection has a bias.
     """
-    linear: torch.nn.Module = RowParallelLinear(
+    linear: torch.nn.Module = _AdaptedRows(
         inputs,
         outputs,
         config=config,

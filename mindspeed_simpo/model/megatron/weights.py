@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -10,10 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_simpo.config.options import ModelOptions
+from mindspeed_simpo.config.options import AdapterOptions, ModelOptions
+from mindspeed_simpo.model.adapter_folder import AdapterFolder, merged
+from mindspeed_simpo.model.adapters import Adapters, InitialAdapters
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.hf_config import resolve_model
 from mindspeed_simpo.model.megatron.gpt import PolicyModel
+from mindspeed_simpo.model.naming import Chunk
 from mindspeed_simpo.model.slots import Slot, Span, joined
 from mindspeed_simpo.model.weight_source import RandomWeights, SafetensorsFolder, WeightSource
 from mindspeed_simpo.parallel import Groups
@@ -23,7 +26,7 @@ from mindspeed_simpo.parallel.groups import FirstRankFirst, Shards
 def fill_weights(
     models: Sequence[torch.nn.Module], description: ModelDescription, options: ModelOptions, groups: Groups, seed: int
 ) -> None:
-    """Initialise every parameter: from the checkpoint (``init_from: weights``) or at random (``init_from: config``).
+    """Initialise every weight: from the checkpoint (``init_from: weights``) or at random (``init_from: config``).
 
     Args:
         models: This rank's model chunks, with or without wrappers.
@@ -41,6 +44,30 @@ def fill_weights(
         fill_from(models, RandomWeights(description, seed), groups)
 
 
+def fill_adapters(
+    models: Sequence[torch.nn.Module], description: ModelDescription, options: AdapterOptions, groups: Groups, seed: int
+) -> None:
+    """Initialise the adapters, where there are any: from ``lora_load``, or new ones whose product is zero.
+
+    Args:
+        models: This rank's model chunks, with or without wrappers.
+        description: Description of the model.
+        options: ``lora_load`` is read.
+        groups: Process groups that the models were built with.
+        seed: Seed of new adapters.
+
+    Raises:
+        ModelError: where ``lora_load`` cannot be read, or does not hold these adapters of this model.
+    """
+    adapters = unwrap(models[0]).adapters
+    if adapters is None:
+        return
+    folder = options.lora_load
+    source = InitialAdapters(seed) if folder is None else AdapterFolder(Path(folder), adapters, description)
+    for model in map(unwrap, models):
+        _fill(model, model.adapter_slots, source, groups)
+
+
 def load_hf_weights(
     models: Sequence[torch.nn.Module], description: ModelDescription, model_name_or_path: str | Path, groups: Groups
 ) -> None:
@@ -53,15 +80,19 @@ def load_hf_weights(
     fill_from(models, SafetensorsFolder(folder, description), groups)
 
 
-@torch.no_grad()
 def fill_from(models: Sequence[torch.nn.Module], source: WeightSource, groups: Groups) -> None:
-    """Copy slices of ``source`` into every parameter; padding of the vocabulary and of the heads becomes zero."""
+    """Copy slices of ``source`` into every weight; padding of the vocabulary and of the heads becomes zero."""
     for model in map(unwrap, models):
-        for slot in model.slots:
-            shards = groups.shards(experts=slot.of_experts)
-            parameter = model.get_parameter(slot.parameter)
-            for block in slot.split(parameter, shards.rank, shards.size):
-                _fill_block(block, slot.axis or 0, source)
+        _fill(model, model.slots, source, groups)
+
+
+@torch.no_grad()
+def _fill(model: PolicyModel, slots: Iterable[Slot], source: WeightSource, groups: Groups) -> None:
+    for slot in slots:
+        shards = groups.shards(experts=slot.of_experts)
+        parameter = model.get_parameter(slot.parameter)
+        for block in slot.split(parameter, shards.rank, shards.size):
+            _fill_block(block, slot.axis or 0, source)
 
 
 def _fill_block(block: Sequence[tuple[Span, Tensor]], axis: int, source: WeightSource) -> None:
@@ -79,6 +110,7 @@ def gather_hf_tensors(
     description: ModelDescription,
     groups: Groups,
     value: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.data,
+    slots_of: Callable[[Chunk, ModelDescription], Iterable[Slot]] = Chunk.slots,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(Hugging Face name, full tensor)`` on global rank 0, tensor by tensor; yield nothing on other ranks.
 
@@ -90,14 +122,16 @@ def gather_hf_tensors(
         description: Description of the model.
         groups: Process groups that the models were built with.
         value: Function of a parameter that returns the tensor to gather, in the parameter's shape, such as its data,
-            its gradient or an optimizer state; of one dtype for all parameters.
+            its gradient or an optimizer state; of one dtype for all parameters that are not always fp32.
+        slots_of: Function of a chunk of any pipeline rank that returns the slots to gather: of the weights, or
+            :meth:`~mindspeed_simpo.model.adapters.Adapters.slots_of` of the adapters.
     """
     first_rank = FirstRankFirst()
     own = {model.chunk: model for model in map(unwrap, models)}
     some = next(iter(own.values()))
-    like = value(some.get_parameter(some.slots[0].parameter))
+    like = value(some.get_parameter(next(iter(slots_of(some.chunk, description))).parameter))
     for chunk in some.chunks:
-        for slot in chunk.slots(description):
+        for slot in slots_of(chunk, description):
             shards = groups.shards(experts=slot.of_experts)
             if slot.replica or shards.copy:
                 continue
@@ -107,11 +141,31 @@ def gather_hf_tensors(
                 parameter = value(own[chunk].get_parameter(slot.parameter)).detach()
                 tensors = _gather_shards(slot, parameter, shards)
             elif groups.pipeline.rank() == 0 and shards.rank == 0:
-                tensors = [like.new_empty(tensor.shape) for tensor in slot.tensors]
+                tensors = [
+                    like.new_empty(tensor.shape, dtype=torch.float32 if tensor.is_fp32 else like.dtype)
+                    for tensor in slot.tensors
+                ]
             for tensor, whole in zip(slot.tensors, tensors, strict=False):
                 first_rank.wait(tensor.name)
                 if shards.rank == 0 and _move_to_first_pipeline_rank(whole, chunk.pipeline_rank, groups):
                     yield tensor.name, whole
+
+
+def gather_merged(
+    models: Sequence[torch.nn.Module], description: ModelDescription, adapters: Adapters, groups: Groups
+) -> Iterator[tuple[str, Tensor]]:
+    """:func:`gather_hf_tensors` with ``W + alpha / r B A``, in fp32, in place of each adapted weight.
+
+    Args:
+        models: This rank's model chunks, with or without wrappers.
+        description: Description of the model.
+        adapters: The adapters of the models.
+        groups: Process groups that the models were built with.
+    """
+    factors = dict(gather_hf_tensors(models, description, groups, slots_of=adapters.slots_of))
+    for name, weight in gather_hf_tensors(models, description, groups):
+        a, b = (factors.get(name.removesuffix("weight") + f"lora_{factor}.weight") for factor in "AB")
+        yield name, weight if a is None or b is None else merged(weight, a, b, adapters.scale)
 
 
 def unwrap(model: torch.nn.Module) -> PolicyModel:

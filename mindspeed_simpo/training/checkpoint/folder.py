@@ -16,6 +16,7 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.errors import CheckpointError
 from mindspeed_simpo.loss.running import RunningState
 from mindspeed_simpo.parallel.collectives import fail_together, of_all_ranks, of_first_rank
+from mindspeed_simpo.training.base_model import Base
 
 STATE = "state.json"
 FILES = "files.json"
@@ -44,6 +45,8 @@ class TrainingState(BaseModel):
     data_fingerprint: str
     running: RunningState | None = None
     """Statistics of the objective's tracked value."""
+    base: Base | None = None
+    """The model that the adapters belong to; None where the checkpoint holds all weights."""
     config: Config
 
 

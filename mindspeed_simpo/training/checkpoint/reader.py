@@ -129,7 +129,7 @@ def _load_optimizer(
     stored: StoredPieces, models: Sequence[torch.nn.Module], optimizer: Any, groups: Groups, num_updates: int
 ) -> None:
     for slot, parameter in named_slots(models):
-        shard = optimizer_shard(optimizer, parameter)
+        shard = optimizer_shard(optimizer, parameter) if parameter.requires_grad else None
         if shard is None:
             continue
         if shard.main.dtype != parameter.dtype:

@@ -33,9 +33,9 @@ class OptimizerShard:
 
 
 def named_slots(models: Sequence[torch.nn.Module]) -> Iterator[tuple[Slot, torch.nn.Parameter]]:
-    """The slots of this rank's chunks with their parameters."""
+    """The slots of what a checkpoint holds, on this rank, with their parameters."""
     for model in map(unwrap, models):
-        for slot in model.slots:
+        for slot in model.stored_slots:
             yield slot, model.get_parameter(slot.parameter)
 
 
@@ -44,12 +44,16 @@ def optimizer_shard(optimizer: Any, parameter: torch.nn.Parameter) -> OptimizerS
 
     Args:
         optimizer: Optimizer of megatron-core.
-        parameter: A parameter that the optimizer updates.
+        parameter: A parameter; of a frozen one every rank holds all values, and the optimizer no state.
     """
+    if not parameter.requires_grad:
+        return OptimizerShard({}, parameter, 0, parameter.numel(), is_copied=True)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not isinstance(part, DistributedOptimizer):
             main = getattr(parameter, "main_param", parameter)
-            return OptimizerShard(part.optimizer.state[main], main, 0, parameter.numel(), is_copied=True)
+            if any(main is each for group in part.param_groups for each in group["params"]):
+                return OptimizerShard(part.optimizer.state[main], main, 0, parameter.numel(), is_copied=True)
+            continue
         place = part.model_param_group_index_map.get(parameter)
         if place is not None:
             group, index = place

@@ -154,7 +154,7 @@ def copied_shard(models: Sequence[torch.nn.Module], stepper: Stepper, groups: Gr
         if shard is None:
             continue
         pieces = pieces_of(slot, shards.rank, shards.size, *written_range(shard, shards))
-        for kind in (PARAMETER, *MOMENTS):
+        for kind in (PARAMETER, *MOMENTS) if parameter.requires_grad else (PARAMETER,):
             held = shard.main if kind == PARAMETER else shard.state.get(kind)
             for piece in pieces:
                 name = name_of(kind, piece.tensor.name, piece.offsets)

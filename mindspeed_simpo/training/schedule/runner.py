@@ -17,7 +17,9 @@ from torch import Tensor
 from mindspeed_simpo.batch import PairBatch, to_device
 from mindspeed_simpo.device.receive_shapes import Shape, known_receive_shapes
 from mindspeed_simpo.loss.head import ResponseHead
+from mindspeed_simpo.loss.reference import StepReference
 from mindspeed_simpo.loss.scoring import PairScorer, ScoredBatch, TwoPassLoss
+from mindspeed_simpo.model.megatron.adapters import without_adapters
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.training.schedule.rows import Rows, RowShard
 
@@ -60,6 +62,9 @@ class PairSchedule:
     pair_schedule: PairScheduleName
     sequence_multiple: int
     """Every row's length is a multiple of it, see :attr:`~mindspeed_simpo.config.layout.Layout.sequence_multiple`."""
+    step_reference: StepReference | None = None
+    """Takes the sums under the models without their adapters, which the schedule then computes before each step; None
+    where the reference is another one, or there is none."""
 
     def forward_backward(self, micro_batches: Sequence[PairBatch], num_pairs: int) -> list[ScoredBatch]:
         """Accumulate the gradient of the global batch's mean loss in ``main_grad``, reduced over all ranks.
@@ -74,6 +79,7 @@ class PairSchedule:
         Raises:
             ConfigError: see :meth:`PairScorer.gradients`; ``two_pass`` only.
         """
+        self._score_reference(micro_batches)
         # DDP divides the gradient by the data-parallel size
         weight = self.groups.data.size() / num_pairs
         if self.pair_schedule == "two_pass":
@@ -83,7 +89,18 @@ class PairSchedule:
     @torch.no_grad()
     def forward(self, micro_batches: Sequence[PairBatch]) -> list[ScoredBatch]:
         """Evaluate micro-batches without gradients; returns as :meth:`forward_backward`."""
+        self._score_reference(micro_batches)
         return self._run(self._joint_passes(micro_batches, 1.0), forward_only=True)
+
+    @torch.no_grad()
+    def _score_reference(self, micro_batches: Sequence[PairBatch]) -> None:
+        if self.step_reference is None:
+            return
+        with without_adapters(self.models):
+            found = self._run([Pass(Rows.of(batch), _record) for batch in micro_batches], forward_only=True)
+        if found:  # the schedule returns an empty list except on the last pipeline rank
+            ids = torch.cat([to_device(batch.pair_ids, self.device) for batch in micro_batches])
+            self.step_reference.set(ids, torch.cat([sums.view(2, -1).t() for sums in found]))
 
     def _joint_passes(self, micro_batches: Sequence[PairBatch], weight: float) -> list[Pass]:
         return [Pass(Rows.of(batch), partial(self._joint_loss, batch, weight)) for batch in micro_batches]

@@ -1,0 +1,178 @@
+"""Low-rank adapters (LoRA): which projections have them, and the slots of their factors, from those of the weights."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from mindspeed_simpo.config.options import AdapterOptions
+from mindspeed_simpo.errors import ConfigError
+from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
+from mindspeed_simpo.model.slots import HFTensor, Slot, Span
+from mindspeed_simpo.model.weight_source import seeded_generator
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class AdaptedTensor:
+    """One Hugging Face projection with an adapter, and the slots of the factors A and B."""
+
+    weight: HFTensor
+    module: str
+    """Last part of the projection's Hugging Face name, such as ``q_proj``."""
+    a: Slot
+    b: Slot
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """``y = W x + alpha / r B A x`` for the projections ``modules``: A is ``[r, inputs]``, B is ``[outputs, r]``.
+
+    Each Hugging Face projection has factors of its own, also where one parameter holds several projections.
+    """
+
+    r: int
+    alpha: float
+    modules: tuple[str, ...]
+    """Last parts of Hugging Face names, sorted."""
+
+    @classmethod
+    def of(cls, options: AdapterOptions, model: ModelDescription) -> Adapters | None:
+        """The configured adapters of a model; None without adapters.
+
+        Raises:
+            ConfigError: where ``lora_target_modules`` names a projection that the model does not have.
+        """
+        if not options.lora_r:
+            return None
+        known, of_experts = projections(model), projections(model, of_experts=True)
+        wanted = options.lora_target_modules
+        names = [wanted] if isinstance(wanted, str) else wanted
+        for name in names:
+            if of_experts and (name in of_experts or name == ALL_LINEAR):
+                raise ConfigError(
+                    f"lora_target_modules: {name} includes the projections of experts ({', '.join(of_experts)}), which "
+                    f"have no adapters here: name others, of {', '.join(known)}"
+                )
+            if name not in (*known, ALL_LINEAR):
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"did you mean {nearest[0]}? " if nearest else ""
+                raise ConfigError(
+                    f"lora_target_modules: {model.family} has no projection {name!r} that can have an adapter; {hint}"
+                    f"Known are {', '.join(known)}, and {ALL_LINEAR} for all of them"
+                )
+        modules = known if ALL_LINEAR in names else tuple(sorted(set(names)))
+        return cls(options.lora_r, options.lora_alpha_in_use, modules)
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product."""
+        return self.alpha / self.r
+
+    def adapted(self, slot: Slot) -> list[AdaptedTensor]:
+        """The projections of a weight's slot that have adapters, in the order of the slot's tensors."""
+        found = []
+        for tensor in slot.tensors:
+            path = tensor.name.removesuffix(".weight")
+            module = path.rsplit(".", 1)[-1]
+            if _is_projection(slot, tensor) and module in self.modules:
+                parameter = f"{slot.parameter.removesuffix('.weight')}.adapters.{module}"
+                found.append(AdaptedTensor(tensor, module, *self._factors(slot, tensor, path, parameter)))
+        return found
+
+    def slots(self, weights: Iterable[Slot]) -> Iterator[Slot]:
+        """The slots of the factors of all adapters of some slots of weights."""
+        for slot in weights:
+            for tensor in self.adapted(slot):
+                yield tensor.a
+                yield tensor.b
+
+    def slots_of(self, chunk: Chunk, model: ModelDescription) -> Iterator[Slot]:
+        """The slots of the factors of a model chunk."""
+        return self.slots(chunk.slots(model))
+
+    def hf_tensors(self, model: ModelDescription) -> list[HFTensor]:
+        """Every factor of the whole model, layer by layer, by its name in peft without the prefix of a file."""
+        (whole,) = pipeline_chunks(model, 1)
+        return [tensor for slot in self.slots_of(whole, model) for tensor in slot.tensors]
+
+    def count(self, model: ModelDescription, chunks: Iterable[Chunk], tensor_ranks: int = 1) -> int:
+        """Number of parameters of the adapters of some chunks on the first of ``tensor_ranks`` ranks."""
+        slots = chain.from_iterable(self.slots_of(chunk, model) for chunk in chunks)
+        return sum(math.prod(slot.shape(0, tensor_ranks)) for slot in slots)
+
+    def _factors(self, slot: Slot, weight: HFTensor, path: str, parameter: str) -> tuple[Slot, Slot]:
+        outputs, inputs = weight.shape
+        column_parallel = weight.axis == 0
+        a = HFTensor(f"{path}.lora_A.weight", (self.r, inputs), axis=None if column_parallel else 1)
+        b = HFTensor(f"{path}.lora_B.weight", (outputs, self.r), axis=0 if column_parallel else None, initial=0.0)
+        return _factor(slot, weight, a, f"{parameter}.lora_A"), _factor(slot, weight, b, f"{parameter}.lora_B")
+
+
+def projections(model: ModelDescription, *, of_experts: bool = False) -> tuple[str, ...]:
+    """Last parts of the Hugging Face names of all projections of experts, or of all that can have adapters, sorted.
+
+    A name that experts have too cannot have adapters: in the files of peft it would stand for both.
+    """
+    (whole,) = pipeline_chunks(model, 1)
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    for slot in whole.slots(model):
+        projections = [tensor for tensor in slot.tensors if _is_projection(slot, tensor)]
+        names[slot.of_experts] |= {tensor.name.rsplit(".", 2)[-2] for tensor in projections}
+    return tuple(sorted(names[True] if of_experts else names[False] - names[True]))
+
+
+class InitialAdapters:
+    """New adapters as peft makes them: A from ``U(-1 / sqrt(inputs), 1 / sqrt(inputs))``, B zero; fp32.
+
+    Each factor has its own generator, seeded by ``seed`` and the factor's name, so that the values do not depend on the
+    layout.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def read(self, span: Span) -> Tensor:
+        """See :class:`~mindspeed_simpo.model.weight_source.WeightSource`; fp32."""
+        tensor = span.tensor
+        assert tensor is not None, "padding is not read"
+        if tensor.initial is not None:
+            whole = torch.full(tensor.shape, tensor.initial)
+        else:
+            bound = 1 / math.sqrt(tensor.shape[1])
+            generator = seeded_generator(self.seed, tensor.name)
+            whole = torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator)
+        return whole.narrow(tensor.axis or 0, span.start, span.length)
+
+
+def _is_projection(slot: Slot, tensor: HFTensor) -> bool:
+    """Whether the tensor is the weight of a sharded projection, and not an embedding or an output layer."""
+    return len(tensor.shape) == 2 and tensor.axis is not None and not slot.pads_vocabulary
+
+
+def _factor(slot: Slot, weight: HFTensor, factor: HFTensor, parameter: str) -> Slot:
+    divide = None if factor.axis is None else functools.partial(_factor_spans, slot, weight, factor)
+    return Slot(parameter, (factor,), divide, kind="adapter")
+
+
+def spans_by_weight(slot: Slot, rank: int, size: int) -> list[tuple[HFTensor, Span]]:
+    """The spans of a rank's parameter, in order, each with its weight; padding belongs to the weight before it."""
+    found: list[tuple[HFTensor, Span]] = []
+    for span in slot.spans(rank, size):
+        found.append((span.tensor or found[-1][0], span))
+    return found
+
+
+def _factor_spans(slot: Slot, weight: HFTensor, factor: HFTensor, rank: int, size: int) -> Sequence[Span]:
+    """The elements of a factor for the rank's elements of the weight, with the same padding."""
+    spans = [span for owner, span in spans_by_weight(slot, rank, size) if owner == weight]
+    return [Span(factor if span.tensor is not None else None, span.start, span.stop) for span in spans]

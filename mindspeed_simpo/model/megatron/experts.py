@@ -1,0 +1,224 @@
+"""The experts of a layer: router, dispatch of the tokens to the ranks of their experts, and the experts' projections.
+
+No token is dropped: each expert computes all tokens that choose it, however many they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.functional import linear, pad
+
+from mindspeed_simpo.device import operators
+from mindspeed_simpo.device.grouped import grouped_linear
+from mindspeed_simpo.model import description
+from mindspeed_simpo.parallel import Groups
+from mindspeed_simpo.parallel.collectives import exchange, join_along_first, split_along_first
+
+
+class Router(torch.nn.Module):
+    """``scores(weight x)`` in fp32, the experts with the highest scores, and their weights.
+
+    The choice has no gradient. The bias ``correction`` is frozen and keeps its fp32 values whatever the dtype of the
+    model.
+    """
+
+    def __init__(self, config: TransformerConfig, experts: description.Experts) -> None:
+        super().__init__()
+        self.experts = experts
+        device = torch.cuda.current_device()
+        shape = experts.number, config.hidden_size
+        self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+        # with sequence parallelism each tensor-parallel rank routes its own tokens: megatron-core sums the gradients
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.correction: torch.nn.Parameter | None = None
+        if experts.corrected:
+            bias = torch.zeros(experts.number, dtype=torch.float32, device=device)
+            self.correction = torch.nn.Parameter(bias, requires_grad=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Router:
+        kept = None if self.correction is None else self.correction.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.correction is not None and kept is not None:
+            self.correction.data = kept.to(self.correction.device)
+        return self
+
+    def forward(self, tokens: Float[Tensor, "token hidden"]) -> tuple[Float[Tensor, "token k"], Int[Tensor, "token k"]]:
+        """fp32 weights and int64 numbers of the experts of each token.
+
+        Args:
+            tokens: Normalised hidden states.
+        """
+        logits = linear(tokens.float(), self.weight.float())
+        scores = logits.softmax(-1) if self.experts.scores == "softmax" else logits.sigmoid()
+        choice = scores.detach() if self.correction is None else scores.detach() + self.correction
+        chosen = choice.topk(self.experts.top_k, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        if self.experts.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights * self.experts.scale, chosen
+
+
+class Experts(torch.nn.Module):
+    """``sum_e w_e expert_e(x)`` over the experts that the router chooses.
+
+    The parameters of all experts of a rank are one tensor for each projection. Without sequence parallelism the
+    tensor-parallel ranks, which have the same tokens, compute an equal part of them each.
+
+    Args:
+        config: Configuration of megatron-core.
+        experts: Description of the experts.
+        groups: Process groups of the layout.
+    """
+
+    def __init__(self, config: TransformerConfig, experts: description.Experts, groups: Groups) -> None:
+        super().__init__()
+        shards = groups.shards(experts=True)
+        self.group, self.tensor_ranks = shards.group, groups.expert_tensor_ranks
+        self.number, self.held = experts.number, experts.number * self.tensor_ranks // shards.size
+        self.split_over = None if config.sequence_parallel else groups.tensor
+        width = experts.width // self.tensor_ranks
+        self.router = Router(config, experts)
+        self.linear_fc1 = _stacked(self.held, 2 * width, config.hidden_size, config)
+        self.linear_fc2 = _stacked(self.held, config.hidden_size, width, config)
+
+    def forward(self, hidden: Float[Tensor, "held row hidden"]) -> Float[Tensor, "held row hidden"]:
+        """The weighted sum of the experts of each token.
+
+        Args:
+            hidden: Normalised hidden states of this rank's shard of the sequence.
+        """
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        weights, chosen = self.router(tokens)
+        number = len(tokens)
+        if self.split_over is not None and self.split_over.size() > 1:
+            tokens, weights, chosen = (self._own_part(each) for each in (tokens, weights, chosen))
+        mixed = self._mixed(tokens, weights, chosen)
+        if self.split_over is not None:
+            mixed = join_along_first(mixed, self.split_over)[:number]
+        return mixed.view(hidden.shape)
+
+    def _own_part(self, values: Tensor) -> Tensor:
+        """This tensor-parallel rank's part of values of each token, of equally many tokens on each rank."""
+        assert self.split_over is not None
+        padding = -len(values) % self.split_over.size()
+        return split_along_first(pad(values, (0, 0, 0, padding)), self.split_over)
+
+    def _mixed(
+        self, tokens: Float[Tensor, "token hidden"], weights: Float[Tensor, "token k"], chosen: Int[Tensor, "token k"]
+    ) -> Float[Tensor, "token hidden"]:
+        routes = routes_of(chosen, self.number, self.held, self.tensor_ranks)
+        rows = _take(tokens, routes.token, routes.place)
+        if self.group.size() == 1:
+            computed = self._computed(rows, routes.counts)
+        else:
+            computed = self._computed_by_ranks(rows, routes.counts)
+        # [token, expert, rank that computed a part of the expert]
+        parts = _take(computed, routes.place.flatten(), routes.copy[:, None])
+        outputs = parts.view(*chosen.shape, self.tensor_ranks, -1).sum(2)
+        return torch.bmm(weights.to(outputs.dtype)[:, None], outputs)[:, 0]
+
+    def _computed(
+        self, rows: Float[Tensor, "row hidden"], counts: Int[Tensor, " expert"]
+    ) -> Float[Tensor, "row hidden"]:
+        """This rank's experts of consecutive rows."""
+        gate_up = grouped_linear(rows, self.linear_fc1, counts)
+        return grouped_linear(operators.swiglu(gate_up), self.linear_fc2, counts)
+
+    def _computed_by_ranks(
+        self, rows: Float[Tensor, "row hidden"], counts: Int[Tensor, " expert"]
+    ) -> Float[Tensor, "row hidden"]:
+        """The experts of all ranks; the sizes of the messages force a host synchronisation."""
+        all_counts = counts.new_empty(self.group.size(), len(counts))
+        dist.all_gather(list(all_counts.unbind()), counts, group=self.group)
+        of_ranks = all_counts.view(self.group.size(), -1, self.held)
+        own = of_ranks[:, self.group.rank() // self.tensor_ranks]
+        sent = counts.view(-1, self.held).sum(1).repeat_interleave(self.tensor_ranks).tolist()
+        received = own.sum(1).tolist()
+        arrived = exchange(rows, sent, received, self.group)
+        # the rows of each rank lie expert by expert: bring those of one expert together
+        expert = torch.arange(self.held, device=rows.device).repeat(self.group.size())
+        order = expert.repeat_interleave(own.flatten(), output_size=len(arrived)).argsort(stable=True)
+        back = order.argsort()
+        computed = self._computed(_take(arrived, order, back[:, None]), own.sum(0))
+        return exchange(_take(computed, back, order[:, None]), received, sent, self.group)
+
+
+class Routes(NamedTuple):
+    """The rows that a rank sends, in the order of the ranks and experts that they go to.
+
+    With several ranks to an expert, each of them gets a copy of the rows of the expert.
+    """
+
+    token: Int[Tensor, " row"]
+    """Number of the token of each row."""
+    copy: Int[Tensor, " row"]
+    """Index of each row in ``place``, flat."""
+    place: Int[Tensor, "token copies"]
+    """The rows of each token: expert by expert as chosen, and rank by rank of the expert."""
+    counts: Int[Tensor, " expert"]
+    """Number of tokens of each expert."""
+
+
+def routes_of(chosen: Int[Tensor, "token k"], number: int, held: int, tensor_ranks: int) -> Routes:
+    """The order in which the rows of the chosen experts are sent.
+
+    Args:
+        chosen: Numbers of the experts of each token.
+        number: Number of experts.
+        held: Number of experts of one rank.
+        tensor_ranks: Number of ranks that divide each expert.
+    """
+    flat = chosen.flatten()
+    ids, order = flat.sort(stable=True)
+    sorted_place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    stops = torch.searchsorted(ids, torch.arange(number, device=ids.device), right=True)
+    counts = stops.diff(prepend=stops.new_zeros(1))
+    place = sorted_place[:, None]
+    if tensor_ranks > 1:
+        sizes = counts.view(-1, held).sum(1)
+        owner = flat // held
+        start = (sizes.cumsum(0) - sizes)[owner]
+        copies = torch.arange(tensor_ranks, device=flat.device)
+        place = (sorted_place + (tensor_ranks - 1) * start)[:, None] + copies * sizes[owner][:, None]
+    copy = place.flatten().argsort()
+    return Routes(copy // (chosen.shape[1] * tensor_ranks), copy, place.view(len(chosen), -1), counts)
+
+
+class _Take(Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return values.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        parts = grads[0].index_select(0, places.flatten())
+        return parts.view(*places.shape, -1).sum(1), None, None
+
+
+def _take(
+    values: Float[Tensor, "value hidden"], index: Int[Tensor, " row"], places: Int[Tensor, "value copies"]
+) -> Float[Tensor, "row hidden"]:
+    """``values[index]``, where ``places`` has the rows of the result that are copies of each value.
+
+    The backward sums these rows; that of an index would add up one by one, by atomic additions.
+    """
+    rows: Tensor = _Take.apply(values, index, places)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def _stacked(number: int, outputs: int, inputs: int, config: TransformerConfig) -> torch.nn.Parameter:
+    device = torch.cuda.current_device()
+    weight = torch.nn.Parameter(torch.empty(number, outputs, inputs, dtype=config.params_dtype, device=device))
+    # megatron-core then reduces the gradient over the ranks with the same experts
+    weight.allreduce = False  # type: ignore[attr-defined]
+    return weight

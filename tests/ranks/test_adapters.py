@@ -1,0 +1,132 @@
+"""Adapters on ranks: what is read is written back bit by bit, new ones start alike, checkpoints cross layouts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import hf
+from tests.ranks.launcher import run_ranks
+from tests.ranks.model_helpers import engine_model, make_checkpoint, make_tokenizer
+from tests.ranks.parity import engine_steps, worst_error
+
+MODULES = {
+    "qwen2": ["k_proj", "v_proj", "o_proj", "up_proj"],
+    "phi3": ["qkv_proj", "down_proj"],
+    "glm4": ["q_proj", "gate_up_proj"],
+}
+FILE = "adapter_model.safetensors"
+
+
+def _written_back(folder, layout, options, output):
+    """Loads the configured adapters and exports them; an error's text."""
+    from mindspeed_simpo.errors import ModelError
+    from mindspeed_simpo.model.megatron.export import export_adapters
+
+    try:
+        description, groups, models = engine_model(folder, layout, **options)
+        export_adapters(
+            models,
+            description,
+            groups,
+            source=Path(folder),
+            base=folder,
+            output=Path(output),
+            tokenizer=make_tokenizer(),
+        )
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def keys(modules, **others):
+    return {"lora_r": 4, "lora_alpha": 8.0, "lora_target_modules": modules, **others}
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "dtype"),
+    [("qwen2", (4, 1, 1), "float32"), ("phi3", (2, 2, 1), "bfloat16"), ("glm4", (2, 1, 2), "float32")],
+)
+def test_what_peft_wrote_is_written_back_bit_by_bit(tmp_path, family, layout, dtype):
+    folder = make_checkpoint(tmp_path / "base", family)
+    adapter = hf.make_adapter(tmp_path / "adapter", folder, MODULES[family], dtype=dtype)
+    options = keys(MODULES[family], lora_load=str(adapter), bf16=dtype == "bfloat16")
+    ranks = layout[0] * layout[1] * layout[2]
+    assert run_ranks(_written_back, ranks, folder, layout, options, str(tmp_path / "out")) == [None] * ranks
+    read, written = (load_file(path / FILE) for path in (adapter, tmp_path / "out"))
+    assert read.keys() == written.keys()
+    for name, tensor in read.items():
+        assert written[name].dtype == tensor.dtype
+        assert torch.equal(written[name], tensor), name
+
+
+def test_new_adapters_are_those_of_peft_and_the_same_at_every_layout(tmp_path):
+    folder, found = make_checkpoint(tmp_path / "base", "qwen2"), []
+    for layout in ((1, 1, 1), (4, 1, 1)):
+        output = tmp_path / str(layout[0])
+        run_ranks(_written_back, layout[0], folder, layout, keys(MODULES["qwen2"]), str(output))
+        found.append(load_file(output / FILE))
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    for name, tensor in found[0].items():
+        if "lora_B" in name:
+            assert not tensor.any()
+        else:
+            bound = tensor.shape[1] ** -0.5
+            assert 0.8 * bound < tensor.abs().max() <= bound
+            assert tensor.std() == pytest.approx(bound / 3**0.5, rel=0.2)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    folder = make_checkpoint(tmp_path / "base", "qwen2")
+    wider = make_checkpoint(tmp_path / "wider", "qwen2", intermediate_size=128)
+    deeper = make_checkpoint(tmp_path / "deeper", "qwen2", num_hidden_layers=3)
+    arguments = (1, 1, 1), str(tmp_path / "out")
+    for base, words in ((wider, ("lora_B.weight has shape [128, 4]", "[96, 4]")), (deeper, ("also holds", "layers.2"))):
+        adapter = hf.make_adapter(f"{base}-adapter", base, ["up_proj"])
+        options = keys(["up_proj"], lora_load=str(adapter))
+        [message] = run_ranks(_written_back, 1, folder, arguments[0], options, arguments[1])
+        assert all(word in message for word in words), message
+
+
+TRAINING = {"lr": 1e-2, "lr_decay_style": "constant", "weight_decay": 0.1, "adam_eps": 1e-4}
+LAYOUTS = {
+    "one": {},
+    "tp2_pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "cp2_dp2_sharded": {"context_parallel_size": 2, "data_parallel_size": 2, "use_distributed_optimizer": True},
+    "tp4": {"tensor_model_parallel_size": 4, "sequence_parallel": True, "use_distributed_optimizer": True},
+}
+
+
+def test_a_checkpoint_of_adapters_crosses_layouts(tmp_path):
+    shape = {"layers": 4, "vocab_size": 301, "heads": 6, "kv_heads": 2, "head_dim": 16}
+    folder = hf.make_checkpoint(tmp_path / "base", "qwen3", tied=True, **shape)
+    pairs = hf.make_token_pairs(16, vocab_size=301)
+    batches = [pairs[:8], pairs[8:]]
+    adapters = keys(["q_proj", "v_proj", "o_proj", "gate_proj"], **TRAINING)
+    whole = engine_steps(folder, batches * 2, **adapters)
+    for written, read in (("tp2_pp2", "cp2_dp2_sharded"), ("cp2_dp2_sharded", "tp4"), ("tp4", "one")):
+        saved = tmp_path / written
+        first = engine_steps(folder, batches, save=saved, **adapters, **LAYOUTS[written])
+        second = engine_steps(folder, batches, load=saved / "iter_0000002", **adapters, **LAYOUTS[read])
+        assert first["losses"] + second["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+        error, name = worst_error(second["params"], {name: tensor.double() for name, tensor in whole["params"].items()})
+        assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_bf16_keeps_fp32_main_factors_and_reads_them_back_bit_by_bit(tmp_path, sharded):
+    folder = hf.make_checkpoint(tmp_path / "base", "qwen2", vocab_size=301)
+    pairs = hf.make_token_pairs(8, vocab_size=301)
+    options = keys(["q_proj", "down_proj"], **TRAINING, bf16=True, data_parallel_size=2)
+    options |= {"use_distributed_optimizer": sharded}
+    whole = engine_steps(folder, [pairs] * 4, **options)
+    engine_steps(folder, [pairs] * 2, save=tmp_path / "saved", **options)
+    second = engine_steps(folder, [pairs] * 2, load=tmp_path / "saved" / "iter_0000002", **options)
+    assert second["losses"] == whole["losses"][2:]
+    assert all(torch.equal(second["params"][name], value) for name, value in whole["params"].items())
+    stored = load_file(tmp_path / "saved" / "iter_0000002" / "rank_00000.safetensors")
+    main = [tensor for name, tensor in stored.items() if name.startswith("parameter|")]
+    assert main
+    assert all(tensor.dtype == torch.float32 for tensor in main)
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in main)

@@ -208,7 +208,9 @@ def train(
 
 def dense(params, reference, pairs, family="llama", **options):
     """The oracle's mean metrics and {Hugging Face name: gradient}, for these pairs and weights."""
-    return oracle._backward(params, reference, config_of(family), pairs, oracle.Options(**options), oracle.Running())[:2]
+    return oracle._backward(params, reference, config_of(family), pairs, oracle.Options(**options), oracle.Running())[
+        :2
+    ]
 
 
 def expected(pairs, family="llama", **options):

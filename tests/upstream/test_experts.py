@@ -1,12 +1,13 @@
 """Mixture-of-experts models in a real MindSpeed-LLM: loss and every gradient, against the dense fp64 oracle."""
 
+import random
+
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from tests import oracle_model
 from tests.upstream.harness import expected, gradient_errors, make_pairs, needs_upstream, train
-from tests.upstream.weights import config_of, hf_params
+from tests.upstream.weights import VOCABULARY, config_of, hf_params
 
 pytestmark = needs_upstream
 
@@ -52,6 +53,31 @@ def test_topology(tmp_path, name, family):
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(("ranks", "flags"), [(2, ONE), (4, f"{PP2} {ONE}")])
+def test_dpo_exact(tmp_path, family, ranks, flags):
+    run = train(tmp_path, PAIRS, f"{LOCAL} {EP2} --dpo-exact {flags}", ranks, stage="dpo", family=family)
+    wanted, gradients = expected(PAIRS[:4], family, stage="dpo")
+    # DPO's loss is made of differences between sums of many nats
+    assert run.metrics()[-1]["lm loss"] == pytest.approx(wanted["loss"], rel=5e-6)
+    errors = gradient_errors(run, gradients, family=family)
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("flags", ["", "--use-distributed-optimizer --bf16"])
+def test_resuming_is_as_if_never_stopped(tmp_path, flags):
+    flags = f"{LOCAL} {EP2} {ONE} --ckpt-format torch {flags}"
+    whole = train(tmp_path / "whole", PAIRS, flags, 2, iterations=4, family="qwen3_moe")
+    saved = f"{flags} --save {tmp_path}/checkpoints --save-interval 2 --exit-interval 2"
+    train(tmp_path / "first", PAIRS, saved, 2, iterations=4, family="qwen3_moe")
+    loaded = f"{flags} --load {tmp_path}/checkpoints"
+    resumed = train(tmp_path / "second", PAIRS, loaded, 2, iterations=4, family="qwen3_moe")
+    assert resumed.metrics() == whole.metrics()[2:]
+    for before, after in zip(whole.ranks, resumed.ranks, strict=True):
+        for name, (_, _, value) in before["parameters"].items():
+            assert torch.equal(after["parameters"][name][2], value), name
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 @pytest.mark.parametrize(("ranks", "flags"), [(2, ""), (4, f"{TP2} --use-distributed-optimizer")])
 def test_grouped_products_are_those_of_the_experts_one_by_one(tmp_path, family, ranks, flags):
     """In bf16, which alone MindSpeed's grouped products take, and in which rounding may choose another expert."""
@@ -68,17 +94,24 @@ AUXILIARY_CASES = {
     "one rank": (1, DISPATCH, 2),
     "ep2": (2, f"{EP2} {ONE}", 1),
     "ep2 tp2 sp": (4, f"{EP2} {TP2} {ONE}", 1),
-    "cp2 ring ep2": (2, f"{EP2} {RING}", 2),
     "ep2 alltoall_seq": (2, f"{EP2} {ONE}".replace("alltoall", "alltoall_seq"), 1),
 }
 """Ranks, flags, and pairs of a micro-batch."""
 
 
-def auxiliary_gradients(micro_batches, family, padding, seq_length=48):
+def full_pairs(number, seq_length=48):
+    """Pairs whose rows need no padding, which upstream routes too."""
+    draw = random.Random(3)
+    return [
+        tuple([draw.randrange(VOCABULARY) for _ in range(length)] for length in (prompt, *2 * (seq_length - prompt,)))
+        for prompt in (draw.randint(4, 40) for _ in range(number))
+    ]
+
+
+def auxiliary_gradients(micro_batches, family):
     """Gradients of the mean over micro-batches of upstream's loss, ``coefficient experts sum_e f_e P_e`` a layer.
 
-    ``f_e`` is the share of the choices that are expert e, ``P_e`` its mean probability, both over all tokens of the
-    micro-batch, padding included.
+    ``f_e`` is the share of the choices that are expert e, ``P_e`` its mean probability, over a micro-batch's tokens.
     """
     config, seen = config_of(family), {}
 
@@ -94,8 +127,7 @@ def auxiliary_gradients(micro_batches, family, padding, seq_length=48):
         for pairs in micro_batches:
             for prompt, *answers in pairs:
                 for answer in answers:
-                    row = [*prompt, *answer]
-                    oracle_model.logits(params, config, row + [padding] * (seq_length - len(row)))
+                    oracle_model.logits(params, config, [*prompt, *answer])
             for probabilities in map(torch.cat, seen.values()):
                 count = config["num_experts_per_tok"]
                 chosen = probabilities.topk(count).indices.flatten().bincount(minlength=probabilities.shape[1])
@@ -112,9 +144,9 @@ def auxiliary_gradients(micro_batches, family, padding, seq_length=48):
 @pytest.mark.parametrize("name", AUXILIARY_CASES)
 def test_the_auxiliary_loss_is_that_of_each_micro_batch(tmp_path, name, family):
     ranks, flags, size = AUXILIARY_CASES[name]
-    run = train(tmp_path, PAIRS, f"{LOCAL} {flags} --moe-aux-loss-coeff {AUXILIARY}", ranks, family=family)
-    padding = AutoTokenizer.from_pretrained(tmp_path / "data" / "tokenizer").pad_token_id
-    _, gradients = expected(PAIRS[:4], family)
-    added = auxiliary_gradients([PAIRS[first : first + size] for first in range(0, 4, size)], family, padding)
+    pairs = full_pairs(4)
+    run = train(tmp_path, pairs, f"{LOCAL} {flags} --moe-aux-loss-coeff {AUXILIARY}", ranks, family=family)
+    _, gradients = expected(pairs, family)
+    added = auxiliary_gradients([pairs[first : first + size] for first in range(0, 4, size)], family)
     errors = gradient_errors(run, {key: gradient + added[key] for key, gradient in gradients.items()}, family=family)
     assert max(errors.values()) < 1e-5, errors

@@ -134,8 +134,8 @@ def by_flag(flags):
 
 
 def test_the_scripts_are_found():
-    assert len(PLUG_IN) == 4
-    assert len(ENGINE) == 4
+    assert len(PLUG_IN) == 6
+    assert len(ENGINE) == 6
 
 
 @pytest.mark.parametrize("script", PLUG_IN)

@@ -17,9 +17,9 @@ def test_refusals_are_one_message_and_exit_code_2():
     assert [line for line in process.stderr.splitlines() if line.startswith("  - ")] == [
         "  - add --is-pairwise-dataset: the data must be chosen and rejected pairs",
         "  - --mtp-num-layers 1: multi-token prediction has no preference loss; remove it",
-        "  - --num-experts 8: mixture-of-experts models are not in the parity matrix; use a dense model",
         "  - --transformer-impl transformer_engine: it hands the NPU's operator a mask of the wrong shape; add "
         "--use-flash-attn or --transformer-impl local",
+        "  - --moe-token-dispatcher-type allgather: not in the parity matrix; use one of alltoall, alltoall_seq",
     ]
 
 

@@ -21,7 +21,7 @@ from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.data.indexed import write_indexed_pairs
 from tests import oracle
 from tests.tokenizers import make_tokenizer
-from tests.upstream.weights import CONFIG, MODEL_FLAGS, VOCABULARY, hf_params, megatron_part
+from tests.upstream.weights import FAMILIES, MODEL_FLAGS, VOCABULARY, Place, config_of, hf_params, megatron_part
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VARIABLES = ("MINDSPEED_LLM_PATH", "MINDSPEED_PATH", "MEGATRON_LM_PATH")
@@ -187,32 +187,37 @@ def _nursery():
     return process
 
 
-def train(folder, pairs, flags="", ranks=1, global_batch=4, iterations=1, stage="simpo", forms=(), **options):
+def train(
+    folder, pairs, flags="", ranks=1, global_batch=4, iterations=1, stage="simpo", forms=(), family="llama", **options
+):
     """One training run of the small model; fails with upstream's own output.
 
     Each iteration after the first takes the configuration keys of the next of ``forms``.
     """
     data = write_data(folder / "data", pairs)
     (folder / "forms.json").write_text(json.dumps(forms))
+    (folder / "family.txt").write_text(family)
     sizes = f"--global-batch-size {global_batch} --train-iters {iterations}"
     if "--micro-batch-size" not in flags.split():
         sizes += " --micro-batch-size 2"
-    arguments = f"{MODEL_FLAGS} {BASE_FLAGS} {sizes} --stage {stage} {flags}".split() + data
+    arguments = f"{MODEL_FLAGS} {FAMILIES[family].flags} {BASE_FLAGS} {sizes} --stage {stage} {flags}".split() + data
     run = launch(folder, arguments, ranks, **options)
     assert run.code == 0, run.text[-6000:]
     return run
 
 
-def dense(params, reference, pairs, **options):
+def dense(params, reference, pairs, family="llama", **options):
     """The oracle's mean metrics and {Hugging Face name: gradient}, for these pairs and weights."""
-    return oracle._backward(params, reference, CONFIG, pairs, oracle.Options(**options), oracle.Running())[:2]
+    return oracle._backward(params, reference, config_of(family), pairs, oracle.Options(**options), oracle.Running())[
+        :2
+    ]
 
 
-def expected(pairs, **options):
+def expected(pairs, family="llama", **options):
     """:func:`dense` with the known weights."""
-    params = {name: value.double().requires_grad_() for name, value in hf_params().items()}
-    reference = {name: value.double() for name, value in hf_params(salt=1).items()}
-    return dense(params, reference, pairs, **options)
+    params = {name: value.double().requires_grad_() for name, value in hf_params(family=family).items()}
+    reference = {name: value.double() for name, value in hf_params(1, family).items()}
+    return dense(params, reference, pairs, family, **options)
 
 
 def upstream_file(name):
@@ -229,7 +234,7 @@ def no_pad_flag():
     return "--no-pad-to-seq-lengths" if "no_pad_to_seq_lengths" in source else "--variable-seq-lengths"
 
 
-def gradient_errors(run, gradients, step=None):
+def gradient_errors(run, gradients, step=None, family="llama"):
     """Relative L2 error of each parameter's gradient, the worst over ranks; every gradient must have been compared.
 
     ``step`` counts from 0 in a run of several forms; None is the last one.
@@ -238,8 +243,9 @@ def gradient_errors(run, gradients, step=None):
     for rank in run.ranks:
         for name, (layer, gradient, _) in rank["parameters"].items():
             gradient = gradient if step is None else rank["steps"][step][name]
-            part = megatron_part(gradients, name, layer, *rank["tensor"])
+            part = megatron_part(gradients, name, layer, Place(*rank["place"]), family)
             error = ((gradient.double() - part).norm() / part.norm()).item()
             errors[name] = max(errors.get(name, 0.0), error)
-    assert len(errors) == 3 + 6 * CONFIG["num_hidden_layers"], sorted(errors)
+    if family == "llama":
+        assert len(errors) == 3 + 6 * config_of()["num_hidden_layers"], sorted(errors)
     return errors

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.upstream.harness import dense, make_pairs, needs_upstream, train
-from tests.upstream.weights import CONFIG, hf_params, megatron_part
+from tests.upstream.weights import EXPERTS, LAYERS, Place, hf_params, megatron_part
 
 pytestmark = needs_upstream
 
@@ -18,6 +18,8 @@ LORA = (
     "--lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2"
 )
 TP2 = "--tensor-model-parallel-size 2"
+ATTENTION = "--lora-target-modules linear_qkv linear_proj"
+EP2 = "--expert-model-parallel-size 2 --micro-batch-size 1"
 RECOMPUTE = "--recompute-granularity full --recompute-num-layers 1 --recompute-method"
 CASES = {
     "one rank": (1, ""),
@@ -37,23 +39,25 @@ CASES = {
 
 
 def adapters(run):
-    """{(base parameter, layer, tensor rank): (tensor size, {A or B: (value, gradient)})}, fp64; lr 0 leaves values."""
+    """{(base parameter, layer, place): {A or B: (value, gradient)}}, fp64; the learning rate 0 leaves the values."""
     found = {}
     for rank in run.ranks:
         for name, (layer, gradient, value) in rank["parameters"].items():
             module, kind = re.fullmatch(r"(.*)\.lora_([AB])\.default\.weight", name).groups()
-            place = f"{module}.weight", layer, rank["tensor"][0]
-            found.setdefault(place, (rank["tensor"][1], {}))[1][kind] = value.double(), gradient.double()
+            tensor, expert, expert_tensor = rank["place"]
+            # what divides this parameter: ranks that differ in something else hold the same one
+            divides = Place((0, 1), expert, expert_tensor) if ".experts." in module else Place(tensor)
+            found.setdefault((f"{module}.weight", layer, divides), {})[kind] = value.double(), gradient.double()
     return found
 
 
-def merged(parts, salt=0):
+def merged(parts, salt=0, family="llama"):
     """The dense weights with the adapters' products added, in Hugging Face's names."""
-    params = {name: value.double().requires_grad_() for name, value in hf_params(salt=salt).items()}
+    params = {name: value.double().requires_grad_() for name, value in hf_params(salt, family).items()}
     # megatron_part moves numbers without changing them, so that its transpose moves them back
     total = sum(
-        (megatron_part(params, name, layer, rank, size) * (ALPHA / RANK * pair["B"][0] @ pair["A"][0])).sum()
-        for (name, layer, rank), (size, pair) in parts.items()
+        (megatron_part(params, name, layer, place, family) * (ALPHA / RANK * pair["B"][0] @ pair["A"][0])).sum()
+        for (name, layer, place), pair in parts.items()
     )
     moved = torch.autograd.grad(total, params.values(), allow_unused=True)
     return {
@@ -62,32 +66,31 @@ def merged(parts, salt=0):
     }
 
 
-def wanted_gradients(parts, gradients):
-    """{(base parameter, layer, tensor rank): {A or B: gradient}} from those of the dense weights."""
-    wanted = {}
-    for (name, layer, rank), (size, pair) in parts.items():
-        dense = ALPHA / RANK * megatron_part(gradients, name, layer, rank, size)
-        wanted[name, layer, rank] = {"A": pair["B"][0].T @ dense, "B": dense @ pair["A"][0].T}
-    for (name, layer, rank), (size, _) in parts.items():
-        # what every tensor-parallel rank holds whole: the adapter's side that the layer does not shard
-        kind = "B" if name.split(".")[-2] in ROW_PARALLEL else "A"
-        if rank == 0:
-            total = sum(wanted[name, layer, other][kind] for other in range(size))
-            for other in range(size):
-                wanted[name, layer, other][kind] = total
+def wanted_gradients(parts, gradients, family="llama"):
+    """{(base parameter, layer, place): {A or B: gradient}} from those of the dense weights."""
+    wanted, whole = {}, {}
+    for (name, layer, place), pair in parts.items():
+        dense = ALPHA / RANK * megatron_part(gradients, name, layer, place, family)
+        wanted[name, layer, place] = {"A": pair["B"][0].T @ dense, "B": dense @ pair["A"][0].T}
+        # what the ranks that shard a layer hold whole: the adapter's side that the layer does not shard
+        kind, shared = "B" if name.split(".")[-2] in ROW_PARALLEL else "A", (name, layer, place.expert)
+        whole[shared] = kind, whole.get(shared, (kind, 0))[1] + wanted[name, layer, place][kind]
+    for name, layer, place in wanted:
+        kind, total = whole[name, layer, place.expert]
+        wanted[name, layer, place][kind] = total
     return wanted
 
 
-def check(run, parts, metrics, gradients, loss_tolerance=1e-6):
+def check(run, parts, metrics, gradients, loss_tolerance=1e-6, family="llama", modules=4):
     """Compare the adapters' gradients with those that follow from the dense weights'."""
     assert all("lora_" in name for rank in run.ranks for name in rank["parameters"])
     assert run.logged("lm loss")[-1] == pytest.approx(metrics["loss"], rel=loss_tolerance)
     errors = {
-        (*place, kind): ((parts[place][1][kind][1] - gradient).norm() / gradient.norm()).item()
-        for place, both in wanted_gradients(parts, gradients).items()
+        (*place, kind): ((parts[place][kind][1] - gradient).norm() / gradient.norm()).item()
+        for place, both in wanted_gradients(parts, gradients, family).items()
         for kind, gradient in both.items()
     }
-    assert len({(name, layer) for name, layer, *_ in errors}) == 4 * CONFIG["num_hidden_layers"]
+    assert len({(name, layer) for name, layer, *_ in errors}) == modules * LAYERS
     assert max(errors.values()) < 1e-5, errors
 
 
@@ -109,3 +112,19 @@ def test_dpo_exact(tmp_path, ranks, flags):
     wanted = dense(merged(parts), reference, PAIRS[:4], stage="dpo")
     # DPO's loss is made of differences between sums of many nats
     check(run, parts, *wanted, loss_tolerance=5e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    ("ranks", "flags", "modules"),
+    [
+        (1, "", 2 + 2 * EXPERTS),
+        (2, f"{ATTENTION} {EP2}", 2),
+        (4, f"{ATTENTION} {TP2} --sequence-parallel {EP2}", 2),
+    ],
+)
+def test_models_with_experts(tmp_path, family, ranks, flags, modules):
+    run = train(tmp_path, PAIRS, f"{LORA} --moe-token-dispatcher-type alltoall_seq {flags}", ranks, family=family)
+    parts = adapters(run)
+    params = merged(parts, family=family)
+    check(run, parts, *dense(params, params, PAIRS[:4], family), family=family, modules=modules)

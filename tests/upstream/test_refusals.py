@@ -44,6 +44,7 @@ for case in cases:
 print("ANSWERS " + json.dumps(answers))
 """
 MOE = "--num-experts 4 --moe-token-dispatcher-type alltoall"
+LORA = "--transformer-impl local --lora-r 4 --lora-alpha 8 --lora-target-modules linear_fc1"
 CP2 = "--transformer-impl local --context-parallel-size 2 --use-flash-attn"
 MC2 = "--use-ascend-mc2 --tensor-model-parallel-size 2 --sequence-parallel"
 CASES = {
@@ -65,8 +66,17 @@ CASES = {
     "--use-custom-fsdp --use-distributed-optimizer": "--use-custom-fsdp: not in the parity matrix",
     "--enable-elastic-training": "--enable-elastic-training: it averages the loss itself",
     "--async-log-allreduce": "--async-log-allreduce: it takes the metrics in another form",
-    MOE: "--num-experts 4: mixture-of-experts models are not in the parity matrix",
-    f"{MOE} --expert-model-parallel-size 2": "--expert-model-parallel-size 2: not in the parity matrix",
+    MOE: "accepted",
+    f"{MOE} --expert-model-parallel-size 2 --micro-batch-size 1": "accepted",
+    f"{MOE} --moe-token-dispatcher-type allgather": "--moe-token-dispatcher-type allgather: not in the parity matrix",
+    f"{MOE} --moe-router-load-balancing-type softmax_topk": "--moe-router-load-balancing-type softmax_topk: not in the",
+    f"{MOE} --moe-expert-capacity-factor 1.0": "--moe-expert-capacity-factor 1.0: it drops tokens",
+    f"{MOE} --moe-z-loss-coeff 0.1": "--moe-z-loss-coeff 0.1: not in the parity matrix",
+    f"{MOE} --seq-aux": "--seq-aux: upstream counts a pair as one sequence there",
+    f"{MOE} --n-shared-experts 1": "--n-shared-experts 1: shared experts are not in the parity matrix",
+    f"{MOE} --moe-aux-loss-coeff 0.1 {CP2}": "upstream's gradient of it depends on --context-parallel-size",
+    f"{MOE} --moe-aux-loss-coeff 0.1 --pair-schedule two_pass": "it is a loss of whole micro-batches",
+    f"{MOE} {LORA} --expert-model-parallel-size 2": "upstream adds up the gradients of different experts",
     f"{CP2} --context-parallel-algo hybrid_cp_algo": "--context-parallel-algo hybrid_cp_algo: use one of megatron_cp",
     f"{CP2} --context-parallel-algo kvallgather_cp_algo": "--context-parallel-algo kvallgather_cp_algo: use one of",
     f"{CP2} --context-parallel-algo adaptive_cp_algo": "--context-parallel-algo adaptive_cp_algo: use one of",

@@ -13,6 +13,7 @@ import re
 import resource
 import sys
 import zlib
+from dataclasses import astuple
 from pathlib import Path
 
 from mindspeed_simpo.integrations.mindspeed_llm import hooks
@@ -23,7 +24,8 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from mindspeed_llm import megatron_adaptor  # noqa: E402, F401
 from mindspeed_llm.tasks.posttrain.launcher import AutoTrainer  # noqa: E402
-from weights import hf_params, megatron_part  # noqa: E402 - MindSpeed-LLM has a package tests of its own
+from torch_npu import grouped  # noqa: E402
+from weights import Place, hf_params, megatron_part  # noqa: E402 - MindSpeed-LLM has a package tests of its own
 
 
 def named(model):
@@ -40,38 +42,47 @@ def whole_gradients(model):
     """Undo the division of the gradients over data-parallel ranks by the distributed optimizer."""
     from megatron.core import mpu
 
-    group = mpu.get_data_parallel_group(with_context_parallel=True)
-    for buffer in model.buffers:
-        for bucket in buffer.buckets:
+    for buffers, group in (
+        (model.buffers, mpu.get_data_parallel_group(with_context_parallel=True)),
+        (model.expert_parallel_buffers, mpu.get_expert_data_parallel_group()),
+    ):
+        for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
             shards = bucket.grad_data.chunk(group.size())
             for rank, shard in enumerate(shards):
                 torch.distributed.broadcast(shard, torch.distributed.get_global_rank(group, rank), group=group)
 
 
-def fill(models, hf, tensor):
+def fill(models, hf, place, family):
     """Give the models these weights, and LoRA's adapters noise: zeros, as they start, would hide gradients."""
     for model in models:
         for name, layer, parameter in named(model):
             if "lora_" in name:
-                shard = tensor[0] if getattr(parameter, "tensor_model_parallel", False) else 0
+                shard = place.tensor[0] if getattr(parameter, "tensor_model_parallel", False) else 0
                 seed = zlib.crc32(f"{name} {layer} {shard}".encode())
                 parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
             else:
-                parameter.data.copy_(megatron_part(hf, name.replace("base_layer.", ""), layer, *tensor))
+                parameter.data.copy_(megatron_part(hf, name.replace("base_layer.", ""), layer, place, family))
 
 
 def main():
     folder = Path(sys.argv.pop(1))
+    if "--moe-grouped-gemm" in sys.argv:
+        grouped.install()
     trainer = AutoTrainer().trainer
     models, optimizer = trainer.train_args[1], trainer.train_args[2]
     from megatron.core import mpu
     from megatron.training import get_args
 
-    tensor = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+    family = (folder / "family.txt").read_text() if (folder / "family.txt").exists() else "llama"
+    place = Place(
+        tensor=(mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()),
+        expert=(mpu.get_expert_model_parallel_rank(), mpu.get_expert_model_parallel_world_size()),
+        expert_tensor=(mpu.get_expert_tensor_parallel_rank(), mpu.get_expert_tensor_parallel_world_size()),
+    )
     if get_args().iteration == 0:
-        fill(models, hf_params(), tensor)
+        fill(models, hf_params(family=family), place, family)
         optimizer.reload_model_params()
-        fill(getattr(getattr(trainer, "hyper_model", None), "refer_model", []), hf_params(salt=1), tensor)
+        fill(getattr(getattr(trainer, "hyper_model", None), "refer_model", []), hf_params(1, family), place, family)
     steps = forms_in_turn(folder / "forms.json", trainer, optimizer, models)
     before = psutil.Process().memory_info().rss
     trainer.train()
@@ -79,7 +90,7 @@ def main():
         for model in models:
             whole_gradients(model)
     result = {
-        "tensor": tensor,
+        "place": astuple(place),
         "steps": steps,
         "growth": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before,
         "parameters": {

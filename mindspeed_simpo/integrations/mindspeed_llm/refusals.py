@@ -28,10 +28,27 @@ _REFUSED: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     ("use_custom_fsdp", bool, "not in the parity matrix; remove it"),
     ("enable_elastic_training", bool, "it averages the loss itself; remove it"),
     ("async_log_allreduce", bool, "it takes the metrics in another form; remove it"),
-    ("num_experts", bool, "mixture-of-experts models are not in the parity matrix; use a dense model"),
+    ("moe_expert_capacity_factor", lambda value: value is not None, "it drops tokens; remove it"),
+    ("moe_token_dropping", bool, "it drops tokens; remove it"),
+    ("seq_aux", bool, "upstream counts a pair as one sequence there; remove it"),
+    ("moe_device_level_aux_loss_coeff", bool, "not in the parity matrix; remove it"),
+    ("moe_comm_aux_loss_coeff", bool, "not in the parity matrix; remove it"),
+    ("moe_z_loss_coeff", bool, "not in the parity matrix; remove it"),
+    ("n_shared_experts", bool, "shared experts are not in the parity matrix; use a model without them"),
+    (
+        "moe_shared_expert_intermediate_size",
+        bool,
+        "shared experts are not in the parity matrix; use a model without them",
+    ),
+    ("moe_tp_extend_ep", bool, "not in the parity matrix; use --expert-tensor-parallel-size 1"),
 )
 """Name of the argument, predicate of the refused values, and the reason with what to do."""
 
+_EXACT_ROUTING = {
+    "moe_router_load_balancing_type": ("none", "aux_loss"),
+    "moe_token_dispatcher_type": ("alltoall", "alltoall_seq"),
+}
+"""Argument of models with experts -> its values in the parity matrix."""
 _EXACT_CP_ALGORITHMS = ("megatron_cp_algo", "ulysses_cp_algo")
 
 
@@ -52,7 +69,7 @@ def check(args: Namespace) -> None:
     if not reasons:
         stages.task_options(args, objective)
         reasons = [*_refused_keys(args, objective), *_refused_flags(args), *_refused_parallelism(args)]
-        reasons += _refused_schedule(args, objective)
+        reasons += [*_refused_schedule(args, objective), *_refused_experts(args)]
     if reasons:
         raise ConfigError(f"--stage {args.stage} cannot run like this:\n  - " + "\n  - ".join(reasons))
 
@@ -113,8 +130,6 @@ def _refused_parallelism(args: Namespace) -> Iterator[str]:
     algorithm = getattr(args, "context_parallel_algo", "megatron_cp_algo")
     if context > 1 and algorithm not in _EXACT_CP_ALGORITHMS:
         yield f"--context-parallel-algo {algorithm}: use one of {', '.join(_EXACT_CP_ALGORITHMS)}"
-    if args.expert_model_parallel_size > 1:
-        yield f"--expert-model-parallel-size {args.expert_model_parallel_size}: not in the parity matrix; set it to 1"
     if not _pads_to_need(args):
         return
     slices = context * (2 if algorithm == "megatron_cp_algo" else 1) if context > 1 else 1
@@ -124,6 +139,26 @@ def _refused_parallelism(args: Namespace) -> Iterator[str]:
         yield (
             f"batches padded to a multiple of {padded} tokens do not divide over tensor and context ranks: "
             f"add --pad-to-multiple-of {_next_multiple(padded, multiple)}"
+        )
+
+
+def _refused_experts(args: Namespace) -> Iterator[str]:
+    if not getattr(args, "num_experts", None):
+        return
+    for name, exact in _EXACT_ROUTING.items():
+        value = getattr(args, name)
+        if value not in exact:
+            yield f"--{name.replace('_', '-')} {value}: not in the parity matrix; use one of {', '.join(exact)}"
+    coefficient = f"--moe-aux-loss-coeff {args.moe_aux_loss_coeff}"
+    if args.moe_aux_loss_coeff and args.context_parallel_size > 1:
+        yield f"{coefficient}: upstream's gradient of it depends on --context-parallel-size; set it to 0"
+    if args.moe_aux_loss_coeff and args.pair_schedule == "two_pass":
+        yield f"{coefficient}: it is a loss of whole micro-batches, which --pair-schedule two_pass divides; set it to 0"
+    adapted = {"linear_fc1", "linear_fc2"}.intersection(getattr(args, "lora_target_modules", None) or ())
+    if adapted and args.expert_model_parallel_size > 1:
+        yield (
+            f"--lora-target-modules {' '.join(sorted(adapted))}: upstream adds up the gradients of different experts "
+            "where --expert-model-parallel-size divides them; name linear_qkv and linear_proj alone"
         )
 
 

@@ -78,6 +78,8 @@ def _checked(name, method, check):
             _check_operation(name, args)
         if name in ("allreduce", "reduce"):
             return _reduced(method, group, *args, **kwargs)
+        if name in _UNEVEN and len({tensor.shape for tensor in args[_LISTS[name]][0]}) > 1:
+            return _UNEVEN[name](group, *args[:2])
         return method(group, *args, **kwargs)
 
     call.checked = True
@@ -141,3 +143,29 @@ def _reduced(method, group, tensors, *args, **kwargs):
     work.wait()
     narrow.copy_(wide)
     return work
+
+
+def _gathered_unevenly(group, outputs, inputs):
+    """``HcclAllGatherV``, which takes tensors of several sizes; gloo's gather takes one size."""
+    [outputs], [own] = outputs, inputs
+    for rank, output in enumerate(outputs):
+        if rank == group.rank():
+            output.copy_(own)
+        options = torch.distributed.BroadcastOptions()
+        options.rootRank = rank
+        work = group.broadcast([output], options)
+        work.wait()
+    return work
+
+
+def _scattered_unevenly(group, outputs, inputs):
+    """``HcclReduceScatterV``: the sums of tensors of several sizes, one to each rank."""
+    [own], [inputs] = outputs, inputs
+    total = torch.cat([tensor.flatten() for tensor in inputs])
+    work = group.allreduce([total])
+    work.wait()
+    own.copy_(torch.split(total, [tensor.numel() for tensor in inputs])[group.rank()].view_as(own))
+    return work
+
+
+_UNEVEN = {"allgather": _gathered_unevenly, "reduce_scatter": _scattered_unevenly}

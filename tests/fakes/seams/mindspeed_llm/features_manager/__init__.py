@@ -29,6 +29,9 @@ class MegatronBasicFeature(MindSpeedFeature):
         ):
             parser.add_argument(flag, action="store_true")
         parser.add_argument("--transformer-impl", default="local")
+        parser.add_argument("--moe-router-load-balancing-type", default="aux_loss")
+        parser.add_argument("--moe-token-dispatcher-type", default="allgather")
+        parser.add_argument("--moe-aux-loss-coeff", type=float, default=0.0)
         parser.add_argument("--attention-dropout", type=float, default=0.1)
         parser.add_argument("--hidden-dropout", type=float, default=0.1)
 

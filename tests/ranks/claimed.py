@@ -59,6 +59,9 @@ COVERING: tuple[Layout, ...] = (
 )
 """Few rows in which every axis, and every pair of axes, occurs: what continuous integration runs."""
 
+LAYOUT_OF_FAMILIES = Layout(tensor=2, pipeline=2, sequence_parallel=True, virtual_pipeline=True)
+"""The row of each family in continuous integration."""
+
 _PAIRS_OF_AXES = COVERING[-3:]
 
 
@@ -122,10 +125,10 @@ _PACKED_ROWS = (
     Layout(tensor=2, data=2, sequence_parallel=True, distributed_optimizer=True),
     Layout(tensor=2, pipeline=2, sequence_parallel=True),
     Layout(pipeline=3, data=2),
-    Layout(context=2, pipeline=2, data=2),
     Layout(2, 1, 2, 2, sequence_parallel=True, virtual_pipeline=True, distributed_optimizer=True),
-    Layout(context=2, data=2, distributed_optimizer=True),
     Layout(2, 2, 2, 1, sequence_parallel=True, virtual_pipeline=True, distributed_optimizer=True),
+    Layout(context=2, data=2, distributed_optimizer=True),
+    Layout(context=2, pipeline=2, virtual_pipeline=True),
 )
 """Of the packed forms, whose rows differ in length and whose documents context-parallel ranks cut."""
 

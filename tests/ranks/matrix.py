@@ -18,6 +18,7 @@ from tests.ranks.claimed import (
     COVERING,
     EXPERT_COVERING,
     EXPERT_MATRIX,
+    LAYOUT_OF_FAMILIES,
     MATRIX,
     OPTIONS,
     OPTIONS_TOGETHER,
@@ -107,7 +108,7 @@ class Cell:
 
 def all_rows() -> list[Row]:
     """Everything that is claimed, by rising number of ranks."""
-    most_axes = COVERING[-3:]
+    most_axes = (*COVERING[-3:], LAYOUT_OF_FAMILIES)
     options = [Row(layout, (option,)) for option in OPTIONS for layout in option.rows]
     together = [Row(layout, options) for options in OPTIONS_TOGETHER for layout in _rows_of_all(options)]
     families = [Row(layout, family=family) for family in FAMILIES for layout in most_axes]
@@ -138,8 +139,7 @@ def _quick_expert_rows() -> list[Row]:
 
 def quick_rows() -> list[Row]:
     """What continuous integration runs: every pair of axes, all options at once, each family, and experts."""
-    most_axes = COVERING[-1]
-    families = [Row(most_axes, family=family) for family in FAMILIES]
+    families = [Row(LAYOUT_OF_FAMILIES, family=family) for family in FAMILIES]
     together = [Row(_rows_of_all(options)[-1], options) for options in OPTIONS_TOGETHER]
     adapters = [Row(*row) for row in ADAPTER_COVERING]
     return list(dict.fromkeys([*map(Row, COVERING), *together, *families, *adapters, *_quick_expert_rows()]))

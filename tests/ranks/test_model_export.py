@@ -309,12 +309,12 @@ def _export_to_a_slow_disk(folder, layout, output):
     write, initialize = export.save_file, parallel.initialize
 
     def slowly(*args, **kwargs):
-        time.sleep(3)
+        time.sleep(2)
         write(*args, **kwargs)
 
     export.save_file, parallel.initialize = slowly, partial(initialize, timeout_minutes=1 / 60)
     try:
-        return _export(folder, layout, output, max_shard_bytes=30_000)
+        return _export(folder, layout, output, max_shard_bytes=150_000)
     finally:
         export.save_file, parallel.initialize = write, initialize
 

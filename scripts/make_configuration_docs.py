@@ -22,7 +22,7 @@ BEGIN, END = "<!-- written by scripts/make_configuration_docs.py -->\n", "<!-- e
 INTRODUCTION = """\
 # Configuration
 
-Written by `scripts/make_configuration_docs.py` from `mindspeed_simpo/config/options.py` and
+Written by `scripts/make_configuration_docs.py` from `mindspeed_simpo/config/options/` and
 `mindspeed_simpo/objectives/`; do not edit it by hand.
 
 All keys live side by side in one YAML file. The key `simpo_beta` is the flag `--simpo-beta`; a flag wins over the file.

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
-from mindspeed_simpo.data.largest import LargestPass, PassShape
+from mindspeed_simpo.data.largest import LargestPass
 from mindspeed_simpo.device import DeviceName
-from mindspeed_simpo.model.adapters import Adapters
-from mindspeed_simpo.model.blockwise import block_size
-from mindspeed_simpo.model.causal import LARGEST_MASK
-from mindspeed_simpo.model.description import Attention, HeadShare, Layer, ModelDescription
+from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 from mindspeed_simpo.training.communicators import buffer_bytes
-
-_FP32 = 4
-_SCORES = 3
-"""Tensors of the size of a block's scores that exist at the same time where the scores have a soft cap."""
+from mindspeed_simpo.training.pass_memory import FP32, PassMemory
 
 
 @dataclass(frozen=True)
@@ -64,9 +57,9 @@ def estimate_memory(
       (``pipeline ranks - pipeline rank``; with virtual pipeline ranks the number of warm-up passes of megatron-core's
       interleaved schedule, at most all passes), and a the bytes that one layer saves for a token:
       ``b (4 hidden + 3 ffn / t)``, ``b hidden`` for each norm after a block, and those of the attention
-      (``_PassMemory.attention_bytes``); with ``sequence_parallel`` ``hidden`` is divided by t too. A recomputed layer
-      saves ``b hidden``; during the recomputation one group of layers saves all its tensors. Rotary tables, masks of
-      windows and, on CPUs, the mask of suffixes are stored once;
+      (:meth:`PassMemory.attention_bytes`); with ``sequence_parallel`` ``hidden`` is divided by t too. A recomputed
+      layer saves ``b hidden``; during the recomputation one group of layers saves all its tensors. Rotary tables,
+      masks of windows and, on CPUs, the mask of suffixes are stored once;
     - head, on the last pipeline rank: for r response tokens the states ``2 b r hidden`` and the logits,
       ``8 r vocabulary / t``, or with ``fused_logprob`` ``(4, in bf16 8) vocabulary / t`` for each of at most
       ``logprob_chunk_tokens`` tokens; with a softcap of the logits ``4 vocabulary / t`` more for each of them;
@@ -87,8 +80,8 @@ def estimate_memory(
     virtual = config.virtual_pipeline_size(model.num_layers) or 1
     chunks = pipeline_chunks(model, layout.pipeline, virtual, layout.expert_tensor_ranks)
     by_rank = [[chunk for chunk in chunks if chunk.pipeline_rank == rank] for rank in range(layout.pipeline)]
-    run = _PassMemory(model, config, layout, largest, device)
-    return [run.estimate(chunks) for chunks in by_rank]
+    run = PassMemory(model, config, layout, largest, device)
+    return [_estimate(run, chunks) for chunks in by_rank]
 
 
 def count_parameters(
@@ -107,270 +100,25 @@ def count_parameters(
     return sum(math.prod(slot.shape(0, tensor_ranks)) for slot in slots)
 
 
-@dataclass(frozen=True)
-class _PassMemory:
-    """The formulas of :func:`estimate_memory` and their inputs."""
-
-    model: ModelDescription
-    config: Config
-    layout: Layout
-    largest: LargestPass
-    device: DeviceName
-
-    @functools.cached_property
-    def adapters(self) -> Adapters | None:
-        """The configured adapters."""
-        return Adapters.of(self.config, self.model)
-
-    @property
-    def width(self) -> int:
-        """Bytes of the compute dtype."""
-        return 2 if self.config.bf16_in_use else 4
-
-    @property
-    def batch(self) -> PassShape:
-        """The largest pass."""
-        return self.largest.shape
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the largest pass on one context-parallel rank."""
-        return self.batch.tokens // self.layout.context
-
-    @property
-    def hidden(self) -> int:
-        """Values of the residual stream of one token on this rank."""
-        return self.model.hidden_size // (self.layout.tensor if self.config.sequence_parallel else 1)
-
-    def estimate(self, chunks: Sequence[Chunk]) -> MemoryEstimate:
-        """Memory of one pipeline rank, which has these chunks."""
-        layout, sharded = self.layout, self.config.use_distributed_optimizer
-        expert_ranks, copies = layout.expert * layout.expert_tensor_ranks, layout.data * layout.context
-        dense = count_parameters(self.model, chunks, layout.tensor, experts=False)
-        of_experts = count_parameters(self.model, chunks, expert_ranks, experts=True)
-        count = trained = dense + of_experts
-        held = dense // copies + of_experts * expert_ranks // (copies * layout.tensor) if sharded else count
-        if self.adapters is not None:
-            trained = self.adapters.count(self.model, chunks, layout.tensor)
-            count, held = count + trained, trained // copies if sharded else trained
-        place = chunks[0].pipeline_rank
-        return MemoryEstimate(
-            pipeline_rank=place,
-            parameters=self.width * count,
-            gradients=_FP32 * trained,
-            optimizer=(12 if self.config.bf16_in_use else 8) * held,
-            activations=self.activation_bytes(chunks) + self.mask_bytes(),
-            head=self.head_bytes() if chunks[-1].has_head else 0,
-            backward=max(self.backward_bytes(layer) for chunk in chunks for layer in chunk.layers(self.model)),
-            communication=buffer_bytes(self.model, self.config, self.layout, place) if self.device == "npu" else 0,
-        )
-
-    def activation_bytes(self, chunks: Sequence[Chunk]) -> int:
-        """Saved tensors of all micro-batches in flight, and those of one group of layers during recomputation."""
-        kept, recomputed = zip(*(self.chunk_bytes(chunk) for chunk in chunks), strict=True)
-        pipeline_size, number = self.layout.pipeline, len(chunks)
-        behind = pipeline_size - chunks[0].pipeline_rank - 1
-        if number == 1:
-            tokens = self.largest.in_flight[behind]
-            return int(kept[0] * tokens // self.batch.tokens + recomputed[0])
-        # with virtual pipeline ranks all micro-batches of a step are padded to one length
-        warm_up = 2 * behind + (number - 1) * pipeline_size
-        in_flight = min(self.largest.passes * number, warm_up + 1)
-        return int(sum(kept) * in_flight // number + max(recomputed))
-
-    def chunk_bytes(self, chunk: Chunk) -> tuple[int, int]:
-        """Saved tensors of a chunk's layers for one micro-batch, and the additional ones during recomputation."""
-        residual = self.width * self.tokens * self.hidden
-        layers = chunk.layers(self.model)
-        wholes = [self.layer_bytes(layer) for layer in layers]
-        positions = self.tokens // (self.batch.rows if self.config.batching_in_use == "padded" else 1)
-        dims = sum(rotation.dims for rotation in {layer.attention.rotation for layer in layers})
-        tables = 2 * self.width * positions * dims
-        if self.config.recompute_granularity == "full":
-            group = min(self.config.recompute_num_layers or 1, len(layers))
-            if self.config.recompute_method == "block":  # the first `group` layers are recomputed, one at a time
-                left = sum(wholes[group:])
-                return tables + (group + 1) * residual + left, 0 if left else max(wholes) - 2 * residual
-            groups = [sum(wholes[first : first + group]) for first in range(0, len(wholes), group)]
-            return tables + (len(groups) + 1) * residual, max(groups) - 2 * residual
-        if self.config.recompute_granularity == "selective":
-            both = [[self.attention_bytes(layer.attention, recomputed=r) for r in (False, True)] for layer in layers]
-            return tables + sum(wholes) - sum(kept - left for kept, left in both) + residual, 0
-        return tables + sum(wholes) + residual, 0
-
-    def layer_bytes(self, layer: Layer) -> int:
-        """Saved tensors of one layer without recomputation."""
-        residual = self.width * self.tokens * self.hidden
-        whole = 4 * residual + self.mlp_bytes(layer) + self.expert_bytes(layer)
-        norms_after = sum(norm is not None for norm in (layer.norm_after_attention, layer.norm_after_mlp))
-        whole += norms_after * residual + (2 + norms_after) * _FP32 * self.tokens
-        if self.adapters is not None:
-            whole += self.adapter_bytes(layer, self.adapters)
-        return whole + self.attention_bytes(layer.attention, recomputed=False)
-
-    def mlp_bytes(self, layer: Layer) -> int:
-        """Saved tensors of the MLP, or of the shared expert, without its input."""
-        return 0 if layer.mlp is None else 3 * self.width * self.tokens * layer.mlp.width // self.layout.tensor
-
-    @property
-    def expert_rows(self) -> float:
-        """Tokens of one rank that its experts compute, per expert of a token, where all experts get equally many."""
-        return self.tokens / self.layout.tensor * self.layout.expert_tensor_ranks
-
-    def expert_bytes(self, layer: Layer) -> int:
-        """Saved tensors of the experts, with equally many tokens for each.
-
-        For each row of an expert, its input, the products of the first projection and their activation, and the
-        output; the input a second time where the rows came from other ranks; scores, weights and places of each token.
-        """
-        experts, layout = layer.experts, self.layout
-        if experts is None:
-            return 0
-        rows = self.expert_rows * experts.top_k
-        several = layout.expert * layout.expert_tensor_ranks > 1
-        hidden = self.model.hidden_size
-        values = rows * (2 * hidden + 3 * experts.width // layout.expert_tensor_ranks)
-        weighted = self.tokens / layout.tensor * experts.top_k * hidden if layout.expert_tensor_ranks > 1 else 0
-        routing = self.tokens * (2 * experts.number + 3 * experts.top_k) * _FP32
-        places = rows * 8 * (5 if several else 2)
-        wide = _FP32 * self.tokens * hidden if self.config.bf16_in_use else 0
-        return int(self.width * (values + weighted) + routing + places + wide)
-
-    def adapter_bytes(self, layer: Layer, adapters: Adapters) -> int:
-        """Saved tensors of one layer with adapters, less those of a layer whose weights are trained.
-
-        A frozen projection without an adapter does not save its input; with one it saves ``r`` values a token too, and
-        the factors A of several projections with one input are concatenated.
-        """
-        names, hidden, tensor = self.model.names, self.model.hidden_size, self.layout.tensor
-        groups = (names.qkv, (names.o,), names.gate_up, (names.down,))
-        qkv, o, gate_up, down = (sum(name.rsplit(".")[-1] in adapters.modules for name in group) for group in groups)
-        attention = self.share(layer.attention).padded_queries * layer.attention.head_dim
-        joined = self.config.batching_in_use != "padded" or self.layout.context > 1
-        inputs = [(qkv, self.hidden), (o, attention if joined else 0)]
-        if layer.mlp is not None:
-            inputs += [(gate_up, self.hidden), (down, layer.mlp.width // tensor)]
-        unsaved = sum(size for adapted, size in inputs if not adapted)
-        shards = tensor if self.config.sequence_parallel else 1
-        inner = self.tokens * (qkv + gate_up) + self.tokens // shards * (o + down)
-        stacked = hidden * sum(number for number in (qkv, gate_up) if number > 1)
-        return self.width * (adapters.r * (inner + stacked) - self.tokens * unsaved)
-
-    def share(self, attention: Attention) -> HeadShare:
-        """Heads of the first tensor-parallel rank."""
-        return attention.share(0, self.layout.tensor)
-
-    @property
-    def longest_sequence(self) -> int:
-        """Tokens of the longest sequence; in packed rows at most ``seq_length``."""
-        if self.config.batching_in_use == "padded":
-            return self.batch.tokens // self.batch.rows
-        return min(self.batch.tokens, self.config.seq_length)
-
-    def blockwise(self, attention: Attention) -> bool:
-        """Whether the attention is computed in blocks of queries, which saves only queries, keys and values."""
-        if self.device == "npu":
-            return False
-        longest = self.longest_sequence
-        masked = self.device == "cpu" and self.layout.context > 1 and longest > LARGEST_MASK
-        return masked or attention.softcap is not None or (attention.window or longest) < longest
-
-    def attention_bytes(self, attention: Attention, *, recomputed: bool) -> int:
-        """Saved tensors of one layer's attention, between the QKV projection and the output projection.
-
-        With q query values and k key values a token: rotated queries and keys, and the output of the QKV projection, of
-        which the values are a view, ``2 q + 3 k``; the result, ``q``, a second time where the results of documents are
-        concatenated; one or more softmax statistics a head, unless the attention is computed in blocks. Context ranks
-        save the gathered keys and values instead, ``2 k`` for each token of all ranks; suffixes save the keys and
-        values of prefix and suffix, ``2 k``. Where query heads share a key-value head, the CPU's kernel takes expanded
-        copies: ``2 q`` in place of ``3 k`` and of each ``2 k``. With context ranks these copies, and in packed rows the
-        gathered keys and values, are those that each chunk attends to (:meth:`seen_by_chunks`). Tensor ranks that share
-        a key-value head also save its gathered keys and values, ``2 k``.
-        """
-        batch, context, share = self.batch, self.layout.context, self.share(attention)
-        queries, keys = share.padded_queries * attention.head_dim, share.kv_heads * attention.head_dim
-        gathered = context > 1 and self.config.context_parallel_algo == "gathered"
-        packed = self.config.batching_in_use != "padded"
-        joined = gathered or packed
-        shared = share.queries > share.kv_heads
-        normed = attention.qk_norm is not None
-        # queries of several groups are not contiguous in the projection's output: the norm saves a copy
-        queries_again = queries if normed and shared and share.kv_heads > 1 else 0
-        blockwise = self.blockwise(attention)
-        mixed = queries + (2 * keys if share.kv_parts == 1 else 2 * keys // share.kv_parts + 2 * keys)
-        if recomputed:
-            per_token = queries + keys + mixed + queries + queries_again
-            return self.width * self.tokens * per_token
-        branch_keys = batch.prefixes + batch.branch_tokens if batch.longest_branch else 0
-        values = self.tokens * (2 * queries + (queries if joined else 0))
-        copied = shared and self.device == "cpu" and not blockwise
-        if copied:
-            seen = self.tokens - batch.branch_tokens + branch_keys
-            if gathered:
-                seen = self.seen_by_chunks()
-            values += 2 * queries * seen + (self.tokens * (mixed + queries_again) if normed else 0)
-        elif gathered:
-            seen = self.seen_by_chunks() if packed else self.tokens * context
-            values += 2 * keys * seen + (self.tokens * mixed if normed else 0)
-        else:
-            values += self.tokens * (keys + mixed) + 2 * keys * branch_keys
-        if not copied:
-            values += self.tokens * queries_again
-        # npu_fusion_attention saves the maximum and the sum of each row eight times
-        softmax = self.tokens * share.queries * _FP32 * (16 if self.device == "npu" else 1)
-        norms = self.tokens * (share.queries + share.kv_heads) * _FP32 if normed else 0
-        order = 8 * batch.tokens // batch.rows if gathered else 0
-        return self.width * values + (0 if blockwise else softmax) + norms + order
-
-    def seen_by_chunks(self) -> int:
-        """Keys of the chunks of one context rank, each from the start of its sequence, prefix included, to its end.
-
-        A rank has the chunks ``r`` and ``2 context - 1 - r`` of each document, ``(2 context + 1) / (2 context)`` of the
-        document together.
-        """
-        prefixes = 2 * self.batch.prefixes if self.batch.longest_branch else 0
-        return self.tokens * (2 * self.layout.context + 1) // 2 + prefixes
-
-    def backward_bytes(self, layer: Layer) -> int:
-        """Peak of the tensors that the backward of one layer allocates."""
-        mlp = 0 if layer.mlp is None else 4 * self.width * self.tokens * layer.mlp.width // self.layout.tensor
-        if layer.experts is not None:
-            experts = layer.experts
-            rows = self.expert_rows * experts.top_k
-            mlp += int(self.width * rows * (4 * experts.width // self.layout.expert_tensor_ranks))
-        attention, share = layer.attention, self.share(layer.attention)
-        if attention.softcap is None or not self.blockwise(attention):
-            return mlp
-        length = min(self.batch.tokens // self.batch.rows, self.config.seq_length)
-        rows = self.batch.rows if self.config.batching_in_use == "padded" else 1
-        queries = min(block_size(attention.window, attention.softcap), length)
-        keys = min(length, queries + (attention.window or length))
-        return max(mlp, _SCORES * _FP32 * rows * share.queries * queries * keys)
-
-    def mask_bytes(self) -> int:
-        """Masks: one for each window in use and, on CPUs, one for suffixes and for the chunks of context ranks."""
-        attentions = dict.fromkeys(layer.attention for layer in self.model.layers)
-        blocks = {
-            (block_size(each.window, each.softcap), each.window or 0, _FP32 if each.softcap else self.width)
-            for each in attentions
-            if self.blockwise(each)
-        }
-        masks = sum(size * (size + (window or size) - 1) * width for size, window, width in blocks)
-        if self.device != "cpu" or all(map(self.blockwise, attentions)):
-            return masks
-        longest = self.batch.longest_branch
-        if self.layout.context > 1:
-            longest = self.longest_sequence
-        longest = min(longest, LARGEST_MASK)
-        return masks + (int(self.width * (1 << (longest - 1).bit_length()) ** 2) if longest else 0)
-
-    def head_bytes(self) -> int:
-        """Peak of the tensors that the head allocates."""
-        scored = self.batch.scored // self.layout.context
-        states = 2 * self.width * scored * self.model.hidden_size
-        vocabulary = self.model.vocab_size // self.layout.tensor
-        capped = 0 if self.model.logit_softcap is None else _FP32
-        if self.config.fused_logprob:
-            chunk = min(scored, self.config.chunk_tokens_in_use)
-            return states + chunk * vocabulary * ((8 if self.config.bf16_in_use else 4) + capped)
-        return states + scored * vocabulary * (8 + capped)
+def _estimate(run: PassMemory, chunks: Sequence[Chunk]) -> MemoryEstimate:
+    """Memory of one pipeline rank, which has these chunks."""
+    layout, sharded = run.layout, run.config.use_distributed_optimizer
+    expert_ranks, copies = layout.expert * layout.expert_tensor_ranks, layout.data * layout.context
+    dense = count_parameters(run.model, chunks, layout.tensor, experts=False)
+    of_experts = count_parameters(run.model, chunks, expert_ranks, experts=True)
+    count = trained = dense + of_experts
+    held = dense // copies + of_experts * expert_ranks // (copies * layout.tensor) if sharded else count
+    if run.adapters is not None:
+        trained = run.adapters.count(run.model, chunks, layout.tensor)
+        count, held = count + trained, trained // copies if sharded else trained
+    place = chunks[0].pipeline_rank
+    return MemoryEstimate(
+        pipeline_rank=place,
+        parameters=run.width * count,
+        gradients=FP32 * trained,
+        optimizer=(12 if run.config.bf16_in_use else 8) * held,
+        activations=run.activation_bytes(chunks) + run.mask_bytes(),
+        head=run.head_bytes() if chunks[-1].has_head else 0,
+        backward=max(run.backward_bytes(layer) for chunk in chunks for layer in chunk.layers(run.model)),
+        communication=buffer_bytes(run.model, run.config, run.layout, place) if run.device == "npu" else 0,
+    )

@@ -1,0 +1,47 @@
+"""The options, group by group: name, type, default, range, unit and help of every key, and the checks of each group."""
+
+from __future__ import annotations
+
+from mindspeed_simpo.config.options.base import (
+    CPU_CHUNK_TOKENS,
+    DEFAULT_TEMPLATE_DATE,
+    BatchingForm,
+    BatchingName,
+    ContextParallelAlgo,
+    Options,
+    effect_of,
+    takes_bool,
+)
+from mindspeed_simpo.config.options.data import DataOptions
+from mindspeed_simpo.config.options.model import AdapterOptions, ModelOptions
+from mindspeed_simpo.config.options.parallel import OutputOptions, ParallelOptions
+from mindspeed_simpo.config.options.task import TaskOptions
+from mindspeed_simpo.config.options.training import TrainingOptions
+
+OPTION_GROUPS: tuple[type[Options], ...] = (
+    TaskOptions,
+    ModelOptions,
+    AdapterOptions,
+    DataOptions,
+    TrainingOptions,
+    ParallelOptions,
+    OutputOptions,
+)
+
+__all__ = [
+    "CPU_CHUNK_TOKENS",
+    "DEFAULT_TEMPLATE_DATE",
+    "OPTION_GROUPS",
+    "AdapterOptions",
+    "BatchingForm",
+    "BatchingName",
+    "ContextParallelAlgo",
+    "DataOptions",
+    "ModelOptions",
+    "OutputOptions",
+    "ParallelOptions",
+    "TaskOptions",
+    "TrainingOptions",
+    "effect_of",
+    "takes_bool",
+]

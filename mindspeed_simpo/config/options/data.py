@@ -1,0 +1,135 @@
+"""The options of the data."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from datetime import date
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from mindspeed_simpo.config.options.base import DEFAULT_TEMPLATE_DATE, Options, option
+
+
+class DataOptions(Options):
+    """Data."""
+
+    data_path: str | list[str] | None = option(
+        None,
+        effect="result",
+        description="Training pairs: a file, a folder, a hub id, or a list of these. `evaluate` with eval_data_path "
+        "needs none.",
+    )
+    eval_data_path: str | list[str] | None = option(
+        None,
+        effect="result",
+        description="Evaluation pairs, in the same forms as data_path. Default: the eval part of split, if any.",
+    )
+    split: str = option(
+        "100,0",
+        effect="result",
+        description="Relative sizes of the train and eval parts of data_path, in the order of the data, such as "
+        "95,5; a "
+        "third part, as in 969,30,1, is not used.",
+    )
+    map_keys: dict[str, str | dict[str, str]] | None = option(
+        None,
+        effect="result",
+        description="Column names of the data: {canonical name: column}, as in MindSpeed-LLM's --map-keys.",
+    )
+    chat_template_kwargs: dict[str, Any] | None = option(
+        None,
+        effect="result",
+        description="Variables for the chat template, such as {enable_thinking: false}; the template must read them.",
+    )
+    chat_template_date: str = option(
+        DEFAULT_TEMPLATE_DATE,
+        effect="result",
+        description="Day, YYYY-MM-DD, that a chat template which prints today's date takes for today.",
+    )
+    seq_length: int = option(
+        2048, ge=8, effect="result", description="Largest length of a sequence (prompt and one response), tokens."
+    )
+    max_prompt_length: int | None = option(
+        None,
+        ge=1,
+        effect="result",
+        description="Length below which truncation does not cut a prompt, tokens. Default: half of seq_length.",
+    )
+    truncation: Literal["error", "drop", "keep_end", "keep_start"] = option(
+        "error",
+        effect="result",
+        description="Pairs longer than seq_length: error ends the run, drop leaves them out, keep_end and "
+        "keep_start cut the "
+        "prompt and keep its end or its start.",
+    )
+    data_errors: Literal["fail", "drop"] = option(
+        "fail",
+        effect="result",
+        description="Malformed examples, empty responses and identical responses: fail ends the run, drop leaves these "
+        "examples out and reports their number.",
+    )
+    data_cache_dir: str | None = option(
+        None,
+        effect="none",
+        description="Folder for cached token ids and reference log-probabilities. Default: ~/.cache/mindspeed_simpo.",
+    )
+    num_workers: int = option(
+        0, ge=0, le=256, effect="none", description="Worker processes for tokenisation; 0 means one per CPU core."
+    )
+
+    @field_validator("split")
+    @classmethod
+    def _split_is_weights(cls, value: str) -> str:
+        try:
+            weights = [float(part) for part in value.split(",")]
+        except ValueError:
+            raise ValueError("expected two or three comma-separated weights, such as 95,5") from None
+        if not math.isfinite(sum(weights)):
+            raise ValueError("expected two or three finite weights, such as 95,5")
+        if not 1 <= len(weights) <= 3 or min(weights) < 0 or weights[0] <= 0:
+            raise ValueError("expected two or three weights of at least 0, the first above 0, such as 95,5")
+        return value
+
+    @field_validator("chat_template_date")
+    @classmethod
+    def _is_a_day(cls, value: str) -> str:
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", value) is None:
+            raise ValueError("expected a day as YYYY-MM-DD")
+        try:
+            date.fromisoformat(value)
+        except ValueError as error:
+            raise ValueError(f"expected a day as YYYY-MM-DD; {error}") from None
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _is_plain(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected values that JSON has (texts, numbers, true, false, lists); {error}") from None
+        return value
+
+    @field_validator("data_path", "eval_data_path")
+    @classmethod
+    def _paths_are_given(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value is not None and not all([value] if isinstance(value, str) else value or [""]):
+            raise ValueError("expected a path, or a list of at least one path")
+        return value
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> DataOptions:
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.seq_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be below seq_length ({self.seq_length}): "
+                "the response needs room"
+            )
+        return self
+
+    @property
+    def prompt_limit(self) -> int:
+        """``max_prompt_length`` with its default, tokens."""
+        return self.max_prompt_length if self.max_prompt_length is not None else self.seq_length // 2

@@ -1,0 +1,128 @@
+"""The options of parallelism, and of what a run writes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from mindspeed_simpo.config.options.base import ContextParallelAlgo, Options, option
+
+
+class ParallelOptions(Options):
+    """Parallelism."""
+
+    tensor_model_parallel_size: int = option(
+        1, ge=1, effect="layout", description="Ranks over which each weight matrix is sharded (TP)."
+    )
+    pipeline_model_parallel_size: int = option(
+        1, ge=1, effect="layout", description="Ranks over which the layers are divided (PP)."
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None,
+        ge=1,
+        effect="layout",
+        description="Layers per model chunk of the interleaved pipeline schedule (VPP). Default: the schedule without "
+        "interleaving.",
+    )
+    context_parallel_size: int = option(
+        1, ge=1, effect="layout", description="Ranks over which each sequence is sharded (CP)."
+    )
+    context_parallel_algo: ContextParallelAlgo = option(
+        "gathered",
+        effect="arithmetic",
+        description="Attention over context-parallel ranks. gathered: all-gather of keys and values, on any device; "
+        "megatron_cp_algo: MindSpeed's ring attention, npu only; ulysses_cp_algo: MindSpeed's Ulysses, npu only.",
+    )
+    sequence_parallel: bool = option(
+        False,
+        effect="layout",
+        description="Shard the activations outside of attention and MLP along the sequence over the tensor-parallel "
+        "ranks (SP).",
+    )
+    use_distributed_optimizer: bool = option(
+        False, effect="layout", description="Shard the optimizer state over the data-parallel ranks (ZeRO-1)."
+    )
+    expert_model_parallel_size: int = option(
+        1,
+        ge=1,
+        effect="layout",
+        description="Ranks over which the experts of each layer are divided (EP), among the ranks of tensor, context "
+        "and data parallelism.",
+    )
+    expert_tensor_parallel_size: int | None = option(
+        None,
+        ge=1,
+        effect="layout",
+        description="Ranks over which each expert's weights are sharded (ETP). Default: tensor_model_parallel_size.",
+    )
+    overlap_grad_reduce: bool = option(
+        False,
+        effect="arithmetic",
+        description="Overlap the gradient reduction over the data-parallel ranks with the last backward of a step.",
+    )
+    device: Literal["auto", "npu", "cuda", "cpu"] = option(
+        "auto", effect="arithmetic", description="Device to run on; auto takes the first found of npu, cuda and cpu."
+    )
+    distributed_timeout_minutes: float = option(
+        10.0,
+        gt=0,
+        effect="none",
+        description="Timeout of a collective, minutes, after which a run with a lost rank ends.",
+    )
+
+    @model_validator(mode="after")
+    def _virtual_pipeline_needs_pipeline(self) -> ParallelOptions:
+        if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size == 1:
+            raise ValueError("num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size of at least 2")
+        return self
+
+
+class OutputOptions(Options):
+    """Evaluation and output."""
+
+    output_dir: str = option("outputs/simpo", effect="none", description="Folder for everything that the run writes.")
+    load: str | None = option(
+        None,
+        effect="none",
+        description="Checkpoint to resume from: a checkpoints folder (the newest checkpoint) or one iter_* folder; "
+        "auto: the newest whole checkpoint of output_dir, or a run from the start where there is none. Default: a run "
+        "from the start.",
+    )
+    save_interval: int = option(
+        0, ge=0, effect="none", description="Optimizer steps between checkpoints; 0 saves only at the end."
+    )
+    save_total_limit: int | None = option(
+        None, ge=1, effect="none", description="Number of checkpoints that are kept, the newest ones. Default: all."
+    )
+    async_save: bool = option(
+        False,
+        effect="none",
+        description="Write checkpoints in the background: training goes on as soon as each rank has copied its shard "
+        "to host memory.",
+    )
+    log_interval: int = option(1, ge=1, effect="none", description="Optimizer steps between lines of metrics.")
+    eval_interval: int = option(
+        0,
+        ge=0,
+        effect="none",
+        description="Optimizer steps between evaluations; 0 evaluates only before the first and after the last step.",
+    )
+    eval_iters: int | None = option(
+        None,
+        ge=0,
+        effect="none",
+        description="Largest number of global batches per evaluation; 0 means no evaluation. Default: all "
+        "evaluation pairs.",
+    )
+    export_hf: bool = option(
+        False,
+        effect="none",
+        description="Write the trained model to output_dir/hf as a Hugging Face folder at the end.",
+    )
+    wandb_project: str | None = option(
+        None, effect="none", description="Weights & Biases project that also receives the metrics. Default: none."
+    )
+    swanlab_project: str | None = option(
+        None, effect="none", description="SwanLab project that also receives the metrics. Default: none."
+    )

@@ -138,6 +138,23 @@ class Packing:
 
 
 @dataclass(frozen=True)
+class SequenceMembers:
+    """The sequences that the tokens of some rows belong to, for a loss of whole sequences."""
+
+    of_token: Int[Tensor, "2 row held"]
+    """int64 index of a sequence, or -1: each token belongs to at most two, a shared prompt to those of both responses.
+    Padding belongs to none."""
+    lengths: Int[Tensor, " sequence"]
+    """int64 tokens of each sequence, over all context-parallel ranks."""
+    weight: float
+    """Factor of each sequence's loss."""
+
+    def to(self, device: torch.device) -> SequenceMembers:
+        """A copy with the tensors on ``device``."""
+        return SequenceMembers(to_device(self.of_token, device), to_device(self.lengths, device), self.weight)
+
+
+@dataclass(frozen=True)
 class ScoredTokens:
     """Indices of the response tokens of some rows, found on the host.
 

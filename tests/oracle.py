@@ -28,9 +28,11 @@ def _scores(
     pair: Pair,
     options: Options,
     running: Running,
+    unevenness: list[Tensor] | None = None,
 ) -> Scores:
     prompt, *responses = pair
-    sums, counts = zip(*(sequence_logprob(params, config, prompt, response) for response in responses), strict=True)
+    scored = [sequence_logprob(params, config, prompt, response, unevenness) for response in responses]
+    sums, counts = zip(*scored, strict=True)
     base = None
     if STAGES[options.stage].needs_reference:
         with torch.no_grad():
@@ -71,8 +73,11 @@ def _backward(
     total = {name: torch.zeros_like(param) for name, param in trained.items()}
     metrics, gaps = [], []
     for pair in pairs:
-        scores = _scores(params, reference, config, pair, options, running)
+        unevenness: list[Tensor] = []
+        scores = _scores(params, reference, config, pair, options, running, unevenness)
         loss, named = score(scores, options)
+        if options.moe_aux_loss_coeff:  # of both sequences of the pair, half each
+            loss = loss + options.moe_aux_loss_coeff / 2 * torch.stack(unevenness).sum()
         metrics.append(named)
         if STAGES[options.stage].tracks_gap:
             gaps.append(scores.gap)

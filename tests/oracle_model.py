@@ -249,8 +249,12 @@ def _mlp(params: Params, config: Config, name: str, hidden: Tensor) -> Tensor:
     return _linear(params, f"{name}.down_proj", active * up)
 
 
-def _experts(params: Params, config: Config, layer: str, hidden: Tensor) -> Tensor:
-    """The weighted sum of the experts that each token chooses, and the shared expert where the family has one."""
+def _experts(params: Params, config: Config, layer: str, hidden: Tensor, unevenness: list[Tensor]) -> Tensor:
+    """The weighted sum of the experts that each token chooses, and the shared expert where the family has one.
+
+    ``unevenness`` gets ``sum_e f_e P_e``: f_e is the share of expert e in the tokens' choices, times the number of
+    experts, and P_e the mean of its scores, each divided by the sum of the token's (arXiv:2412.19437, eq. 17 to 20).
+    """
     block = f"{layer}.block_sparse_moe" if config["model_type"] == "mixtral" else f"{layer}.mlp"
     glm, count = config["model_type"] == "glm4_moe", config["num_experts_per_tok"]
     router = hidden @ params[f"{block}.gate.weight"].T
@@ -261,7 +265,10 @@ def _experts(params: Params, config: Config, layer: str, hidden: Tensor) -> Tens
         raise CloseChoiceError(
             f"{layer}: the last chosen expert of a token leads by {gap:.1e}: take other weights or pairs"
         )
-    weights = torch.zeros_like(scores).scatter(1, order[:, :count], 1.0) * scores
+    choices = torch.zeros_like(scores).scatter(1, order[:, :count], 1.0)
+    shares = choices.mean(0) * choices.shape[1] / count
+    unevenness.append((shares * (scores / scores.sum(-1, keepdim=True)).mean(0)).sum())
+    weights = choices * scores
     if config["model_type"] == "mixtral" or config["norm_topk_prob"]:
         weights = weights / weights.sum(-1, keepdim=True)
     weights = weights * config.get("routed_scaling_factor", 1.0)
@@ -275,17 +282,20 @@ def _experts(params: Params, config: Config, layer: str, hidden: Tensor) -> Tens
     return mixed + _mlp(params, config, f"{block}.shared_experts", hidden) if glm else mixed
 
 
-def _feed_forward(params: Params, config: Config, layer: str, hidden: Tensor) -> Tensor:
+def _feed_forward(params: Params, config: Config, layer: str, hidden: Tensor, unevenness: list[Tensor]) -> Tensor:
     if f"{layer}.mlp.gate.weight" in params or config["model_type"] == "mixtral":
-        return _experts(params, config, layer, hidden)
+        return _experts(params, config, layer, hidden, unevenness)
     return _mlp(params, config, f"{layer}.mlp", hidden)
 
 
-def logits(params: Params, config: Config, tokens: Sequence[int] | Tensor) -> Tensor:
-    """Next-token logits of one sequence, [seq, vocabulary], fp64.
+def logits(
+    params: Params, config: Config, tokens: Sequence[int] | Tensor, unevenness: list[Tensor] | None = None
+) -> Tensor:
+    """Next-token logits of one sequence, [seq, vocabulary], fp64; ``unevenness`` gets that of each layer of experts.
 
     Rotations that depend on the length of the sequence take ``len(tokens)``.
     """
+    unevenness = [] if unevenness is None else unevenness
     ids, types = torch.as_tensor(tokens), layer_types(config)
     rotations = {layer_type: _rotation(config, layer_type, len(ids)) for layer_type in set(types)}
     before_attention, after_attention, before_mlp, after_mlp = _NORMS.get(config["model_type"], _PRE_NORMS)
@@ -301,7 +311,7 @@ def logits(params: Params, config: Config, tokens: Sequence[int] | Tensor) -> Te
         normed = norm(layer, before_attention, hidden)
         output = _attention(params, config, f"{layer}.self_attn", normed, rotations[layer_type], window)
         hidden = hidden + norm(layer, after_attention, output)
-        output = _feed_forward(params, config, layer, norm(layer, before_mlp, hidden))
+        output = _feed_forward(params, config, layer, norm(layer, before_mlp, hidden), unevenness)
         hidden = hidden + norm(layer, after_mlp, output)
     hidden = _norm(params, config, "model.norm", hidden)
     scores = hidden @ params.get("lm_head.weight", params["model.embed_tokens.weight"]).T
@@ -309,7 +319,11 @@ def logits(params: Params, config: Config, tokens: Sequence[int] | Tensor) -> Te
 
 
 def sequence_logprob(
-    params: Params, config: Config, prompt_ids: Sequence[int], response_ids: Sequence[int]
+    params: Params,
+    config: Config,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    unevenness: list[Tensor] | None = None,
 ) -> tuple[Tensor, int]:
     """Sum of the response tokens' log-probabilities given all tokens before each (nats), and their number.
 
@@ -318,5 +332,5 @@ def sequence_logprob(
     tokens = [*prompt_ids, *response_ids]
     scored = tokens[max(1, len(prompt_ids)) :]
     # the last token predicts nothing, and yet counts in the length that some rotations depend on
-    logprobs = logits(params, config, tokens)[:-1].log_softmax(-1)[-len(scored) :]
+    logprobs = logits(params, config, tokens, unevenness)[:-1].log_softmax(-1)[-len(scored) :]
     return logprobs.gather(1, torch.as_tensor(scored)[:, None]).sum(), len(scored)

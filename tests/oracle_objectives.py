@@ -38,6 +38,7 @@ class Options:
     alphadpo_beta: float = 2.5
     alphadpo_alpha: float = 0.1
     alphadpo_gamma_beta_ratio: float = 0.3
+    moe_aux_loss_coeff: float = 0.0
     weight_decay: float = 0.0
     clip_grad: float = 1.0
     adam_beta1: float = 0.9

@@ -202,6 +202,11 @@ def _check_experts(layout: Layout, experts: ExpertSizes) -> None:
 
 
 def _check_dense(config: Config, layout: Layout) -> None:
+    if config.moe_aux_loss_coeff:
+        raise ConfigError(
+            f"moe_aux_loss_coeff {config.moe_aux_loss_coeff}: {config.model_name_or_path} has no experts; remove the "
+            "key"
+        )
     if layout.axes & {"EP", "ETP"}:
         raise ConfigError(
             f"{names_of(layout.axes & {'EP', 'ETP'})}: {config.model_name_or_path} has no experts; remove the key"

@@ -124,6 +124,7 @@ def build_schedule(
         config.pair_schedule,
         config.sequence_multiple,
         step_reference,
+        config.moe_aux_loss_coeff,
     )
 
 

@@ -11,7 +11,7 @@ from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.objectives import OBJECTIVES as DECLARED
 from tests import oracle, oracle_adapters
 from tests.hf import make_adapter, make_checkpoint, make_token_pairs
-from tests.objectives import OBJECTIVES, STATISTICS, stage_of
+from tests.objectives import OBJECTIVES, STATISTICS
 from tests.ranks.claimed import (
     ADAPTER_COVERING,
     ADAPTER_MATRIX,
@@ -55,9 +55,16 @@ an MLP, and GLM-4.5's first."""
 
 ON_EVERY_ROW = ("sigmoid", "sigmoid + ftx", "hinge", "hinge + ftx", "ipo", "ipo + ftx", "dpo")
 """The objectives that continuous integration has on each of its rows of the first family."""
+BALANCED = {
+    "sigmoid, balanced": {"moe_aux_loss_coeff": 0.5},
+    "dpo, balanced": {"stage": "dpo", "moe_aux_loss_coeff": 2.0},
+}
+"""Objectives with the auxiliary loss of the routers, for models with experts."""
+FORMS = OBJECTIVES | BALANCED
 OF_FAMILIES = ("sigmoid + ftx", "dpo")
 """And on the rows of the other families, and on all rows with the older megatron-core."""
 
+OF_EXPERTS = (*OF_FAMILIES, *BALANCED)
 OF_ADAPTERS = ("sigmoid + ftx", "dpo", "alphadpo")
 """And on the rows with adapters: one without a reference, and those whose reference is the model without adapters."""
 ADAPTER_RANK, ADAPTER_ALPHA = 3, 12.0
@@ -151,7 +158,7 @@ def objectives_of(row: Row) -> tuple[str, ...]:
     Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
     """
     if row.family in EXPERT_FAMILIES:
-        return OF_FAMILIES
+        return OF_EXPERTS
     if row.adapters:
         return OF_ADAPTERS
     covering = row.layout in COVERING or bool(row.options)
@@ -170,6 +177,8 @@ def quick_objectives(row: Row) -> tuple[str, ...]:
     """
     if row.adapters:
         return OF_ADAPTERS
+    if row.family in EXPERT_FAMILIES:
+        return OF_EXPERTS[1:]
     if row.family != "qwen2" or megatron_version().startswith("0.12."):
         return OF_FAMILIES
     return tuple(OBJECTIVES) if row in _rows_of_all_objectives() else ON_EVERY_ROW
@@ -250,9 +259,9 @@ class Matrix:
         ]
 
     def _run(self, shape: _Shape, objective: str, adapters: tuple[str, ...]) -> Run:
-        declared = DECLARED[stage_of(objective)]
+        declared = DECLARED[FORMS[objective].get("stage", "simpo")]
         return Run(
-            OBJECTIVES[objective],
+            FORMS[objective],
             references=self._references(shape) if declared.needs_reference and not adapters else None,
             running=STATISTICS if declared.tracked is not None else None,
         )
@@ -285,7 +294,7 @@ class Matrix:
 
     def _by_oracle(self, shape: _Shape, objective: str, adapters: tuple[str, ...]):
         """Loss, gradient norm, gradients and updated parameters."""
-        options = oracle.Options(**OBJECTIVES[objective], **ADAM)
+        options = oracle.Options(**FORMS[objective], **ADAM)
         pairs = [pair for pair in global_batch(shape.pairs) if pair]
         if adapters:
             folders = self._checkpoint(shape), self._adapters(shape, adapters)

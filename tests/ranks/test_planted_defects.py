@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_simpo.config.layout import Layout
-from tests.ranks.matrix import GRADIENT, LOSS, Cell, Row
+from tests.ranks.matrix import BALANCED, GRADIENT, LOSS, Cell, Row
 from tests.ranks.parity import worst_error
 
 pytestmark = pytest.mark.newest_core
@@ -127,8 +127,8 @@ def dropped_token():
 
     original = Router.forward
 
-    def forward(self, tokens):
-        weights, chosen = original(self, tokens)
+    def forward(self, *arguments):
+        weights, chosen = original(self, *arguments)
         kept = torch.ones_like(weights)
         kept[0, -1] = 0
         return weights * kept, chosen
@@ -199,7 +199,18 @@ def test_the_matrix_catches(matrix, defect, row, loss_shows_it):
     assert (cell.loss > LOSS) == loss_shows_it
 
 
+def balance_of_own_tokens():
+    """The auxiliary loss counts the tokens of a sequence on its own context-parallel rank alone."""
+    import dataclasses
+
+    from mindspeed_simpo.model.balance import Balance
+
+    original = Balance.add_gradient
+    Balance.add_gradient = lambda self, *args: original(dataclasses.replace(self, groups=()), *args)
+
+
 EXPERTS = Row(Layout(data=4, expert=2), family="qwen3_moe")
+SPLIT_EXPERTS = Row(Layout(context=2, expert=2), family="qwen3_moe")
 
 
 @pytest.mark.parametrize("defect", [expert_gradients_of_the_wrong_group, dropped_token])
@@ -207,6 +218,15 @@ def test_the_matrix_catches_a_defect_of_routing(matrix, defect):
     [cell] = matrix.cells(EXPERTS, [OBJECTIVE], prepare=defect)
     assert not cell.holds
     assert cell.gradient > 1000 * GRADIENT
+
+
+def test_the_matrix_catches_a_balance_of_parts_of_sequences(matrix):
+    [objective, _] = BALANCED
+    [sound] = matrix.cells(SPLIT_EXPERTS, [objective])
+    [cell] = matrix.cells(SPLIT_EXPERTS, [objective], prepare=balance_of_own_tokens)
+    assert sound.holds
+    assert cell.gradient > 100 * GRADIENT
+    assert cell.loss < LOSS
 
 
 def test_the_matrix_catches_a_double_count_in_the_norm(matrix):

@@ -64,6 +64,13 @@ class TrainingOptions(Options):
     weight_decay: float = option(
         0.0, ge=0, effect="result", description="Decoupled weight decay (AdamW); norm weights and biases are exempt."
     )
+    moe_aux_loss_coeff: float = option(
+        0.0,
+        ge=0,
+        effect="result",
+        description="Weight of the auxiliary loss that balances the experts of each layer, sequence by sequence, no "
+        "unit; 0 adds none. The reported loss does not include it.",
+    )
     clip_grad: float = option(
         1.0,
         ge=0,

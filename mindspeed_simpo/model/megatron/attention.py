@@ -17,6 +17,7 @@ from mindspeed_simpo.batch import Documents
 from mindspeed_simpo.config.options import ContextParallelAlgo
 from mindspeed_simpo.device import operators
 from mindspeed_simpo.model import description
+from mindspeed_simpo.model.balance import Balance
 from mindspeed_simpo.model.causal import causal_attention
 from mindspeed_simpo.model.megatron.context import CONTEXT_PARALLEL_ATTENTION
 from mindspeed_simpo.model.megatron.linear import RMSNorm, column_parallel, row_parallel
@@ -28,12 +29,14 @@ from mindspeed_simpo.parallel.collectives import gather_along_first
 
 @dataclass(frozen=True)
 class RowContents:
-    """Documents and rotary tables of the rows of a micro-batch, for the attention of every layer."""
+    """What every layer knows of the rows of a micro-batch beside their hidden states."""
 
     documents: Documents
     """Documents of a packed row, which attend to themselves and their prefixes; empty for padded rows."""
     tables: Mapping[description.Rotation, RotationTables]
     """Cosines and sines of each distinct rotation of the layers."""
+    balance: Balance | None = None
+    """The auxiliary loss of the routers; None for none."""
 
 
 class Attention(torch.nn.Module):

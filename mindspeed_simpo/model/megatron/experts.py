@@ -18,6 +18,7 @@ from torch.nn.functional import linear, pad
 from mindspeed_simpo.device import operators
 from mindspeed_simpo.device.grouped import grouped_linear
 from mindspeed_simpo.model import description
+from mindspeed_simpo.model.balance import Balance
 from mindspeed_simpo.model.routes import routes_of, take
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import exchange, join_along_first, split_along_first
@@ -50,11 +51,14 @@ class Router(torch.nn.Module):
             self.correction.data = kept.to(self.correction.device)
         return self
 
-    def forward(self, tokens: Float[Tensor, "token hidden"]) -> tuple[Float[Tensor, "token k"], Int[Tensor, "token k"]]:
+    def forward(
+        self, tokens: Float[Tensor, "token hidden"], balance: Balance | None
+    ) -> tuple[Float[Tensor, "token k"], Int[Tensor, "token k"]]:
         """fp32 weights and int64 numbers of the experts of each token.
 
         Args:
             tokens: Normalised hidden states.
+            balance: The auxiliary loss; None for none.
         """
         logits = linear(tokens.float(), self.weight.float())
         scores = logits.softmax(-1) if self.experts.scores == "softmax" else logits.sigmoid()
@@ -63,6 +67,8 @@ class Router(torch.nn.Module):
         weights = scores.gather(1, chosen)
         if self.experts.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
+        if balance is not None:
+            weights = balance.add_gradient(weights, scores, chosen)
         return weights * self.experts.scale, chosen
 
 
@@ -89,14 +95,17 @@ class Experts(torch.nn.Module):
         self.linear_fc1 = _stacked(self.held, 2 * width, config.hidden_size, config)
         self.linear_fc2 = _stacked(self.held, config.hidden_size, width, config)
 
-    def forward(self, hidden: Float[Tensor, "held row hidden"]) -> Float[Tensor, "held row hidden"]:
+    def forward(
+        self, hidden: Float[Tensor, "held row hidden"], balance: Balance | None
+    ) -> Float[Tensor, "held row hidden"]:
         """The weighted sum of the experts of each token.
 
         Args:
             hidden: Normalised hidden states of this rank's shard of the sequence.
+            balance: The auxiliary loss of the router; None for none.
         """
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        weights, chosen = self.router(tokens)
+        weights, chosen = self.router(tokens, balance)
         number = len(tokens)
         if self.split_over is not None and self.split_over.size() > 1:
             tokens, weights, chosen = (self._own_part(each) for each in (tokens, weights, chosen))

@@ -14,12 +14,13 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mindspeed_simpo.batch import UNPACKED, Documents
+from mindspeed_simpo.batch import UNPACKED, Documents, SequenceMembers
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.options import ContextParallelAlgo
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.adapters import Adapters
+from mindspeed_simpo.model.balance import Balance
 from mindspeed_simpo.model.description import ModelDescription, Rotation
 from mindspeed_simpo.model.megatron.adapters import attach
 from mindspeed_simpo.model.megatron.attention import RowContents
@@ -129,6 +130,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         head: Head | None = None,
         documents: Documents = UNPACKED,
         lengths: Int[Tensor, " row"] | None = None,
+        members: SequenceMembers | None = None,
     ) -> Tensor:
         """Hidden states of this chunk, or after the last layer the output of the head or the logits.
 
@@ -142,6 +144,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
             documents: Documents of a packed row.
             lengths: int64 length in tokens, over all context-parallel ranks and without padding, of each padded row;
                 required for rotations that depend on the length.
+            members: Sequences of the tokens, for the auxiliary loss of the routers; None without it.
 
         Returns:
             ``[seq, row, hidden]`` hidden states from chunks without the head. From the chunk with the head, the result
@@ -165,11 +168,22 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
-            attention_bias=RowContents(documents, self._tables(position_ids, lengths)),
+            attention_bias=RowContents(documents, self._tables(position_ids, lengths), self._balance(members)),
         )
         if not self.post_process:
             return hidden  # type: ignore[no-any-return]
         return self._logits(hidden) if head is None else head(hidden, self.output_weight)
+
+    def _balance(self, members: SequenceMembers | None) -> Balance | None:
+        """The auxiliary loss, for the tokens in the order of the hidden states of this rank."""
+        if members is None:
+            return None
+        groups, of_token = [self._groups.context], members.of_token.transpose(1, 2)
+        if self.config.sequence_parallel:
+            groups.append(self._groups.tensor)
+            of_token = of_token.chunk(self._groups.tensor.size(), dim=1)[self._groups.tensor.rank()]
+        several = [group for group in groups if group.size() > 1]
+        return Balance(of_token.flatten(1), members.lengths, members.weight, several)
 
     def _tables(self, position_ids: Tensor, lengths: Tensor | None) -> dict[Rotation, RotationTables]:
         tables = {}

@@ -86,12 +86,12 @@ class DecoderLayer(torch.nn.Module):
 
         Args:
             hidden_states: The residual stream, this rank's shard of the sequence.
-            attention_bias: Documents and rotary tables of the rows. The argument has this name because megatron-core
+            attention_bias: Contents of the rows. The argument has this name because megatron-core
                 passes only ``attention_bias`` unchanged to a layer, under recomputation too.
         """
         blocks = (
             (self.input_layernorm, self.self_attention, (attention_bias,), self.post_attention_layernorm),
-            (self.pre_mlp_layernorm, self._feed_forward, (), self.post_mlp_layernorm),
+            (self.pre_mlp_layernorm, self._feed_forward, (attention_bias,), self.post_mlp_layernorm),
         )
         for norm_before, block, arguments, norm_after in blocks:
             result, bias = block(norm_before(hidden_states), *arguments)
@@ -102,12 +102,12 @@ class DecoderLayer(torch.nn.Module):
             hidden_states = hidden_states + result
         return hidden_states, None
 
-    def _feed_forward(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _feed_forward(self, normed: Tensor, contents: RowContents) -> tuple[Tensor, Tensor | None]:
         """The sum of MLP and experts, and the bias of the MLP."""
         if self.experts is None:
             result: tuple[Tensor, Tensor | None] = self.mlp(normed)  # type: ignore[misc]
             return result
-        mixed = self.experts(normed)
+        mixed = self.experts(normed, contents.balance)
         if self.mlp is None:
             return mixed, None
         shared, bias = self.mlp(normed)

@@ -15,6 +15,7 @@ from mindspeed_simpo.batch import (
     Packing,
     PairBatch,
     ScoredTokens,
+    SequenceMembers,
     even_halves,
     to_device,
 )
@@ -34,12 +35,15 @@ class RowShard:
     """The response tokens that this rank's positions predict."""
     lengths: Int[Tensor, " row"] | None = None
     """int64 tokens of each full padded row without its padding; None for a packed row."""
+    members: SequenceMembers | None = None
+    """None where no loss of whole sequences is asked for."""
 
     def to(self, device: torch.device) -> RowShard:
         """A copy with the tensors on ``device``."""
         tokens, position_ids = to_device(self.tokens, device), to_device(self.position_ids, device)
         lengths = to_device(self.lengths, device) if self.lengths is not None else None
-        return RowShard(tokens, position_ids, self.documents, self.scored.to(device), lengths)
+        members = self.members.to(device) if self.members is not None else None
+        return RowShard(tokens, position_ids, self.documents, self.scored.to(device), lengths, members)
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,13 @@ class Rows:
         """The rows of all sequences of ``batch``: chosen, then rejected."""
         return cls(batch.tokens, batch.targets, batch.packing, batch.lengths if batch.packing is None else None)
 
-    def shard_of(self, context_rank: int, context_size: int) -> RowShard:
+    def shard_of(self, context_rank: int, context_size: int, sequence_weight: float = 0.0) -> RowShard:
         """The slice on one context-parallel rank.
 
         Args:
             context_rank: The rank.
             context_size: Number of context-parallel ranks; divides each document into ``2 * context_size`` chunks.
+            sequence_weight: Factor of a loss of each sequence; 0 for none.
         """
         documents = self.packing.documents if self.packing is not None else UNPACKED
         lengths = documents.lengths or (self.tokens.shape[1],)
@@ -74,7 +79,38 @@ class Rows:
             documents=documents,
             scored=ScoredTokens.of(self.targets[:, local], packing),
             lengths=self.lengths,
+            members=self._members(local, sequence_weight) if sequence_weight else None,
         )
+
+    def _members(self, held: Int[Tensor, " held"], weight: float) -> SequenceMembers:
+        of_token = torch.full((2, *self.tokens.shape), -1, dtype=torch.int64)
+        if self.packing is None:
+            assert self.lengths is not None, "padded rows have lengths"
+            lengths = self.lengths
+            for row, length in enumerate(lengths.tolist()):
+                of_token[0, row, :length] = row
+        else:
+            lengths = self._mark_documents(of_token[:, 0], self.packing.documents)
+        return SequenceMembers(of_token[:, :, held], lengths, weight)
+
+    def _mark_documents(self, of_token: Int[Tensor, "2 seq"], documents: Documents) -> Int[Tensor, " sequence"]:
+        """Set the sequences of the tokens of a packed row, whose padding has no target and no prefix.
+
+        Returns:
+            int64 tokens of each sequence.
+        """
+        scored = (self.targets != IGNORE_INDEX).any(dim=0)
+        prefixes = [(0, 0)] * len(documents.wholes) + [branch[:2] for branch in documents.branches]
+        lengths: list[int] = []
+        start = 0
+        for length, (prefix, prefix_length) in zip(documents.lengths, prefixes, strict=True):
+            stop = start + length
+            if prefix_length or scored[start:stop].any():
+                of_token[0, start:stop] = len(lengths)
+                of_token[1, prefix : prefix + prefix_length] = len(lengths)
+                lengths.append(length + prefix_length)
+            start = stop
+        return torch.tensor(lengths, dtype=torch.int64)
 
     def halves(self) -> tuple[Rows, Rows]:
         """The chosen rows and the rejected rows; for padded rows only."""

@@ -34,6 +34,8 @@ class Pass:
     rows: Rows
     loss: LossOfPass
     """``loss(logprob_sums)`` -> scalar loss of the backward, and a record; called on the last pipeline rank."""
+    sequence_weight: float = 0.0
+    """Factor of the auxiliary loss of each sequence; 0 where it is off, and in passes without gradients."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class PairSchedule:
     step_reference: StepReference | None = None
     """Takes the sums under the models without their adapters, which the schedule then computes before each step; None
     where the reference is another one, or there is none."""
+    aux_loss_coeff: float = 0.0
+    """Factor of the auxiliary loss of the routers, see :mod:`mindspeed_simpo.model.balance`."""
 
     def forward_backward(self, micro_batches: Sequence[PairBatch], num_pairs: int) -> list[ScoredBatch]:
         """Accumulate the gradient of the global batch's mean loss in ``main_grad``, reduced over all ranks.
@@ -84,7 +88,8 @@ class PairSchedule:
         weight = self.groups.data.size() / num_pairs
         if self.pair_schedule == "two_pass":
             return self._two_pass(micro_batches, weight)
-        return self._run(self._joint_passes(micro_batches, weight), forward_only=False)
+        passes = self._joint_passes(micro_batches, weight)
+        return self._run([self._with_balance(each, weight) for each in passes], forward_only=False)
 
     @torch.no_grad()
     def forward(self, micro_batches: Sequence[PairBatch]) -> list[ScoredBatch]:
@@ -121,8 +126,15 @@ class PairSchedule:
             order = to_device(torch.cat([first.sequences, second.sequences]), self.device)
             sums = second_sums[index] if second_sums else None
             loss = TwoPassLoss(partial(self._gradients, batch), weight, order, sums)
-            passes += [Pass(first.rows, loss.first_half), Pass(second.rows, loss.second_half)]
+            halves_of_batch = Pass(first.rows, loss.first_half), Pass(second.rows, loss.second_half)
+            passes += [self._with_balance(each, weight) for each in halves_of_batch]
         return self._run(passes, forward_only=False)[::2]
+
+    def _with_balance(self, each: Pass, weight: float) -> Pass:
+        """The pass with the auxiliary loss, a mean over the two sequences of all pairs."""
+        # as megatron-core's schedule multiplies the loss: DDP takes the mean over context-parallel ranks too
+        share = self.aux_loss_coeff * weight / 2 * self.groups.context.size()
+        return dataclasses.replace(each, sequence_weight=share)
 
     def _gradients(
         self, batch: PairBatch, chosen: Float[Tensor, " pair"], rejected: Float[Tensor, " pair"]
@@ -135,7 +147,7 @@ class PairSchedule:
             longest = max(each.rows.tokens.shape[1] for each in passes)
             passes = [dataclasses.replace(each, rows=each.rows.padded_to(longest)) for each in passes]
         # response tokens are searched on the host: nonzero() on the device forces a host synchronisation
-        steps = [(self._shards(each.rows, forward_only), each.loss) for each in passes]
+        steps = [(self._shards(each, forward_only), each.loss) for each in passes]
         with known_receive_shapes([self._sent_shape(each.rows) for each in passes]):
             return get_forward_backward_func()(  # type: ignore[no-any-return]
                 forward_step_func=partial(self._forward_step, len(passes)),
@@ -154,11 +166,12 @@ class PairSchedule:
         shards = self.groups.context.size() * (self.groups.tensor.size() if config.sequence_parallel else 1)
         return length // shards, number, config.hidden_size
 
-    def _shards(self, rows: Rows, forward_only: bool) -> list[RowShard]:
+    def _shards(self, each: Pass, forward_only: bool) -> list[RowShard]:
         """This context-parallel rank's inputs of the forwards of one pass: one, or two for ``split``."""
         context = self.groups.context
         split = self.pair_schedule == "split" and not forward_only
-        return [part.shard_of(context.rank(), context.size()) for part in (rows.halves() if split else (rows,))]
+        parts = each.rows.halves() if split else (each.rows,)
+        return [part.shard_of(context.rank(), context.size(), each.sequence_weight) for part in parts]
 
     def _forward_step(
         self, num_passes: int, steps: Iterator[tuple[list[RowShard], LossOfPass]], model: torch.nn.Module
@@ -178,7 +191,12 @@ class PairSchedule:
         """Log-probability sums on the last pipeline rank, hidden states ``[seq, row, hidden]`` on the others."""
         head = partial(self.head, scored=rows.scored)
         output: Tensor = model(
-            rows.tokens, position_ids=rows.position_ids, documents=rows.documents, lengths=rows.lengths, head=head
+            rows.tokens,
+            position_ids=rows.position_ids,
+            documents=rows.documents,
+            lengths=rows.lengths,
+            head=head,
+            members=rows.members,
         )
         return output
 

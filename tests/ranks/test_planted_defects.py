@@ -72,7 +72,7 @@ def shift_after_slicing():
     original = Rows.shard_of
     pad = functools.partial(torch.nn.functional.pad, value=IGNORE_INDEX)
 
-    def shard_of(self, context_rank, context_size):
+    def shard_of(self, context_rank, context_size, *_):
         held = positions_of(context_rank, context_size, (self.targets.shape[1],), self.targets.device)
         labels = pad(self.targets, (1, 0))[:, held]
         targets = self.targets.index_copy(1, held, pad(labels[:, 1:], (0, 1)))

@@ -17,7 +17,7 @@ from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 from mindspeed_simpo.model.slots import HFTensor, Slot, Span
-from mindspeed_simpo.model.weight_source import seeded_generator
+from mindspeed_simpo.model.weight_source import SeededTensors
 
 ALL_LINEAR = "all-linear"
 
@@ -131,27 +131,13 @@ def projections(model: ModelDescription, *, of_experts: bool = False) -> tuple[s
     return tuple(sorted(names[True] if of_experts else names[False] - names[True]))
 
 
-class InitialAdapters:
-    """New adapters as peft makes them: A from ``U(-1 / sqrt(inputs), 1 / sqrt(inputs))``, B zero; fp32.
+class InitialAdapters(SeededTensors):
+    """New adapters as peft makes them: A from ``U(-1 / sqrt(inputs), 1 / sqrt(inputs))``, B zero."""
 
-    Each factor has its own generator, seeded by ``seed`` and the factor's name, so that the values do not depend on the
-    layout.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def read(self, span: Span) -> Tensor:
-        """See :class:`~mindspeed_simpo.model.weight_source.WeightSource`; fp32."""
-        tensor = span.tensor
-        assert tensor is not None, "padding is not read"
-        if tensor.initial is not None:
-            whole = torch.full(tensor.shape, tensor.initial)
-        else:
-            bound = 1 / math.sqrt(tensor.shape[1])
-            generator = seeded_generator(self.seed, tensor.name)
-            whole = torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator)
-        return whole.narrow(tensor.axis or 0, span.start, span.length)
+    def draw(self, values: Tensor, generator: torch.Generator) -> None:
+        """See :meth:`~mindspeed_simpo.model.weight_source.SeededTensors.draw`."""
+        bound = 1 / math.sqrt(values.shape[1])
+        values.uniform_(-bound, bound, generator=generator)
 
 
 def _is_projection(slot: Slot, tensor: HFTensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,16 +32,19 @@ class WeightSource(Protocol):
         """The slice ``span`` in host memory, along the tensor's axis, or along axis 0 where the tensor has none."""
 
 
-class RandomWeights:
-    """Weights from ``N(0, initializer_range^2)``, norms with the factor 1, zeros for biases; fp32.
+class SeededTensors(ABC):
+    """Tensors with a constant initial value, or drawn at random; fp32.
 
     Each tensor has its own generator, seeded by ``seed`` and the tensor's name. A rank draws the complete tensor and
-    takes its slice, so that the weights do not depend on the layout.
+    takes its slice, so that the values do not depend on the layout.
     """
 
-    def __init__(self, model: ModelDescription, seed: int) -> None:
-        self.std = model.initializer_range
+    def __init__(self, seed: int) -> None:
         self.seed = seed
+
+    @abstractmethod
+    def draw(self, values: Tensor, generator: torch.Generator) -> None:
+        """Overwrite ``values``, a complete tensor, with random values."""
 
     def read(self, span: Span) -> Tensor:
         """See :class:`WeightSource`; fp32."""
@@ -49,9 +53,22 @@ class RandomWeights:
         if tensor.initial is not None:
             whole = torch.full(tensor.shape, tensor.initial)
         else:
-            generator = seeded_generator(self.seed, tensor.name)
-            whole = torch.empty(tensor.shape).normal_(0.0, self.std, generator=generator)
+            whole = torch.empty(tensor.shape)
+            digest = hashlib.sha256(f"{self.seed}:{tensor.name}".encode()).digest()
+            self.draw(whole, torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1))
         return whole.narrow(tensor.axis or 0, span.start, span.length)
+
+
+class RandomWeights(SeededTensors):
+    """Weights from ``N(0, initializer_range^2)``, norms with the factor 1, zeros for biases."""
+
+    def __init__(self, model: ModelDescription, seed: int) -> None:
+        super().__init__(seed)
+        self.std = model.initializer_range
+
+    def draw(self, values: Tensor, generator: torch.Generator) -> None:
+        """See :meth:`SeededTensors.draw`."""
+        values.normal_(0.0, self.std, generator=generator)
 
 
 class SafetensorsFolder:
@@ -115,12 +132,6 @@ class SafetensorsFolder:
         if stored.get_dtype() not in _DTYPES:
             raise ModelError(f"{where} is stored as {stored.get_dtype()}; expected one of {', '.join(_DTYPES)}")
         return _DTYPES[stored.get_dtype()]
-
-
-def seeded_generator(seed: int, name: str) -> torch.Generator:
-    """The generator of the random values of one tensor, the same on every layout."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _is_beyond(name: str, model: ModelDescription) -> bool:

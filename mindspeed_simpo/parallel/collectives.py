@@ -53,10 +53,7 @@ class _GatherWithScatteredBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous()
-        part = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
-        _reduce_scatter(part, grad, group=ctx.group)
-        return part, None
+        return _scattered_sum(grads[0], ctx.group), None
 
 
 class _SplitWithGatheredBackward(torch.autograd.Function):
@@ -96,22 +93,23 @@ class _ScatteredSumWithGatheredBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        part = value.new_empty(value.shape[0] // group.size(), *value.shape[1:])
-        _reduce_scatter(part, value.contiguous(), group=group)
-        return part
+        return _scattered_sum(value, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous()
-        whole = grad.new_empty(ctx.group.size() * grad.shape[0], *grad.shape[1:])
-        _all_gather(whole, grad, group=ctx.group)
-        return whole, None
+        return _gathered(grads[0], ctx.group), None
 
 
 def _gathered(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     whole = value.new_empty(group.size() * value.shape[0], *value.shape[1:])
     _all_gather(whole, value.contiguous(), group=group)
     return whole
+
+
+def _scattered_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    part = value.new_empty(value.shape[0] // group.size(), *value.shape[1:])
+    _reduce_scatter(part, value.contiguous(), group=group)
+    return part
 
 
 def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -35,7 +35,7 @@ def chunks_of(rank: int, size: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(_ROWS_IN_FLIGHT)
-def segments_of(lengths: tuple[int, ...], rank: int, size: int) -> list[Segment]:
+def segments_of(lengths: tuple[int, ...], rank: int, size: int) -> tuple[Segment, ...]:
     """The segments of a row that one rank holds, in the rank's order; empty segments are left out.
 
     A document of ``n`` tokens has chunks of ``n // (2 size)`` tokens, and ``n % (2 size)`` of its chunks have one token
@@ -51,7 +51,8 @@ def segments_of(lengths: tuple[int, ...], rank: int, size: int) -> list[Segment]
     number = len(chunks_of(0, size)) * size
     total = sum(lengths)
     assert total % number == 0, f"a row of {total} tokens cannot be cut into {number} equal chunks"
-    segments, turn = [], 0
+    segments: list[Segment] = []
+    turn = 0
     for document, length in enumerate(lengths):
         least, longer = divmod(length, number)
         sizes = [least + ((chunk - turn) % number < longer) for chunk in range(number)]
@@ -60,7 +61,7 @@ def segments_of(lengths: tuple[int, ...], rank: int, size: int) -> list[Segment]
         segments += [
             Segment(document, bounds[chunk], bounds[chunk + 1]) for chunk in chunks_of(rank, size) if sizes[chunk]
         ]
-    return segments
+    return tuple(segments)
 
 
 def spans_of(lengths: tuple[int, ...], rank: int, size: int) -> list[tuple[int, int]]:

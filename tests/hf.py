@@ -212,7 +212,13 @@ def _experts(family: str, hidden: int, experts: int) -> dict[str, Any]:
     if family == "qwen3_moe":
         return shape | {"num_experts": experts, "norm_topk_prob": True, "mlp_only_layers": [1]}
     if family == "deepseek_v3":
-        grouped = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5, "n_shared_experts": 2}
+        grouped = {
+            "n_group": 4,
+            "topk_group": 3,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.5,
+            "n_shared_experts": 2,
+        }
         return shape | grouped | {"n_routed_experts": 2 * experts, "first_k_dense_replace": 1}
     if family == "glm4_moe":
         scaled = {"routed_scaling_factor": 1.5, "n_shared_experts": 2, "use_qk_norm": True}

@@ -51,8 +51,8 @@ EXPERT_FAMILIES = {
     "glm4_moe": {"family": "glm4_moe", "head_dim": 8},
     "deepseek_v3": {"family": "deepseek_v3", "rope_scaling": "yarn"},
 }
-"""A token chooses two experts, of four where the name does not say otherwise, and three of DeepSeek-V3's eight; in the layers
-of the first model, one has an MLP, and GLM-4.5's and DeepSeek-V3's first."""
+"""A token chooses two experts, of four where the name does not say otherwise, and three of DeepSeek-V3's eight; in the
+layers of the first model, one has an MLP, and GLM-4.5's and DeepSeek-V3's first."""
 
 ON_EVERY_ROW = ("sigmoid", "sigmoid + ftx", "hinge", "hinge + ftx", "ipo", "ipo + ftx", "dpo")
 """The objectives that continuous integration has on each of its rows of the first family."""

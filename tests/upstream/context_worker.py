@@ -18,7 +18,7 @@ def main():
 
     head_dim = 8
     # not the reciprocal square root of the head's width, which MindSpeed's attention would take by itself
-    scores = {"scale": 0.3, "window": None, "softcap": None, "group": torch.distributed.group.WORLD}
+    scores = {"scale": 0.3, "window": None, "softcap": None, "sinks": None, "group": torch.distributed.group.WORLD}
     generator = torch.Generator().manual_seed(5)
     seq, rows, documents = 8 * ranks, 3, UNPACKED
     if sys.argv[6] == "packed":

@@ -22,6 +22,8 @@ class Norm:
     eps: float
     weight_offset: float = 0.0
     """1 where the checkpoint stores ``weight - 1``; such a norm multiplies by the weight in fp32, before rounding."""
+    rounds_last: bool = False
+    """Whether the product with the weight is computed in fp32 without a ``weight_offset`` too."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,11 @@ class HeadShare:
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal grouped-query attention ``softmax(cap(scale q k^T)) v``, ``cap(x) = softcap tanh(x / softcap)``."""
+    """Causal grouped-query attention ``softmax(cap(scale q k^T)) v``, ``cap(x) = softcap tanh(x / softcap)``.
+
+    With ``sinks`` the denominator of the softmax has ``exp(sink)`` as one more term, with a learned sink of each query
+    head.
+    """
 
     heads: int
     kv_heads: int
@@ -87,6 +93,7 @@ class Attention:
     o_bias: bool = False
     qk_norm: Norm | None = None
     """Norm of each head of the queries and keys, before the rotation; None for none."""
+    sinks: bool = False
 
     def share(self, rank: int, size: int) -> HeadShare:
         """Heads of tensor-parallel rank ``rank`` of ``size``.
@@ -115,11 +122,19 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class ClampedSwiGLU:
+    """``(u + 1) g sigmoid(alpha g)``, ``g = min(gate, limit)`` and ``u = min(max(up, -limit), limit)``."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Experts:
     """``sum_e w_e expert_e(x)`` over the ``top_k`` experts of the token ``x`` with the highest scores.
 
-    An expert is an MLP without biases. The scores are ``scores(router x)``, in fp32, and the weights ``w_e`` are the
-    scores of the chosen experts, divided by their sum where ``normalised``, times ``scale``.
+    An expert is an MLP. The scores are ``scores(router x)``, in fp32, and the weights ``w_e`` are the scores of the
+    chosen experts, divided by their sum where ``normalised``, times ``scale``.
     """
 
     number: int
@@ -131,7 +146,12 @@ class Experts:
     scale: float = 1.0
     corrected: bool = False
     """Whether a frozen bias of each expert is added to its score for the choice, and not to the weight."""
-    activation: Activation = "silu"
+    activation: Literal["silu"] | ClampedSwiGLU = "silu"
+    bias: bool = False
+    """Whether the projections of the experts and the router have biases, all of them trained."""
+    together: bool = False
+    """Whether the checkpoint has one tensor of each projection of all experts of a layer, see
+    :class:`~mindspeed_simpo.model.slots.Place`."""
 
 
 @dataclass(frozen=True)
@@ -154,19 +174,25 @@ class Layer:
 class TensorNames:
     """Hugging Face names of a layer's modules; ``qkv`` and ``gate_up`` have one name where fused.
 
-    ``{}`` in the names of experts stands for the number of the expert.
+    ``{}`` in the names of experts stands for the number of the expert. Where a layer's experts are stored together, the
+    names of their projections are those of checkpoints of training, and ``experts_gate_up`` and ``experts_down`` those
+    of the Hugging Face tensors.
     """
 
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
+    sinks: str = "self_attn.sinks"
     o: str = "self_attn.o_proj"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     router: str = "mlp.gate.weight"
+    router_bias: str = "mlp.gate.bias"
     correction: str = "mlp.gate.e_score_correction_bias"
     expert_gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
     expert_down: str = "mlp.experts.{}.down_proj"
+    experts_gate_up: str = "mlp.experts.gate_up_proj"
+    experts_down: str = "mlp.experts.down_proj"
     shared_gate_up: tuple[str, ...] = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
     shared_down: str = "mlp.shared_experts.down_proj"
     norm_before_attention: str = "input_layernorm"
@@ -201,6 +227,8 @@ class ModelDescription:
     layers: tuple[Layer, ...]
     ignores_layers_beyond: bool = False
     """Whether checkpoints may hold layers after the last one, which are not part of the model."""
+    mxfp4: bool = False
+    """Whether the checkpoint has the weights of the experts in MXFP4 (:mod:`mindspeed_simpo.model.mxfp4`)."""
 
     @property
     def num_layers(self) -> int:
@@ -231,7 +259,7 @@ class ModelDescription:
 
     def difference(self, other: ModelDescription) -> str | None:
         """The first field of shape or arithmetic in which ``other`` differs, for messages; None where equal."""
-        ignored = ("dtype", "initializer_range", "max_position_embeddings")
+        ignored = ("dtype", "mxfp4", "initializer_range", "max_position_embeddings")
         for (name, ours), (_, theirs) in zip(_leaves("", self), _leaves("", other), strict=False):
             if ours != theirs and name not in ignored:
                 return f"{name} ({theirs}) than the trained model ({ours})"

@@ -11,6 +11,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     Glm4MoeConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -26,6 +27,7 @@ CONFIGS = {
     "gemma3_text": Gemma3TextConfig,
     "glm4": Glm4Config,
     "glm4_moe": Glm4MoeConfig,
+    "gpt_oss": GptOssConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "mixtral": MixtralConfig,
@@ -34,8 +36,9 @@ CONFIGS = {
     "qwen3": Qwen3Config,
     "qwen3_moe": Qwen3MoeConfig,
 }
-HEAD_DIMS = {"qwen3": 32, "gemma2": 24, "gemma3_text": 32, "glm4": 16, "qwen3_moe": 32, "glm4_moe": 16}
+HEAD_DIMS = {"qwen3": 32, "gemma2": 24, "gemma3_text": 32, "glm4": 16, "qwen3_moe": 32, "glm4_moe": 16, "gpt_oss": 32}
 """Of families whose default is not hidden_size / num_attention_heads."""
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 300.0, "original_max_position_embeddings": 64}
 VARIANTS = {
     "gemma2": {"query_pre_attn_scalar": 20, "sliding_window": 7, "attn_logit_softcapping": 2.0}
     | {"final_logit_softcapping": 3.0, "pad_token_id": None},
@@ -47,6 +50,8 @@ VARIANTS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 2}
     | {"first_k_dense_replace": 1, "use_qk_norm": True, "routed_scaling_factor": 1.5, "attention_bias": True},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7, "swiglu_limit": 3.0}
+    | {"rope_parameters": YARN | {"truncate": False}},
 }
 """Settings that a small model needs to show what is special to its family; a padding id has no gradient in torch."""
 FROZEN = "e_score_correction_bias"
@@ -115,7 +120,8 @@ def make_batch(vocab_size, seed=1, rows=3, seq=24):
 
 def transformers_result(folder):
     """Logits, and the gradients of the mean cross-entropy by name, of transformers' own model: fp32, experts fp64."""
-    if "_moe" in (Path(folder) / "config.json").read_text() or "mixtral" in (Path(folder) / "config.json").read_text():
+    config = (Path(folder) / "config.json").read_text()
+    if any(family in config for family in ("_moe", "mixtral", "gpt_oss")):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Attention of one layer: projections, query-key norms, rotary embedding, core attention."""
+"""Attention of one layer: projections, query-key norms, rotary embedding, sinks, core attention."""
 
 from __future__ import annotations
 
@@ -80,6 +80,11 @@ class Attention(torch.nn.Module):
         if layer.qk_norm is not None:
             self.q_layernorm = RMSNorm(config, layer.head_dim, layer.qk_norm)
             self.k_layernorm = RMSNorm(config, layer.head_dim, layer.qk_norm)
+        self.sinks: torch.nn.Parameter | None = None
+        if layer.sinks:
+            device = torch.cuda.current_device()
+            values = torch.empty(self.share.padded_queries, dtype=config.params_dtype, device=device)
+            self.sinks = torch.nn.Parameter(values)
         over_context = CONTEXT_PARALLEL_ATTENTION[context_parallel_algo]
         self._over_context = over_context if groups.context.size() > 1 else None
 
@@ -101,11 +106,14 @@ class Attention(torch.nn.Module):
             operators.rotate(heads, *contents.tables[rotation], interleaved=rotation.interleaved)
             for heads in (query, key)
         )
-        core = partial(self._core, documents=contents.documents)
+        core, inputs = partial(self._core, contents.documents), [query, key, value]
+        if self.sinks is not None:
+            # the gradients of all blocks and documents are summed in fp32
+            inputs.append(self.sinks[: self.share.queries].float())
         if self.recomputes_core and self.training:
-            context = tensor_parallel.checkpoint(core, False, query, key, value)
+            context = tensor_parallel.checkpoint(core, False, *inputs)
         else:
-            context = core(query, key, value)
+            context = core(*inputs)
         padding = (self.share.padded_queries - self.share.queries) * self.layer.head_dim
         result: tuple[Tensor, Tensor | None] = self.linear_proj(
             torch.nn.functional.pad(context, (0, padding)) if padding else context
@@ -131,13 +139,14 @@ class Attention(torch.nn.Module):
 
     def _core(
         self,
+        documents: Documents,
         query: Float[Tensor, "seq row heads dim"],
         key: Float[Tensor, "seq row groups dim"],
         value: Float[Tensor, "seq row groups dim"],
-        documents: Documents,
+        sinks: Float[Tensor, " heads"] | None = None,
     ) -> Float[Tensor, "seq row width"]:
         layer = self.layer
-        scores = layer.scale, layer.window, layer.softcap
+        scores = layer.scale, layer.window, layer.softcap, sinks
         if self._over_context is not None:
             attended: Tensor = self._over_context(query, key, value, documents, *scores, self.context_group)
             return attended

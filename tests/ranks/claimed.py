@@ -198,5 +198,6 @@ ADAPTER_MATRIX = (
     *((layout, (), "qwen2", _PROJECTIONS) for layout in COVERING),
     *((layout, options, "qwen2", _PROJECTIONS) for options in OPTIONS_TOGETHER for layout in options[0].rows),
     *((layout, (option,), "qwen2", _SOME) for option in OPTIONS for layout in option.rows[-2:]),
+    (_EXPERT_ROWS[1], (_PACKED, _SELECTIVE), "gpt_oss", _PROJECTIONS[:4]),
 )
 """All rows with adapters."""

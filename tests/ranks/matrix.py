@@ -161,10 +161,10 @@ def objectives_of(row: Row) -> tuple[str, ...]:
 
     Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
     """
-    if row.family in EXPERT_FAMILIES:
-        return OF_EXPERTS
     if row.adapters:
         return OF_ADAPTERS
+    if row.family in EXPERT_FAMILIES:
+        return OF_EXPERTS
     covering = row.layout in COVERING or bool(row.options)
     return tuple(OBJECTIVES) if row.family == "qwen2" and covering else ON_EVERY_ROW
 

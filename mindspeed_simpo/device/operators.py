@@ -200,12 +200,13 @@ class _ClampedSwiGLU(Function):
         gate, up = gate_up.chunk(2, dim=-1)
         grads = torch.empty_like(gate_up)
         gate_grad, up_grad = grads.chunk(2, dim=-1)
-        clamped = gate.clamp(max=limit)
-        sigmoid = torch.sigmoid(clamped * alpha)
-        torch.mul(grad, clamped * sigmoid, out=up_grad).mul_(up.abs() <= limit)
+        gated = gate.clamp(max=limit)
+        sigmoid = torch.sigmoid(gated * alpha)
+        gated.mul_(sigmoid)
+        torch.mul(grad, gated, out=up_grad).mul_(up.abs() <= limit)
         # d (g s) / d g = s + alpha g s (1 - s)
-        slope = sigmoid.addcmul(clamped * sigmoid, 1 - sigmoid, value=alpha).mul_(gate <= limit)
-        torch.mul(grad, up.clamp(-limit, limit).add_(1), out=gate_grad).mul_(slope)
+        slope = sigmoid.addcmul_(gated, 1 - sigmoid, value=alpha).mul_(gate <= limit)
+        torch.mul(grad, slope, out=gate_grad).mul_(up.clamp(-limit, limit).add_(1))
         return grads, None, None
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mindspeed_simpo.model.tensor_names import TensorNames
+
 Activation = Literal["silu", "gelu_tanh"]
 RotationKind = Literal["default", "linear", "llama3", "yarn", "dynamic", "longrope"]
 
@@ -74,6 +76,28 @@ class HeadShare:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Queries, keys and values by way of latent vectors, as in multi-head latent attention.
+
+    With the norms N of the latent vectors ``c_q = N(A_q x)`` and ``c = N(A x)``, the queries are ``B_q c_q``, the keys
+    of a head are ``[r, B_k c]`` and its values ``B_v c``. All heads share the rotated part r of the keys, a projection
+    of ``x``. The first ``rotation.dims`` elements of queries and keys are rotated.
+
+    Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.
+    """
+
+    query_rank: int | None
+    """Elements of ``c_q``; None where the queries are a projection of ``x``."""
+    kv_rank: int
+    """Elements of ``c``."""
+    value_dim: int
+    """Elements of the value of a head."""
+    norm: Norm
+    bias: bool = False
+    """Whether the projections ``A_q`` and ``A`` have biases."""
+
+
+@dataclass(frozen=True)
 class Attention:
     """Causal grouped-query attention ``softmax(cap(scale q k^T)) v``, ``cap(x) = softcap tanh(x / softcap)``.
 
@@ -94,6 +118,13 @@ class Attention:
     qk_norm: Norm | None = None
     """Norm of each head of the queries and keys, before the rotation; None for none."""
     sinks: bool = False
+    latent: Latent | None = None
+    """Projections by way of latent vectors; None for projections of the hidden states."""
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of the value of a head; queries and keys have ``head_dim``."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
 
     def share(self, rank: int, size: int) -> HeadShare:
         """Heads of tensor-parallel rank ``rank`` of ``size``.
@@ -134,7 +165,9 @@ class Experts:
     """``sum_e w_e expert_e(x)`` over the ``top_k`` experts of the token ``x`` with the highest scores.
 
     An expert is an MLP. The scores are ``scores(router x)``, in fp32, and the weights ``w_e`` are the scores of the
-    chosen experts, divided by their sum where ``normalised``, times ``scale``.
+    chosen experts, divided by their sum where ``normalised``, times ``scale``. With several ``groups`` of consecutive
+    experts, a token chooses among the experts of the ``top_groups`` groups with the highest sums of their two highest
+    scores.
     """
 
     number: int
@@ -146,6 +179,8 @@ class Experts:
     scale: float = 1.0
     corrected: bool = False
     """Whether a frozen bias of each expert is added to its score for the choice, and not to the weight."""
+    groups: int = 1
+    top_groups: int = 1
     activation: Literal["silu"] | ClampedSwiGLU = "silu"
     bias: bool = False
     """Whether the projections of the experts and the router have biases, all of them trained."""
@@ -168,37 +203,6 @@ class Layer:
     norm_after_attention: Norm | None = None
     norm_after_mlp: Norm | None = None
     experts: Experts | None = None
-
-
-@dataclass(frozen=True)
-class TensorNames:
-    """Hugging Face names of a layer's modules; ``qkv`` and ``gate_up`` have one name where fused.
-
-    ``{}`` in the names of experts stands for the number of the expert. Where a layer's experts are stored together, the
-    names of their projections are those of checkpoints of training, and ``experts_gate_up`` and ``experts_down`` those
-    of the Hugging Face tensors.
-    """
-
-    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    q_norm: str = "self_attn.q_norm"
-    k_norm: str = "self_attn.k_norm"
-    sinks: str = "self_attn.sinks"
-    o: str = "self_attn.o_proj"
-    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    down: str = "mlp.down_proj"
-    router: str = "mlp.gate.weight"
-    router_bias: str = "mlp.gate.bias"
-    correction: str = "mlp.gate.e_score_correction_bias"
-    expert_gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
-    expert_down: str = "mlp.experts.{}.down_proj"
-    experts_gate_up: str = "mlp.experts.gate_up_proj"
-    experts_down: str = "mlp.experts.down_proj"
-    shared_gate_up: tuple[str, ...] = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
-    shared_down: str = "mlp.shared_experts.down_proj"
-    norm_before_attention: str = "input_layernorm"
-    norm_after_attention: str = ""
-    norm_before_mlp: str = "post_attention_layernorm"
-    norm_after_mlp: str = ""
 
 
 @dataclass(frozen=True)

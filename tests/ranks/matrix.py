@@ -49,10 +49,11 @@ EXPERT_FAMILIES = {
     "qwen3_moe, 8 experts": {"family": "qwen3_moe", "head_dim": 8, "experts": 8},
     "mixtral": {"family": "mixtral", "window": 8},
     "glm4_moe": {"family": "glm4_moe", "head_dim": 8},
+    "deepseek_v3": {"family": "deepseek_v3", "rope_scaling": "yarn"},
     "gpt_oss": {"family": "gpt_oss", "head_dim": 8, "rope_scaling": "yarn"},
 }
-"""A token chooses two experts, of four where the name does not say otherwise; in the layers of the first model, one has
-an MLP, and GLM-4.5's first."""
+"""A token chooses two experts, of four where the name does not say otherwise, and three of DeepSeek-V3's eight; in the
+layers of the first model, one has an MLP, and GLM-4.5's and DeepSeek-V3's first."""
 
 ON_EVERY_ROW = ("sigmoid", "sigmoid + ftx", "hinge", "hinge + ftx", "ipo", "ipo + ftx", "dpo")
 """The objectives that continuous integration has on each of its rows of the first family."""
@@ -142,6 +143,7 @@ def _experts_for(layout: Layout) -> str:
 def _quick_expert_rows() -> list[Row]:
     rows = [Row(layout, family="qwen3_moe") for layout in EXPERT_COVERING]
     rows += [Row(EXPERT_COVERING[-1], family="mixtral"), Row(EXPERT_COVERING[2], family="glm4_moe")]
+    rows += [Row(EXPERT_COVERING[1], family="deepseek_v3")]
     # shared prompts in a model with sinks and short windows
     rows += [Row(EXPERT_COVERING[4], OPTIONS[-1:], "gpt_oss")]
     together = [(options, options[0].expert_rows[0]) for options in OPTIONS_TOGETHER]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from mindspeed_simpo.model.description import ClampedSwiGLU, Layer, ModelDescription, TensorNames
+from mindspeed_simpo.model.description import ClampedSwiGLU, Layer, ModelDescription
 from mindspeed_simpo.model.mxfp4 import GROUP
 from mindspeed_simpo.model.settings import Family, Settings
+from mindspeed_simpo.model.tensor_names import TensorNames
 
 _NAMES = TensorNames(router="mlp.router.weight", router_bias="mlp.router.bias")
 

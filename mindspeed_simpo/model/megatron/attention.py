@@ -69,17 +69,10 @@ class Attention(torch.nn.Module):
         ranks = groups.tensor.size()
         self.share = layer.share(groups.tensor.rank(), ranks)
         assert (kv_group is None) == (self.share.kv_parts == 1), "ranks that share a key-value head need a group"
-        queries = ranks * self.share.padded_queries * layer.head_dim
-        keys = max(ranks, layer.kv_heads) * layer.head_dim // self.share.kv_parts
         # the order of the modules is the order in which the gradient norm sums the parameters
-        self.linear_proj = row_parallel(queries, config.hidden_size, config, groups, bias=layer.o_bias)
-        self.linear_qkv = column_parallel(
-            config.hidden_size, queries + 2 * keys, config, groups, bias=layer.qkv_bias, adds_bias=True
-        )
-        self.q_layernorm = self.k_layernorm = None
-        if layer.qk_norm is not None:
-            self.q_layernorm = RMSNorm(config, layer.head_dim, layer.qk_norm)
-            self.k_layernorm = RMSNorm(config, layer.head_dim, layer.qk_norm)
+        outputs = ranks * self.share.padded_queries * layer.value_dim
+        self.linear_proj = row_parallel(outputs, config.hidden_size, config, groups, bias=layer.o_bias)
+        self._make_projections(config, groups)
         self.sinks: torch.nn.Parameter | None = None
         if layer.sinks:
             device = torch.cuda.current_device()
@@ -87,6 +80,18 @@ class Attention(torch.nn.Module):
             self.sinks = torch.nn.Parameter(values)
         over_context = CONTEXT_PARALLEL_ATTENTION[context_parallel_algo]
         self._over_context = over_context if groups.context.size() > 1 else None
+
+    def _make_projections(self, config: TransformerConfig, groups: Groups) -> None:
+        layer, ranks = self.layer, groups.tensor.size()
+        queries = ranks * self.share.padded_queries * layer.head_dim
+        keys = max(ranks, layer.kv_heads) * layer.head_dim // self.share.kv_parts
+        self.linear_qkv = column_parallel(
+            config.hidden_size, queries + 2 * keys, config, groups, bias=layer.qkv_bias, adds_bias=True
+        )
+        self.q_layernorm = self.k_layernorm = None
+        if layer.qk_norm is not None:
+            self.q_layernorm = RMSNorm(config, layer.head_dim, layer.qk_norm)
+            self.k_layernorm = RMSNorm(config, layer.head_dim, layer.qk_norm)
 
     def forward(
         self, hidden: Float[Tensor, "held row hidden"], contents: RowContents
@@ -97,16 +102,8 @@ class Attention(torch.nn.Module):
             hidden: Normalised hidden states of this rank's shard of the sequence.
             contents: Documents and rotary tables of the rows.
         """
-        mixed, _ = self.linear_qkv(hidden)
-        query, key, value = self._gather_qkv(mixed) if self.kv_group is not None else self._split_qkv(mixed)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        rotation = self.layer.rotation
-        query, key = (
-            operators.rotate(heads, *contents.tables[rotation], interleaved=rotation.interleaved)
-            for heads in (query, key)
-        )
-        core, inputs = partial(self._core, contents.documents), [query, key, value]
+        query, key, value = self._projected(hidden, contents.tables[self.layer.rotation])
+        core, inputs = partial(self._core, documents=contents.documents), [query, key, value]
         if self.sinks is not None:
             # the gradients of all blocks and documents are summed in fp32
             inputs.append(self.sinks[: self.share.queries].float())
@@ -114,11 +111,21 @@ class Attention(torch.nn.Module):
             context = tensor_parallel.checkpoint(core, False, *inputs)
         else:
             context = core(*inputs)
-        padding = (self.share.padded_queries - self.share.queries) * self.layer.head_dim
+        padding = (self.share.padded_queries - self.share.queries) * self.layer.value_dim
         result: tuple[Tensor, Tensor | None] = self.linear_proj(
             torch.nn.functional.pad(context, (0, padding)) if padding else context
         )
         return result
+
+    def _projected(self, hidden: Tensor, tables: RotationTables) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries ``[seq, row, heads, head_dim]`` and keys, and values, of the rank's heads."""
+        mixed, _ = self.linear_qkv(hidden)
+        query, key, value = self._gather_qkv(mixed) if self.kv_group is not None else self._split_qkv(mixed)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        interleaved = self.layer.rotation.interleaved
+        query, key = (operators.rotate(heads, *tables, interleaved=interleaved) for heads in (query, key))
+        return query, key, value
 
     def _split_qkv(self, mixed: Float[Tensor, "seq row mixed"]) -> tuple[Tensor, Tensor, Tensor]:
         groups, head = self.share.kv_heads, self.layer.head_dim
@@ -139,11 +146,12 @@ class Attention(torch.nn.Module):
 
     def _core(
         self,
-        documents: Documents,
         query: Float[Tensor, "seq row heads dim"],
         key: Float[Tensor, "seq row groups dim"],
         value: Float[Tensor, "seq row groups dim"],
         sinks: Float[Tensor, " heads"] | None = None,
+        *,
+        documents: Documents,
     ) -> Float[Tensor, "seq row width"]:
         layer = self.layer
         scores = layer.scale, layer.window, layer.softcap, sinks

@@ -195,6 +195,22 @@ class Settings(RotarySettings):
             raise self.error(f"num_experts_per_tok {top_k} is more than {number} {experts}")
         return Experts(experts, int(getattr(self.hf, width)), top_k, **variants)
 
+    def dense_then_experts(self, attention: Attention) -> list[Layer]:
+        """The layers: ``first_k_dense_replace`` with an MLP, then those with corrected experts and a shared expert.
+
+        The ``n_shared_experts`` shared experts are computed as one MLP.
+
+        Args:
+            attention: Attention of every layer.
+
+        Raises:
+            ModelError: see :meth:`corrected_experts`.
+        """
+        norm, mlp, experts = self.norm(), self.mlp(), self.corrected_experts()
+        shared = MLP(self.hf.n_shared_experts * self.hf.moe_intermediate_size)
+        dense, mixed = Layer(norm, attention, norm, mlp), Layer(norm, attention, norm, shared, experts=experts)
+        return [dense if index < self.hf.first_k_dense_replace else mixed for index in range(self.num_layers)]
+
     def corrected_experts(self) -> Experts:
         """Experts chosen by corrected sigmoid scores within the best ``topk_group`` of ``n_group`` groups.
 
@@ -222,10 +238,6 @@ class Settings(RotarySettings):
                 f"{number} experts, of which num_experts_per_tok {experts.top_k} cannot be chosen"
             )
         return experts
-
-    def shared_expert(self) -> MLP:
-        """The shared experts of a layer, computed as one MLP of ``n_shared_experts`` times the size of an expert."""
-        return MLP(self.hf.n_shared_experts * self.hf.moe_intermediate_size)
 
     def model(self, layers: Sequence[Layer], final_norm: Norm, **variants: Any) -> ModelDescription:
         """The description of the model; ``variants`` override fields that most families leave at their defaults."""

@@ -182,6 +182,7 @@ OPTIONS_TOGETHER: tuple[tuple[Option, ...], ...] = (
 _FULL, _SELECTIVE = OPTIONS[4:6]
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _SOME = ("down_proj", "up_proj", "v_proj")
+_FROM_LATENT = ("kv_b_proj", "o_proj", "q_b_proj")
 
 ADAPTER_COVERING: tuple[tuple[Layout, tuple[Option, ...], str, tuple[str, ...]], ...] = (
     (Layout(tensor=2, sequence_parallel=True), (_PACKED, *OPTIONS[1:5]), "qwen2", _PROJECTIONS),
@@ -199,5 +200,8 @@ ADAPTER_MATRIX = (
     *((layout, options, "qwen2", _PROJECTIONS) for options in OPTIONS_TOGETHER for layout in options[0].rows),
     *((layout, (option,), "qwen2", _SOME) for option in OPTIONS for layout in option.rows[-2:]),
     (_EXPERT_ROWS[1], (_PACKED, _SELECTIVE), "gpt_oss", _PROJECTIONS[:4]),
+    (Layout(tensor=2), (), "deepseek_v3", _FROM_LATENT),
+    (Layout(tensor=2, sequence_parallel=True), (_PACKED,), "deepseek_v3", _FROM_LATENT),
+    (Layout(context=2, data=2, distributed_optimizer=True), (_PREFIX_SHARED,), "deepseek_v3", _FROM_LATENT),
 )
 """All rows with adapters."""

@@ -133,6 +133,9 @@ def _expert_rows() -> list[Row]:
     rows = [Row(layout, family=_experts_for(layout)) for layout in EXPERT_MATRIX]
     rows += [Row(layout, (option,), "qwen3_moe") for option in OPTIONS for layout in option.expert_rows]
     rows += [Row(layout, (option,), "gpt_oss") for option in OPTIONS[-2:] for layout in option.expert_rows]
+    packed = [option for option in OPTIONS if option.key == "batching"]
+    # values that are narrower than keys go through every form of attention
+    rows += [Row(layout, (option,), "deepseek_v3") for option in packed for layout in option.expert_rows[:2]]
     return rows + [Row(layout, family=family) for family in EXPERT_FAMILIES for layout in EXPERT_COVERING]
 
 

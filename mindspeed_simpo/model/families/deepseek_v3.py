@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_simpo.model.description import Attention, Latent, Layer, ModelDescription, Norm
+from mindspeed_simpo.model.description import Attention, Latent, ModelDescription, Norm
 from mindspeed_simpo.model.settings import Family, Settings
 
 _LATENT_EPS = 1e-6
@@ -17,15 +17,7 @@ def describe(settings: Settings) -> ModelDescription:
     Raises:
         ModelError: where ``num_key_value_heads`` is not ``num_attention_heads``.
     """
-    hf, norm, mlp, attention = settings.hf, settings.norm(), settings.mlp(), _attention(settings)
-    experts, shared = settings.corrected_experts(), settings.shared_expert()
-    layers = [
-        Layer(norm, attention, norm, mlp)
-        if index < hf.first_k_dense_replace
-        else Layer(norm, attention, norm, shared, experts=experts)
-        for index in range(settings.num_layers)
-    ]
-    return settings.model(layers, norm)
+    return settings.model(settings.dense_then_experts(_attention(settings)), settings.norm())
 
 
 def _attention(settings: Settings) -> Attention:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_simpo.model.description import Layer, ModelDescription
+from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.settings import Family, Settings
 
 
@@ -11,21 +11,14 @@ def describe(settings: Settings) -> ModelDescription:
 
     The layers of multi-token prediction that published checkpoints have after the last layer are not part of it.
     """
-    hf, norm, mlp = settings.hf, settings.norm(), settings.mlp()
+    hf, norm = settings.hf, settings.norm()
     attention = settings.attention(
         None,
         settings.rotation(partial=0.5),
         qkv_bias=bool(hf.attention_bias),
         qk_norm=norm if hf.use_qk_norm else None,
     )
-    experts, shared = settings.corrected_experts(), settings.shared_expert()
-    layers = [
-        Layer(norm, attention, norm, mlp)
-        if index < hf.first_k_dense_replace
-        else Layer(norm, attention, norm, shared, experts=experts)
-        for index in range(settings.num_layers)
-    ]
-    return settings.model(layers, norm)
+    return settings.model(settings.dense_then_experts(attention), norm)
 
 
 FAMILY = Family("glm4_moe", "Glm4MoeForCausalLM", describe, ignores_layers_beyond=True)

@@ -199,6 +199,7 @@ ADAPTER_MATRIX = (
     *((layout, (), "qwen2", _PROJECTIONS) for layout in COVERING),
     *((layout, options, "qwen2", _PROJECTIONS) for options in OPTIONS_TOGETHER for layout in options[0].rows),
     *((layout, (option,), "qwen2", _SOME) for option in OPTIONS for layout in option.rows[-2:]),
+    (_EXPERT_ROWS[1], (_PACKED, _SELECTIVE), "gpt_oss", _PROJECTIONS[:4]),
     (Layout(tensor=2), (), "deepseek_v3", _FROM_LATENT),
     (Layout(tensor=2, sequence_parallel=True), (_PACKED,), "deepseek_v3", _FROM_LATENT),
     (Layout(context=2, data=2, distributed_optimizer=True), (_PREFIX_SHARED,), "deepseek_v3", _FROM_LATENT),

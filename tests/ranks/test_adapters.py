@@ -15,6 +15,7 @@ MODULES = {
     "qwen2": ["k_proj", "v_proj", "o_proj", "up_proj"],
     "phi3": ["qkv_proj", "down_proj"],
     "glm4": ["q_proj", "gate_up_proj"],
+    "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 FILE = "adapter_model.safetensors"
 
@@ -46,7 +47,12 @@ def keys(modules, **others):
 
 @pytest.mark.parametrize(
     ("family", "layout", "dtype"),
-    [("qwen2", (4, 1, 1), "float32"), ("phi3", (2, 2, 1), "bfloat16"), ("glm4", (2, 1, 2), "float32")],
+    [
+        ("qwen2", (4, 1, 1), "float32"),
+        ("phi3", (2, 2, 1), "bfloat16"),
+        ("glm4", (2, 1, 2), "float32"),
+        ("gpt_oss", (4, 1, 1), "float32"),
+    ],
 )
 def test_what_peft_wrote_is_written_back_bit_by_bit(tmp_path, family, layout, dtype):
     folder = make_checkpoint(tmp_path / "base", family)

@@ -86,6 +86,15 @@ EXPERT_MODELS = {
     "mixtral": {"hidden": 64, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 160},
     "glm4_moe": {"hidden": 96, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 160},
     "deepseek_v3": {"hidden": 96, "layers": 4, "heads": 8, "intermediate": 160},
+    "gpt_oss": {
+        "hidden": 96,
+        "layers": 4,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 32,
+        "intermediate": 160,
+        "window": 32,
+    },
 }
 
 

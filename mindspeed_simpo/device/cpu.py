@@ -32,6 +32,9 @@ def _redirect_device_queries() -> None:
 
 def _redirect_allocations() -> None:
     # pipeline_parallel/schedules.py (token counter), optimizer/clip_grads.py, optimizer/optimizer.py: device="cuda"
+    # `with torch.device(...)` knows the factories by what they are when it is first used: that must be before
+    with torch.device("cpu"):
+        torch.empty(0)
     for name in ("tensor", "zeros", "ones", "empty", "full"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     # optimizer/optimizer.py and tensor_parallel/data.py move tensors with .cuda()

@@ -13,7 +13,7 @@ def main():
     import mindspeed.megatron_adaptor  # noqa: F401
 
     from mindspeed_simpo.batch import UNPACKED, Branch, Documents
-    from mindspeed_simpo.model.megatron.context import CONTEXT_PARALLEL_ATTENTION
+    from mindspeed_simpo.model.context import CONTEXT_PARALLEL_ATTENTION
     from mindspeed_simpo.parallel.context import positions_of
 
     head_dim = 8

@@ -19,7 +19,7 @@ from mindspeed_simpo.device import operators
 from mindspeed_simpo.model import description
 from mindspeed_simpo.model.balance import Balance
 from mindspeed_simpo.model.causal import causal_attention
-from mindspeed_simpo.model.megatron.context import CONTEXT_PARALLEL_ATTENTION
+from mindspeed_simpo.model.context import CONTEXT_PARALLEL_ATTENTION
 from mindspeed_simpo.model.megatron.linear import RMSNorm, column_parallel, row_parallel
 from mindspeed_simpo.model.packed import packed_attention
 from mindspeed_simpo.model.rotary import RotationTables
@@ -44,7 +44,7 @@ class Attention(torch.nn.Module):
 
     Padded rows need no mask: padding is on the right, and a token attends to earlier tokens only. Documents of a packed
     row do not attend to each other (:mod:`mindspeed_simpo.model.packed`). Under context parallelism a rank holds two
-    chunks of each document; :data:`~mindspeed_simpo.model.megatron.context.CONTEXT_PARALLEL_ATTENTION` has the
+    chunks of each document; :data:`~mindspeed_simpo.model.context.CONTEXT_PARALLEL_ATTENTION` has the
     algorithms.
 
     With more tensor-parallel ranks than key-value heads, consecutive ranks share a key-value head: each rank projects a

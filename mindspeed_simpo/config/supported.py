@@ -18,6 +18,7 @@ ANY: Final = object()
 """Every value that the option's type and range admit."""
 
 PLAIN: Mapping[str, object] = {
+    "backend": "megatron",
     "pair_schedule": "concat",
     "batching": "padded",
     "fused_logprob": False,
@@ -52,6 +53,7 @@ _RING = ("context_parallel_algo", "megatron_cp_algo")
 
 CLAIMS: tuple[Claim, ...] = (
     *(Claim(key, value) for key, value in PLAIN.items()),
+    Claim("backend", "fsdp", axes=frozenset({"CP", "DP"})),
     Claim("pair_schedule", "split"),
     Claim("pair_schedule", "two_pass"),
     Claim("fused_logprob", True),

@@ -106,7 +106,9 @@ def make_layout(config: Config, world_size: int, model: Model | None = None, dev
     layout = _divide(config, world_size)
     _check_batch(config, layout)
     _check_device(config, device or config.device, model)
-    if model is not None:
+    if config.backend == "fsdp":
+        _check_fsdp(config, layout)
+    elif model is not None:
         _check_pipeline(config, layout, len(model.layers))
         for layer in model.layers:
             _check_layer(config, layout, layer)
@@ -156,6 +158,15 @@ def _check_batch(config: Config, layout: Layout) -> None:
             f"global_batch_size {config.global_batch_size} / ({layout.data} data-parallel ranks x micro_batch_size "
             f"{config.micro_batch_size})"
         )
+
+
+def _check_fsdp(config: Config, layout: Layout) -> None:
+    if config.fsdp_shard_size is not None and layout.ranks % config.fsdp_shard_size:
+        raise ConfigError(
+            f"fsdp_shard_size {config.fsdp_shard_size} does not divide the {layout.ranks} ranks: choose a divisor"
+        )
+    if config.moe_aux_loss_coeff:
+        raise ConfigError("moe_aux_loss_coeff: backend: fsdp adds no auxiliary loss: remove the key")
 
 
 def _check_pipeline(config: Config, layout: Layout, num_layers: int) -> None:

@@ -11,7 +11,6 @@ from mindspeed_simpo.errors import TrainingError
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.training import checkpoint
 from mindspeed_simpo.training.base_model import check_base
-from mindspeed_simpo.training.optimizer import wrap_precision
 from mindspeed_simpo.training.reference_pass import UsedPairs, configured_tables
 from mindspeed_simpo.training.resume import check_adapters
 from mindspeed_simpo.training.schedule.runner import PairSchedule
@@ -44,7 +43,7 @@ def evaluate(config: Config, device: Device) -> dict[str, float]:
                 check_base(folder, state.base, session.base)
             checkpoint.load(folder, session.models, None, session.groups, device)
             session.running.load(state.running)
-        schedule = session.schedule(wrap_precision(session.models, bf16=config.bf16_in_use), table)
+        schedule = session.schedule(session.backend.for_scoring(), table)
         values = mean_metrics(session, schedule, loader, None)
     if not math.isfinite(values["loss"]):
         weights = config.load or config.model_name_or_path

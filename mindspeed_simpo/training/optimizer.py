@@ -58,9 +58,11 @@ def wrap_precision(models: Sequence[torch.nn.Module], *, bf16: bool) -> list[tor
 
 
 @dataclass(frozen=True)
-class Stepper:
+class MegatronStepper:
     """Adam with clipping by the global gradient norm, and the learning-rate schedule; without host synchronisation."""
 
+    models: Sequence[torch.nn.Module]
+    """Pipeline chunks of this rank, wrapped in DDP."""
     optimizer: Any
     """The optimizer of megatron-core."""
     scheduler: OptimizerParamScheduler
@@ -71,6 +73,12 @@ class Stepper:
     norm_groups: tuple[tuple[bool, dist.ProcessGroup | None], ...]
     """Whether the parameters of experts are meant, and the ranks that hold the parts of such parameters' gradients;
     None for all ranks. Every rank has the same entries, whether it holds such parameters or not."""
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero."""
+        for model in self.models:
+            model.zero_grad_buffer()  # type: ignore[operator]
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def squared_norm(self) -> Float[Tensor, " one"]:
@@ -138,7 +146,7 @@ def _is_of_experts(part: Any) -> bool:
 def _norm_groups(
     optimizer: Any, models: Sequence[torch.nn.Module], *, sharded: bool
 ) -> tuple[tuple[bool, dist.ProcessGroup | None], ...]:
-    """See :attr:`Stepper.norm_groups`."""
+    """See :attr:`MegatronStepper.norm_groups`."""
     # every rank has parameters that are not of experts, and megatron-core puts these first
     dense = _parts(optimizer)[0].get_grad_stats_parallel_group()
     if not unwrap(models[0]).description.has_experts:
@@ -153,7 +161,7 @@ def build_stepper(
     parallel: ParallelOptions,
     device: Device,
     train_iters: int,
-) -> Stepper:
+) -> MegatronStepper:
     """Set up the optimizer and the learning-rate schedule.
 
     Args:
@@ -180,8 +188,21 @@ def build_stepper(
         list(models),
         use_gloo_process_groups=not device.is_cpu,
     )
+    scheduler = learning_rate_schedule(optimizer, training, train_iters)
+    norm_groups = _norm_groups(optimizer, models, sharded=parallel.use_distributed_optimizer)
+    return MegatronStepper(models, optimizer, scheduler, training.clip_grad, device.reduction_dtype, norm_groups)
+
+
+def learning_rate_schedule(optimizer: Any, training: TrainingOptions, train_iters: int) -> OptimizerParamScheduler:
+    """Warm-up and decay of the learning rate; the weight decay is constant.
+
+    Args:
+        optimizer: Its parameter groups may have a factor ``wd_mult`` of the weight decay.
+        training: ``lr*`` and ``weight_decay``.
+        train_iters: Steps over which the learning rate decays.
+    """
     steps = max(1, train_iters)
-    scheduler = OptimizerParamScheduler(
+    return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=training.lr,
@@ -194,5 +215,3 @@ def build_stepper(
         wd_incr_steps=steps,
         wd_incr_style="constant",
     )
-    norm_groups = _norm_groups(optimizer, models, sharded=parallel.use_distributed_optimizer)
-    return Stepper(optimizer, scheduler, training.clip_grad, device.reduction_dtype, norm_groups)

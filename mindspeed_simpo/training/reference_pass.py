@@ -21,14 +21,10 @@ from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.loss.reference import SHARD_PAIRS, ReferenceCache, ReferenceTable
 from mindspeed_simpo.loss.scoring import PairScorer
-from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.hf_config import read_description
-from mindspeed_simpo.model.megatron.adapters import without_adapters
-from mindspeed_simpo.model.megatron.weights import fill_weights, load_hf_weights
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import fail_together
+from mindspeed_simpo.training.backends import Backend
 from mindspeed_simpo.training.base_model import weights_digest
-from mindspeed_simpo.training.optimizer import wrap_precision
 from mindspeed_simpo.training.progress import counting
 from mindspeed_simpo.training.schedule.runner import PairSchedule
 from mindspeed_simpo.training.session import Session
@@ -49,15 +45,15 @@ class ReferenceModel:
     cache: Path
     """Folder of the cache."""
 
-    def fingerprint(self, policy: ModelDescription, control: dist.ProcessGroup) -> str:
+    def fingerprint(self, backend: Backend, control: dist.ProcessGroup) -> str:
         """Digest of the reference's weights; a collective, in which each rank reads its share of the files.
 
         Raises:
-            ModelError: on every rank, where ``ref_model`` cannot be read or has another shape than ``policy``.
+            ModelError: on every rank, where ``ref_model`` cannot be read or has another shape than that of ``backend``.
         """
         random = self.path is None and self.start.init_from == "config"
         with fail_together(control):
-            if self.path is not None and (difference := policy.difference(read_description(self.path))):
+            if self.path is not None and (difference := backend.difference_of(self.path)):
                 raise ModelError(
                     f"ref_model: {self.path} has another {difference}; the reference must be a model of the same shape "
                     "and vocabulary"
@@ -105,18 +101,18 @@ def reference_tables(
         ModelError: on every rank, where ``ref_model`` cannot be read or has another tokenizer or shape.
     """
     groups = session.groups
-    digest = model.fingerprint(session.description, groups.control)
+    digest = model.fingerprint(session.backend, groups.control)
     parts = [None if part is None else _Part(part, _cache(model, part.data, digest), groups.control) for part in used]
     if any(part is not None and len(part.missing) for part in parts):
         if model.path is not None:
-            load_hf_weights(session.models, session.description, model.path, groups)
-        schedule = session.schedule(wrap_precision(session.models, bf16=model.bf16), None)
-        with without_adapters(session.models):
+            session.backend.load_weights(model.path)
+        schedule = session.schedule(session.backend.for_scoring(), None)
+        with session.backend.without_adapters():
             for part in parts:
                 if part is not None:
                     part.score(session, schedule)
         if model.path is not None:
-            fill_weights(session.models, session.description, model.start, groups, model.seed)
+            session.backend.load_weights(None)
     return [None if part is None else part.table(session.device) for part in parts]
 
 

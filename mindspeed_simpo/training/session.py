@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from mindspeed_simpo.batch import RunningStatistics
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import validate
-from mindspeed_simpo.config.resolution import resolve
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset
@@ -32,15 +31,12 @@ from mindspeed_simpo.loss.pair_loss import PairLoss
 from mindspeed_simpo.loss.reference import ReferenceTable, StepReference
 from mindspeed_simpo.loss.running import RunningTracker
 from mindspeed_simpo.loss.scoring import PairScorer
-from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.hf_config import read_description, resolve_model
-from mindspeed_simpo.model.megatron.export import export_adapters, export_hf
-from mindspeed_simpo.model.megatron.gpt import build_model
-from mindspeed_simpo.model.megatron.weights import fill_adapters, fill_weights
+from mindspeed_simpo.model.hf_config import resolve_model
 from mindspeed_simpo.parallel import Groups, initialize, seed_model_ranks, shutdown
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.parallel.lost_ranks import naming_lost_ranks
 from mindspeed_simpo.training import checkpoint
+from mindspeed_simpo.training.backends import Backend, open_backend
 from mindspeed_simpo.training.base_model import Base, check_base, identify_base
 from mindspeed_simpo.training.metrics import MetricSums
 from mindspeed_simpo.training.progress import set_up_logging
@@ -57,10 +53,9 @@ class Session:
     """The configuration, with the defaults that depend on model and device set."""
     device: Device
     groups: Groups
-    description: ModelDescription
+    backend: Backend
+    """The model, with the weights that ``init_from`` selects."""
     tokenizer: PreTrainedTokenizerBase
-    models: Sequence[torch.nn.Module]
-    """Pipeline chunks, with the weights that ``init_from`` selects."""
     metric_sums: MetricSums
     running: RunningTracker
     """Running statistics of the objective's tracked value over the global batches."""
@@ -77,6 +72,11 @@ class Session:
     """The model that the adapters belong to; None without adapters, and where its weights are not read."""
 
     @property
+    def models(self) -> Sequence[torch.nn.Module]:
+        """Parts of the model on this rank, without wrappers."""
+        return self.backend.models
+
+    @property
     def is_main(self) -> bool:
         """Whether this rank is rank 0 of the world, which writes files and messages."""
         return self.groups.world.rank() == 0
@@ -84,7 +84,7 @@ class Session:
 
 def build_schedule(
     config: Config,
-    description: ModelDescription,
+    backend: Backend,
     groups: Groups,
     device: Device,
     running: Callable[[], RunningStatistics | None] | None,
@@ -95,7 +95,7 @@ def build_schedule(
 
     Args:
         config: The objective's keys, ``pair_schedule`` and the options of the head.
-        description: Description of the model.
+        backend: Runs the model.
         groups: Process groups of the layout that the models were built with.
         device: The device of the models.
         running: Returns the statistics of the objective's tracked value.
@@ -106,9 +106,9 @@ def build_schedule(
     head = ResponseHead(
         groups.tensor,
         groups.context,
-        vocab_size=description.vocab_size,
+        vocab_size=backend.description.vocab_size,
         sum_dtype=device.reduction_dtype,
-        softcap=description.logit_softcap,
+        softcap=backend.description.logit_softcap,
         chunk_tokens=config.chunk_tokens_in_use if config.fused_logprob else None,
         sequence_parallel=config.sequence_parallel and groups.tensor.size() > 1,
         weight_grad_awaited=config.overlap_grad_reduce,
@@ -116,9 +116,8 @@ def build_schedule(
     step_reference = StepReference() if config.reference_is_base else None
     scorer = PairScorer(PairLoss.of(config), step_reference or table, running)
     return PairSchedule(
-        models,
+        backend.engine(models, head),
         scorer,
-        head,
         groups,
         device.torch_device,
         config.pair_schedule,
@@ -155,6 +154,8 @@ def export_checkpoint(load: str, output: Path, *, merge_adapters: bool = False) 
         "context_parallel_algo": "gathered",
         "expert_model_parallel_size": 1,
         "expert_tensor_parallel_size": None,
+        "fsdp_shard_size": None,
+        "fsdp_cpu_offload": False,
     }
     one_rank |= {"num_layers_per_virtual_pipeline_stage": None, "sequence_parallel": False, "device": "cpu"}
     one_rank["lora_load"] = None  # the checkpoint has the adapters
@@ -210,15 +211,11 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
     device.seed(config.seed)
     seed_model_ranks(config.seed)
     with fail_together(groups.control):
-        description = read_description(config.model_name_or_path)
-        config = resolve(config, description, device.name)
-        make_layout(config, groups.world.size(), description, device.name)
+        backend = open_backend(config, groups, device)
         tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     with fail_together(groups.control):
-        models = build_model(description, config, groups, device)
-        if starting_weights:
-            fill_weights(models, description, config, groups, config.seed)
-            fill_adapters(models, description, config, groups, config.seed)
+        backend.build(starting_weights=starting_weights)
+    config, vocab_size = backend.config, backend.description.vocab_size
     base = None
     if config.lora_r and starting_weights:
         base = identify_base(config, config.seed, groups.control)
@@ -227,12 +224,11 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
         config,
         device,
         groups,
-        description,
+        backend,
         tokenizer,
-        models,
         MetricSums(config.objective, groups, device),
         running,
-        prepare=partial(prepare_together, config, tokenizer, group=groups.control, vocab_size=description.vocab_size),
+        prepare=partial(prepare_together, config, tokenizer, group=groups.control, vocab_size=vocab_size),
         loader=partial(
             PairLoader,
             seed=config.seed,
@@ -241,27 +237,19 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
             data_parallel_rank=groups.data.rank(),
             data_parallel_size=groups.data.size(),
         ),
-        schedule=partial(build_schedule, config, description, groups, device, running.current),
-        export=partial(_export, models, description, groups, tokenizer, config),
+        schedule=partial(build_schedule, config, backend, groups, device, running.current),
+        export=partial(_export, backend, groups, tokenizer),
         base=base,
     )
 
 
 def _export(
-    models: Sequence[torch.nn.Module],
-    description: ModelDescription,
-    groups: Groups,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-    output: Path,
-    merge_adapters: bool,
+    backend: Backend, groups: Groups, tokenizer: PreTrainedTokenizerBase, output: Path, merge_adapters: bool
 ) -> None:
+    config = backend.config
     folder = resolve_model(config.model_name_or_path, weights=False)
     template = None if config.chat_template is None else str(tokenizer.chat_template)
     with fail_together(groups.control):
-        files: dict[str, Any] = {"source": folder, "output": output}
-        files |= {"tokenizer": tokenizer, "chat_template": template}
-        if config.lora_r and not merge_adapters:
-            export_adapters(models, description, groups, base=config.model_name_or_path, **files)
-        else:
-            export_hf(models, description, groups, **files)
+        backend.export(
+            output, merge_adapters=merge_adapters, source=folder, tokenizer=tokenizer, chat_template=template
+        )

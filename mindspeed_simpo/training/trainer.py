@@ -29,12 +29,12 @@ from mindspeed_simpo.training import checkpoint, not_finite
 from mindspeed_simpo.training.base_model import check_base
 from mindspeed_simpo.training.evaluation import mean_metrics
 from mindspeed_simpo.training.metrics import MetricsWriter
-from mindspeed_simpo.training.optimizer import Stepper, build_stepper, wrap_for_training
 from mindspeed_simpo.training.output import claimed
 from mindspeed_simpo.training.progress import Progress, log_to_file
 from mindspeed_simpo.training.reference_pass import UsedPairs, configured_tables
 from mindspeed_simpo.training.resume import check_resumable, find_resumed
 from mindspeed_simpo.training.session import Session, on_every_rank, open_session
+from mindspeed_simpo.training.stepper import Stepper
 from mindspeed_simpo.training.stop import StopRequests
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ def train(config: Config, device: Device) -> int:
         if eval_data is not None:
             used_of_eval = UsedPairs(eval_data, session.loader(eval_data).eval_pairs(config.eval_iters))
         tables = configured_tables(session, config, [used, used_of_eval])
-        models = wrap_for_training(session.models, config, bf16=config.bf16_in_use)
-        stepper = build_stepper(models, config, config, device, train_iters)
+        models = session.backend.for_training()
+        stepper = session.backend.stepper(models, train_iters)
         run = Run(session, config, models, stepper, train_data, eval_data, tables, train_iters)
         if resumed is not None:
             run.resume(*resumed)
@@ -204,9 +204,7 @@ class Run:
         session = self.session
         num_pairs = self.order.num_pairs(self.consumed_pairs)
         micro_batches = self.train_loader.train_step(self.consumed_pairs)
-        for model in self.models:
-            model.zero_grad_buffer()  # type: ignore[operator]
-        self.stepper.optimizer.zero_grad()
+        self.stepper.zero_grad()
         scored = self.schedule.forward_backward(micro_batches, num_pairs)
         sums = session.metric_sums.reduce(session.metric_sums.local(scored))
         squared_norm = self.stepper.squared_norm()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mindspeed_simpo.config.options.base import (
     CPU_CHUNK_TOKENS,
     DEFAULT_TEMPLATE_DATE,
+    BackendName,
     BatchingForm,
     BatchingName,
     ContextParallelAlgo,
@@ -33,6 +34,7 @@ __all__ = [
     "DEFAULT_TEMPLATE_DATE",
     "OPTION_GROUPS",
     "AdapterOptions",
+    "BackendName",
     "BatchingForm",
     "BatchingName",
     "ContextParallelAlgo",

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic.fields import FieldInfo
 
 ContextParallelAlgo = Literal["gathered", "megatron_cp_algo", "ulysses_cp_algo"]
+BackendName = Literal["megatron", "fsdp"]
 BatchingForm = Literal["padded", "packed", "prefix_shared"]
 BatchingName = Literal["auto", BatchingForm]
 DEFAULT_TEMPLATE_DATE = "2024-07-26"

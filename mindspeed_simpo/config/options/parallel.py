@@ -6,12 +6,43 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from mindspeed_simpo.config.options.base import ContextParallelAlgo, Options, option
+from mindspeed_simpo.config.options.base import BackendName, ContextParallelAlgo, Options, option
+
+_OF_MEGATRON = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+    "context_parallel_algo",
+    "sequence_parallel",
+    "use_distributed_optimizer",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "overlap_grad_reduce",
+)
+_OF_FSDP = ("fsdp_shard_size", "fsdp_cpu_offload")
 
 
 class ParallelOptions(Options):
     """Parallelism."""
 
+    backend: BackendName = option(
+        "megatron",
+        effect="arithmetic",
+        description="What builds and shards the model. megatron: megatron-core, for the families of docs/models.md and "
+        "large clusters; fsdp: the model class of transformers, sharded by PyTorch's FSDP2, for every causal model.",
+    )
+    fsdp_shard_size: int | None = option(
+        None,
+        ge=1,
+        effect="layout",
+        description="With backend: fsdp, ranks that divide the parameters; the other ranks hold copies, as is usual "
+        "for several hosts. Default: all ranks.",
+    )
+    fsdp_cpu_offload: bool = option(
+        False,
+        effect="layout",
+        description="With backend: fsdp, hold parameters, gradients and optimizer state in host memory.",
+    )
     tensor_model_parallel_size: int = option(
         1, ge=1, effect="layout", description="Ranks over which each weight matrix is sharded (TP)."
     )
@@ -70,6 +101,18 @@ class ParallelOptions(Options):
         effect="none",
         description="Timeout of a collective, minutes, after which a run with a lost rank ends.",
     )
+
+    @model_validator(mode="after")
+    def _backend_has_the_options(self) -> ParallelOptions:
+        of_others = _OF_FSDP if self.backend == "megatron" else _OF_MEGATRON
+        given = [name for name in of_others if getattr(self, name) != type(self).model_fields[name].default]
+        if given:
+            other = "fsdp" if self.backend == "megatron" else "megatron"
+            raise ValueError(
+                f"{', '.join(given)}: only backend: {other} has {'it' if len(given) == 1 else 'them'}: remove "
+                f"{'it' if len(given) == 1 else 'them'}, or set backend: {other}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _virtual_pipeline_needs_pipeline(self) -> ParallelOptions:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -21,7 +24,9 @@ from mindspeed_simpo.model.packed import packed_attention
 
 NAME = "mindspeed_simpo"
 """Value of ``attn_implementation``."""
-_WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits"})
+_WITHOUT_EFFECT = frozenset(
+    {"position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits"}
+)
 """Keywords that some models hand down and that change nothing in a causal attention whose keys are rotated already."""
 
 
@@ -33,7 +38,7 @@ class Seen:
     """Modules that called the attention, in order."""
     softcaps: bool = False
     masks: list[Callable[..., Tensor]] = field(default_factory=list)
-    """Functions ``(row, head, query, key) -> whether the query attends to the key`` of the masks that the model makes."""
+    """Functions ``(row, head, query, key)`` of the masks that the model makes: whether the query attends to the key."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class RowsInAttention:
     context_group: dist.ProcessGroup | None = None
     """Ranks that hold different positions of the rows; None where this rank holds all."""
     seen: Seen | None = None
+    recomputed: bool = False
+    """Whether the backward computes the scores again."""
 
 
 _recording: list[Seen] = []
@@ -94,16 +101,29 @@ def attend(
         rows.seen.softcaps |= softcap is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     width, own = max(query.shape[-1], value.shape[-1]), value.shape[-1]
-    inputs = [torch.nn.functional.pad(each.permute(2, 0, 1, 3), (0, width - each.shape[-1])) for each in (query, key, value)]
+    inputs = [
+        torch.nn.functional.pad(each.permute(2, 0, 1, 3), (0, width - each.shape[-1])) for each in (query, key, value)
+    ]
     scores = scale, sliding_window, softcap, s_aux
-    if rows.context_group is not None:
-        context = gathered_attention(*inputs, rows.documents, *scores, group=rows.context_group)
-    elif rows.documents.wholes:
-        context = packed_attention(*inputs, rows.documents, *scores)
+    core = partial(_core, rows=rows, scores=scores)
+    if rows.recomputed and torch.is_grad_enabled():
+        context = checkpoint(core, *inputs, use_reentrant=False, preserve_rng_state=False)
     else:
-        context = causal_attention(*inputs, *scores)
+        context = core(*inputs)
     context = context.unflatten(-1, (query.shape[1], width))[..., :own]
     return context.transpose(0, 1), None
+
+
+def _core(
+    query: Tensor, key: Tensor, value: Tensor, rows: RowsInAttention, scores: tuple[Any, ...]
+) -> Float[Tensor, "queries row width"]:
+    if rows.context_group is not None:
+        scale, window, softcap, sinks = scores
+        group = rows.context_group
+        return gathered_attention(query, key, value, rows.documents, scale, window, softcap, sinks, group)
+    if rows.documents.wholes:
+        return packed_attention(query, key, value, rows.documents, *scores)
+    return causal_attention(query, key, value, *scores)
 
 
 def _refuse_unknown(
@@ -139,7 +159,7 @@ def _shown(value: Any) -> str:
     return f"tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-def _no_mask(*args: Any, mask_function: Callable[..., Tensor] | None = None, **kwargs: Any) -> None:
+def _no_mask(*_args: Any, mask_function: Callable[..., Tensor] | None = None, **_others: Any) -> None:
     if mask_function is not None:
         for seen in _recording:
             seen.masks.append(mask_function)
@@ -151,15 +171,11 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _no_mask)
 
 
-class recording:
-    """Inside of the context, ``Seen.masks`` collects the masks that models make."""
-
-    def __init__(self, seen: Seen) -> None:
-        self.seen = seen
-
-    def __enter__(self) -> Seen:
-        _recording.append(self.seen)
-        return self.seen
-
-    def __exit__(self, *_: object) -> None:
-        _recording.remove(self.seen)
+@contextmanager
+def recording(seen: Seen) -> Iterator[Seen]:
+    """Inside of the context, ``seen.masks`` collects the masks that models make."""
+    _recording.append(seen)
+    try:
+        yield seen
+    finally:
+        _recording.remove(seen)

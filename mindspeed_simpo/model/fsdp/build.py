@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.fsdp import attention
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the parameters lie on the ranks."""
+
+    layer_names: Sequence[str]
+    """Modules that are gathered, and freed, one by one."""
+    world: int
+    shards: int
+    """Ranks that divide the parameters, consecutive ones; the others hold copies."""
+    bf16: bool
+    """Whether products are computed in bf16; gradients are reduced in fp32."""
+    offload: bool
+    """Whether parameters are held in host memory."""
+    stored_dtype: torch.dtype
+    """Of the parameters between the steps."""
+    device_type: str
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
@@ -27,13 +49,10 @@ def empty_model(folder: Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention.NAME, trust_remote_code=False
-            )
-    except (ValueError, KeyError, ImportError) as error:
+            return _from_config(config)
+    except (ValueError, KeyError, ImportError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{folder / 'config.json'}: transformers cannot build this model: {reason}") from None
-    return model
 
 
 def layer_names(model: PreTrainedModel) -> list[str]:
@@ -48,45 +67,93 @@ def layer_names(model: PreTrainedModel) -> list[str]:
     return names
 
 
-def load_model(
-    folder: Path, names: list[str], dtype: torch.dtype, *, world: int, shards: int, bf16: bool, offload: bool
-) -> PreTrainedModel:
+def load_model(folder: Path, sharding: Sharding) -> PreTrainedModel:
     """The model with its weights; each rank reads its shard of them. A collective of the world.
 
-    Args:
-        folder: Hugging Face folder.
-        names: Of :func:`layer_names`.
-        dtype: Of the parameters.
-        world: Number of ranks.
-        shards: Number of ranks that divide the parameters; the others hold copies.
-        bf16: Whether products are computed in bf16.
-        offload: Whether parameters are held in host memory.
+    Raises:
+        ModelError: where the weights cannot be read, or do not fit ``config.json``.
     """
     options: dict[str, Any] = {}
-    if world > 1:
+    if sharding.world > 1:
+        plan = {re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight" for name in sharding.layer_names}
         options["distributed_config"] = DistributedConfig(
-            fsdp_size=shards,
-            dp_replicate_size=world // shards,
-            fsdp_plan=dict.fromkeys((re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names), "free_full_weight"),
-            fsdp_cpu_offload=offload,
-            fsdp_mixed_precision=bf16,
+            fsdp_size=sharding.shards,
+            dp_replicate_size=sharding.world // sharding.shards,
+            fsdp_plan=plan,
+            fsdp_cpu_offload=sharding.offload,
+            fsdp_mixed_precision=sharding.bf16,
         )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False, use_safetensors=True, **options
-    )
-    if world == 1:
-        shard(model, names, bf16=bf16, offload=offload)
-    register_fsdp_forward_method(model, "score")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.base_model_fsdp_plan = {}
+        loaded: Any = _without_plan(AutoModelForCausalLM._model_mapping[type(config)]).from_pretrained(
+            folder,
+            config=config,
+            dtype=sharding.stored_dtype,
+            attn_implementation=attention.NAME,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        raise ModelError(f"{folder}: transformers cannot load the weights: {' '.join(str(error).split())}") from None
+    model: PreTrainedModel
+    model, report = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[kind])):
+            raise ModelError(f"{folder}: the safetensors do not fit config.json: {kind.replace('_', ' ')} {names[:3]}")
+    if sharding.world == 1:
+        shard(model, sharding)
     return model
 
 
-def shard(model: PreTrainedModel, names: list[str], *, bf16: bool, offload: bool) -> None:
-    """Shard a model whose weights this rank has all of, over a mesh of one rank."""
-    options: dict[str, Any] = {"mesh": init_device_mesh(model.device.type, (1,))}
-    if bf16:
+def _without_plan(model_class: Any) -> Any:
+    """The class without a plan of its own for FSDP2: its output weight belongs to the root, where the head reads it."""
+    return type(model_class.__name__, (model_class,), {"_fsdp_plan": {}, "__module__": model_class.__module__})
+
+
+def random_model(folder: Path, sharding: Sharding, seed: int) -> PreTrainedModel:
+    """The model of ``config.json`` with random weights, the same on every layout; each rank draws the whole model."""
+    attention.register()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = _from_config(config, dtype=torch.float32)
+    torch.nn.Module.to(model, sharding.stored_dtype)
+    shard(model, sharding)
+    return model
+
+
+def shard(model: PreTrainedModel, sharding: Sharding) -> None:
+    """Shard a model whose weights this rank has all of."""
+    copies = sharding.world // sharding.shards
+    shape = (sharding.world,) if copies == 1 else (copies, sharding.shards)
+    options: dict[str, Any] = {"mesh": init_device_mesh(sharding.device_type, shape)}
+    if sharding.bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    if offload:
+    if sharding.offload:
         options["offload_policy"] = CPUOffloadPolicy()
-    for name in names:
+    for name in sharding.layer_names:
         fully_shard(model.get_submodule(name), **options)
     fully_shard(model, **options)
+
+
+def recompute(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Have the backward compute the named layers again, and no others."""
+    enable: Any = model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+    for name, part in model.named_modules():
+        if isinstance(part, GradientCheckpointingLayer):
+            part.gradient_checkpointing = name in names
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _from_config(config: Any, **options: Any) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, attn_implementation=attention.NAME, trust_remote_code=False, **options
+    )
+    return model

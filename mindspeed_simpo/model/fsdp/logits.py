@@ -38,7 +38,8 @@ def logits_of(model: PreTrainedModel) -> Logits:
         ModelError: where the output layer has a bias, or the logits are of another form than :class:`Logits`.
     """
     name = type(model).__name__
-    output = model.get_output_embeddings()
+    get_output: Any = model.get_output_embeddings
+    output = get_output()
     if output is None or not isinstance(output, torch.nn.Linear):
         raise ModelError(f"{name} has no linear output layer: it cannot be trained with backend: fsdp")
     if output.bias is not None:
@@ -66,7 +67,7 @@ def _given(model: PreTrainedModel, output: torch.nn.Module, products: Tensor) ->
         return MoeModelOutputWithPast(last_hidden_state=hidden)
 
     hook = output.register_forward_hook(lambda *_: products[None, None])
-    base.forward = no_layers  # type: ignore[method-assign]
+    base.forward = no_layers
     try:
         logits: Tensor = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="meta")).logits
     finally:

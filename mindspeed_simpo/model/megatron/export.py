@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors.torch import save_file
-from torch import Tensor
 
 from mindspeed_simpo.errors import ModelError
-from mindspeed_simpo.model.adapter_folder import CONFIG_FILE, write_adapter
+from mindspeed_simpo.model.adapter_folder import write_adapter
 from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.export_folder import MAX_SHARD_BYTES, write_config, write_on_first_rank, write_weights
 from mindspeed_simpo.model.megatron.weights import gather_hf_tensors, gather_merged, unwrap
 from mindspeed_simpo.model.naming import stored_shapes
 from mindspeed_simpo.model.tokenizer_files import write_tokenizer
-from mindspeed_simpo.model.weight_source import INDEX_FILE, SafetensorsFolder
+from mindspeed_simpo.model.weight_source import SafetensorsFolder
 from mindspeed_simpo.parallel import Groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MAX_SHARD_BYTES = 5_000_000_000
-_COPIED = ("generation_config.json",)
 
 
 def export_hf(
@@ -71,11 +62,12 @@ def export_hf(
 
     def write(folder: Path) -> None:
         dtypes = _stored_dtypes(source, description)
-        _write_weights(folder, tensors, description, dtypes, max_shard_bytes)
-        _write_config(folder, source, description, dtypes)
+        write_weights(folder, tensors, stored_shapes(description), dtypes, max_shard_bytes)
+        removed = ["quantization_config"] if description.mxfp4 else []
+        write_config(folder, source, description.architecture, dtypes, removed)
         write_tokenizer(source, folder, tokenizer, chat_template)
 
-    _write_on_first_rank(output, tensors, write)
+    write_on_first_rank(output, tensors, write)
 
 
 def export_adapters(
@@ -114,52 +106,7 @@ def export_adapters(
         write_adapter(folder, dict(tensors), adapters, base)
         write_tokenizer(source, folder, tokenizer, chat_template)
 
-    _write_on_first_rank(output, tensors, write)
-
-
-def _write_on_first_rank(output: Path, tensors: Iterator[tuple[str, Tensor]], write: Callable[[Path], None]) -> None:
-    if torch.distributed.get_rank() != 0:
-        for _ in tensors:
-            raise AssertionError("only rank 0 gathers tensors")
-        return
-    try:
-        _check_replaceable(output)
-        with _replacing(output) as folder:
-            write(folder)
-    except Exception as error:
-        for _ in tensors:  # take part in the remaining collectives, or the other ranks hang
-            pass
-        if isinstance(error, OSError):
-            raise ModelError(f"{output} cannot be written: {error}") from None
-        raise
-
-
-@contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``output`` at the end of the context."""
-    new, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("incomplete", "replaced"))
-    try:
-        for left_over in (new, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-        new.mkdir(parents=True)
-        yield new
-        if output.exists():
-            output.rename(old)
-        new.rename(output)
-    finally:
-        for left_over in (new, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-
-
-def _check_replaceable(output: Path) -> None:
-    if output.is_dir():
-        names = {path.name for path in output.iterdir()}
-        exported = not names.isdisjoint(("config.json", CONFIG_FILE))
-        if not names or (exported and not any(path.is_dir() for path in output.iterdir())):
-            return
-    elif not output.exists():
-        return
-    raise ModelError(f"{output} exists and is not an earlier export: choose a new folder, or remove it")
+    write_on_first_rank(output, tensors, write)
 
 
 def _stored_dtypes(source: Path, description: ModelDescription) -> dict[str, torch.dtype]:
@@ -167,51 +114,3 @@ def _stored_dtypes(source: Path, description: ModelDescription) -> dict[str, tor
         return SafetensorsFolder(source, description).dtypes
     except ModelError:
         return dict.fromkeys(stored_shapes(description), getattr(torch, description.dtype))
-
-
-def _write_weights(
-    folder: Path,
-    tensors: Iterator[tuple[str, Tensor]],
-    description: ModelDescription,
-    dtypes: dict[str, torch.dtype],
-    max_shard_bytes: int,
-) -> None:
-    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in stored_shapes(description).items()}
-    plan = split_state_dict_into_shards_factory(
-        sizes,
-        get_storage_size=lambda size: size,
-        get_storage_id=lambda size: None,  # noqa: ARG005
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_bytes,
-    )
-    pending: dict[str, dict[str, Tensor]] = {file: {} for file in plan.filename_to_tensors}
-    for name, tensor in tensors:
-        file = plan.tensor_to_filename[name]
-        # copy=True: a gathered tensor may share memory with a parameter
-        pending[file][name] = tensor.to(device="cpu", dtype=dtypes[name], copy=True).contiguous()
-        if len(pending[file]) == len(plan.filename_to_tensors[file]):
-            save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
-    assert not pending, f"tensors are missing from {sorted(pending)}"
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        _write_json(folder / INDEX_FILE, index)
-
-
-def _write_config(folder: Path, source: Path, description: ModelDescription, dtypes: dict[str, torch.dtype]) -> None:
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    used = list(dtypes.values())
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = str(max(set(used), key=used.count)).removeprefix("torch.")
-    config["architectures"] = [description.architecture]
-    if description.mxfp4:
-        del config["quantization_config"]
-    _write_json(folder / "config.json", config)
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")

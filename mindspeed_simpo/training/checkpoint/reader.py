@@ -18,13 +18,17 @@ from torch import Tensor
 
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import CheckpointError
-from mindspeed_simpo.model.pieces import Piece, pieces_of
+from mindspeed_simpo.model.fsdp.policy import Policy
+from mindspeed_simpo.model.pieces import pieces_of
 from mindspeed_simpo.model.slots import Slot
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.training.checkpoint.folder import rank_file, read_state
+from mindspeed_simpo.training.checkpoint.parts import load_parts
 from mindspeed_simpo.training.checkpoint.shards import MOMENTS, PARAMETER, named_slots, optimizer_shard
-from mindspeed_simpo.training.optimizer import Stepper
+from mindspeed_simpo.training.fsdp.stepper import ShardStepper
+from mindspeed_simpo.training.optimizer import MegatronStepper
+from mindspeed_simpo.training.stepper import Stepper
 
 
 def load(
@@ -44,10 +48,15 @@ def load(
     """
     with fail_together(groups.control), _read_errors(folder):
         stored = StoredPieces(folder)
-        _load_parameters(stored, models, groups)
+        step = read_state(folder).step
+        if isinstance(models[0], Policy):
+            assert stepper is None or isinstance(stepper, ShardStepper)
+            load_parts(stored.read, models[0], stepper, step, groups.world.rank())
+        else:
+            _load_parameters(stored, models, groups)
         if stepper is not None:
-            step = read_state(folder).step
-            _load_optimizer(stored, models, stepper.optimizer, groups, step)
+            if isinstance(stepper, MegatronStepper):
+                _load_optimizer(stored, models, stepper.optimizer, groups, step)
             stepper.resume_schedule_at(step)
             if stored.ranks == groups.world.size():
                 _set_random_state(stored.file(groups.world.rank()), device)
@@ -84,29 +93,35 @@ class StoredPieces:
         """The opened file of a rank of the run that wrote the checkpoint."""
         return safe_open(self.folder / rank_file(rank), framework="pt", device="cpu")
 
-    def read(self, kind: str, piece: Piece, target: Tensor) -> None:
-        """Copy the values of a piece into ``target``, which has the shape of the piece.
+    def read(self, kind: str, tensor: str, at: Sequence[int], target: Tensor) -> None:
+        """Copy a rectangle of a tensor into ``target``, which has its shape.
+
+        Args:
+            kind: ``parameter`` or one of the moments.
+            tensor: Name of the tensor.
+            at: First index of the rectangle along each axis.
+            target: Takes the values.
 
         Raises:
             CheckpointError: where the files do not hold all values.
         """
         found = 0
-        for stored in self._pieces[kind, piece.tensor.name]:
+        for stored in self._pieces[kind, tensor]:
             ranges = [
                 (max(first, offset), min(first + length, offset + size))
-                for first, length, offset, size in zip(
-                    piece.offsets, piece.shape, stored.offsets, stored.shape, strict=True
-                )
+                for first, length, offset, size in zip(at, target.shape, stored.offsets, stored.shape, strict=True)
             ]
             if any(low >= high for low, high in ranges):
                 continue
-            theirs = tuple(slice(low - at, high - at) for (low, high), at in zip(ranges, stored.offsets, strict=True))
-            ours = tuple(slice(low - at, high - at) for (low, high), at in zip(ranges, piece.offsets, strict=True))
+            theirs, ours = (
+                tuple(slice(low - start, high - start) for (low, high), start in zip(ranges, starts, strict=True))
+                for starts in (stored.offsets, at)
+            )
             target[ours].copy_(stored.file.get_slice(stored.name)[theirs])
             found += math.prod(high - low for low, high in ranges)
-        if found != math.prod(piece.shape):
+        if found != target.numel():
             raise CheckpointError(
-                f"{self.folder}: {kind} of {piece.tensor.name}: {found} values stored of {math.prod(piece.shape)} "
+                f"{self.folder}: {kind} of {tensor}: {found} values stored of {target.numel()} "
                 "that the model needs; is it a checkpoint of this model?"
             )
 
@@ -114,7 +129,7 @@ class StoredPieces:
         """Read elements of a slot's flat parameter, from ``start`` on, into ``flat``; padding is not changed."""
         shards = groups.shards(experts=slot.of_experts)
         for piece in pieces_of(slot, shards.rank, shards.size, start, start + flat.numel()):
-            self.read(kind, piece, piece.view(flat, start))
+            self.read(kind, piece.tensor.name, piece.offsets, piece.view(flat, start))
 
 
 @torch.no_grad()

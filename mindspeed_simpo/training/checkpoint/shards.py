@@ -18,6 +18,11 @@ PARAMETER = "parameter"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def name_of(kind: str, tensor: str, offsets: Sequence[int]) -> str:
+    """Name of a piece in a rank's file, such as ``exp_avg|model.norm.weight|0``."""
+    return f"{kind}|{tensor}|{','.join(map(str, offsets))}"
+
+
 @dataclass(frozen=True)
 class OptimizerShard:
     """This rank's part of a parameter in the optimizer: elements ``start`` to ``stop - 1`` of the flat parameter."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import CheckpointError
+from mindspeed_simpo.model.fsdp.policy import Policy
 from mindspeed_simpo.model.pieces import pieces_of
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import fail_together, of_all_ranks
@@ -35,14 +36,18 @@ from mindspeed_simpo.training.checkpoint.folder import (
     record_of,
     remove,
 )
+from mindspeed_simpo.training.checkpoint.parts import copied_parts
 from mindspeed_simpo.training.checkpoint.shards import (
     MOMENTS,
     PARAMETER,
+    name_of,
     named_slots,
     optimizer_shard,
     written_range,
 )
-from mindspeed_simpo.training.optimizer import Stepper
+from mindspeed_simpo.training.fsdp.stepper import ShardStepper
+from mindspeed_simpo.training.optimizer import MegatronStepper
+from mindspeed_simpo.training.stepper import Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +150,10 @@ def copied_shard(models: Sequence[torch.nn.Module], stepper: Stepper, groups: Gr
         stepper: The optimizer.
         groups: Process groups of the layout.
     """
+    if isinstance(models[0], Policy):
+        assert isinstance(stepper, ShardStepper)
+        return copied_parts(models[0], stepper, groups.world.rank())
+    assert isinstance(stepper, MegatronStepper)
     found: dict[str, Tensor] = {}
     for slot, parameter in named_slots(models):
         shards = groups.shards(experts=slot.of_experts)
@@ -164,11 +173,6 @@ def copied_shard(models: Sequence[torch.nn.Module], stepper: Stepper, groups: Gr
                     view = piece.view(held.detach().view(-1), shard.start)
                     found[name] = view.to("cpu", copy=True).contiguous()
     return found
-
-
-def name_of(kind: str, tensor: str, offsets: Sequence[int]) -> str:
-    """Name of a piece in a rank's file, such as ``exp_avg|model.norm.weight|0``."""
-    return f"{kind}|{tensor}|{','.join(map(str, offsets))}"
 
 
 def _random_state(device: Device) -> tuple[dict[str, Tensor], str]:

@@ -1,41 +1,25 @@
-"""The three pair schedules, run as micro-batches of megatron-core's forward-backward schedules."""
+"""The three pair schedules, as passes of an engine: forwards and, with gradients, backwards of rows."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from mindspeed_simpo.batch import PairBatch, to_device
-from mindspeed_simpo.device.receive_shapes import Shape, known_receive_shapes
-from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.loss.reference import StepReference
 from mindspeed_simpo.loss.scoring import PairScorer, ScoredBatch, TwoPassLoss
-from mindspeed_simpo.model.megatron.adapters import without_adapters
 from mindspeed_simpo.parallel import Groups
-from mindspeed_simpo.training.schedule.rows import Rows, RowShard
+from mindspeed_simpo.training.schedule.passes import Engine, Pass
+from mindspeed_simpo.training.schedule.rows import Rows
 
 PairScheduleName = Literal["concat", "split", "two_pass"]
-LossOfPass = Callable[[Float[Tensor, " sequence"]], tuple[Tensor, Any]]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One micro-batch of megatron-core's schedule: a forward and, with gradients, a backward on all pipeline ranks."""
-
-    rows: Rows
-    loss: LossOfPass
-    """``loss(logprob_sums)`` -> scalar loss of the backward, and a record; called on the last pipeline rank."""
-    sequence_weight: float = 0.0
-    """Factor of the auxiliary loss of each sequence; 0 where it is off, and in passes without gradients."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +39,8 @@ class PairSchedule:
       synchronisation need no change. Without dropout both forwards of the second half are equal.
     """
 
-    models: Sequence[torch.nn.Module]
-    """Pipeline chunks of this rank, wrapped in DDP for :meth:`forward_backward`."""
+    engine: Engine
     scorer: PairScorer
-    head: ResponseHead
     groups: Groups
     device: torch.device
     pair_schedule: PairScheduleName
@@ -101,7 +83,7 @@ class PairSchedule:
     def _score_reference(self, micro_batches: Sequence[PairBatch]) -> None:
         if self.step_reference is None:
             return
-        with without_adapters(self.models):
+        with self.engine.without_adapters():
             found = self._run([Pass(Rows.of(batch), _record) for batch in micro_batches], forward_only=True)
         if found:  # the schedule returns an empty list except on the last pipeline rank
             ids = torch.cat([to_device(batch.pair_ids, self.device) for batch in micro_batches])
@@ -142,74 +124,8 @@ class PairSchedule:
         return self.scorer.gradients(batch.to(self.device), chosen, rejected)
 
     def _run(self, passes: Sequence[Pass], *, forward_only: bool) -> list[Any]:
-        if len(self.models) > 1:
-            # the interleaved schedule sends tensors of one shape
-            longest = max(each.rows.tokens.shape[1] for each in passes)
-            passes = [dataclasses.replace(each, rows=each.rows.padded_to(longest)) for each in passes]
-        # response tokens are searched on the host: nonzero() on the device forces a host synchronisation
-        steps = [(self._shards(each, forward_only), each.loss) for each in passes]
-        with known_receive_shapes([self._sent_shape(each.rows) for each in passes]):
-            return get_forward_backward_func()(  # type: ignore[no-any-return]
-                forward_step_func=partial(self._forward_step, len(passes)),
-                data_iterator=[iter(steps) for _ in self.models],
-                model=list(self.models),
-                num_microbatches=len(passes),
-                seq_length=passes[0].rows.tokens.shape[1],
-                micro_batch_size=passes[0].rows.tokens.shape[0],
-                forward_only=forward_only,
-            )
-
-    def _sent_shape(self, rows: Rows) -> Shape:
-        """Shape of the hidden states that pipeline ranks exchange for one pass."""
-        config = get_model_config(self.models[0])
-        number, length = rows.tokens.shape
-        shards = self.groups.context.size() * (self.groups.tensor.size() if config.sequence_parallel else 1)
-        return length // shards, number, config.hidden_size
-
-    def _shards(self, each: Pass, forward_only: bool) -> list[RowShard]:
-        """This context-parallel rank's inputs of the forwards of one pass: one, or two for ``split``."""
-        context = self.groups.context
         split = self.pair_schedule == "split" and not forward_only
-        parts = each.rows.halves() if split else (each.rows,)
-        return [part.shard_of(context.rank(), context.size(), each.sequence_weight) for part in parts]
-
-    def _forward_step(
-        self, num_passes: int, steps: Iterator[tuple[list[RowShard], LossOfPass]], model: torch.nn.Module
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:
-        parts, loss_of_pass = next(steps)
-        parts = [part.to(self.device) for part in parts]
-        output = self._forward(model, parts[0]) if len(parts) == 1 else self._split_forward(model, parts)
-
-        def loss(logprobs: Float[Tensor, " sequence"]) -> tuple[Tensor, Any]:
-            value, record = loss_of_pass(logprobs)
-            # megatron-core's schedule divides each loss by the number of micro-batches
-            return value * num_passes, record
-
-        return output, loss
-
-    def _forward(self, model: torch.nn.Module, rows: RowShard) -> Tensor:
-        """Log-probability sums on the last pipeline rank, hidden states ``[seq, row, hidden]`` on the others."""
-        head = partial(self.head, scored=rows.scored)
-        output: Tensor = model(
-            rows.tokens,
-            position_ids=rows.position_ids,
-            documents=rows.documents,
-            lengths=rows.lengths,
-            head=head,
-            members=rows.members,
-        )
-        return output
-
-    def _split_forward(self, model: torch.nn.Module, parts: Sequence[RowShard]) -> Tensor:
-        """:meth:`_forward` of each part; pipeline ranks exchange the concatenation along the row axis."""
-        received = get_attr_wrapped_model(model, "decoder").input_tensor
-        inputs = [None] * len(parts) if received is None else received.chunk(len(parts), dim=1)
-        outputs = []
-        for part, hidden in zip(parts, inputs, strict=True):
-            if hidden is not None:
-                get_attr_wrapped_model(model, "set_input_tensor")(hidden.contiguous())
-            outputs.append(self._forward(model, part))
-        return torch.cat(outputs, dim=outputs[0].dim() // 2)
+        return self.engine.run(passes, split=split, forward_only=forward_only)
 
 
 def _record(logprobs: Float[Tensor, " sequence"]) -> tuple[Tensor, Float[Tensor, " sequence"]]:

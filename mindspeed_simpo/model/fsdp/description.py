@@ -1,0 +1,92 @@
+"""A model of transformers before it has weights: what the configuration, the head and the sharding need of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from mindspeed_simpo.errors import ModelError
+from mindspeed_simpo.model.fsdp.build import empty_model, layer_names
+from mindspeed_simpo.model.fsdp.logits import Logits, logits_of
+from mindspeed_simpo.model.hf_config import resolve_model
+
+_NOT_OF_SHAPE = frozenset(
+    {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures", "initializer_range", "use_cache"}
+)
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class TransformersModel:
+    """The facts of a model class and its ``config.json``."""
+
+    family: str
+    """``model_type``."""
+    architecture: str
+    vocab_size: int
+    layer_names: tuple[str, ...]
+    logits: Logits
+    settings: dict[str, Any] = dataclasses.field(hash=False)
+    """What ``config.json`` says, with the defaults of transformers."""
+
+    layers: tuple[()] = ()
+    """Tensor parallelism, which needs the layers' sizes, is not offered."""
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """See :class:`~mindspeed_simpo.model.fsdp.logits.Logits`."""
+        return self.logits.softcap
+
+    def shares_prefixes(self, seq_length: int) -> bool:
+        """Whether prompts may be shared, as far as the configuration says; the self-test decides."""
+        return seq_length > 0
+
+    def difference(self, other: TransformersModel) -> str | None:
+        """The first setting of shape or arithmetic in which ``other`` differs, for messages; None where equal."""
+        for name, ours in self.settings.items():
+            theirs = other.settings.get(name)
+            if name not in _NOT_OF_SHAPE and not name.endswith("_token_id") and ours != theirs:
+                return f"{name} ({theirs}) than the trained model ({ours})"
+        return None
+
+    def check_length(self, seq_length: int) -> None:
+        """Refuse sequences whose rotary embedding depends on the other sequences of a batch.
+
+        Raises:
+            ModelError: where the rotary scaling depends on the length, beyond the length that it begins at.
+        """
+        rope = self.settings.get("rope_parameters") or {}
+        kind = rope.get("rope_type")
+        limit = rope.get("original_max_position_embeddings") or self.settings.get("max_position_embeddings")
+        if kind in _LENGTH_DEPENDENT and limit is not None and seq_length > limit:
+            raise ModelError(
+                f"{self.family}: the rotary scaling {kind!r} of transformers depends on the longest sequence of a "
+                f"batch beyond {limit} tokens: set seq_length ({seq_length}) to at most {limit}, or backend: megatron"
+            )
+
+
+def describe(model_name_or_path: str) -> TransformersModel:
+    """Read the ``config.json`` of a model and build its class without weights. Code in the checkpoint is never run.
+
+    Args:
+        model_name_or_path: See :func:`~mindspeed_simpo.model.hf_config.resolve_model`.
+
+    Raises:
+        ModelError: where transformers does not know the model, or it computes its logits in an unknown way.
+    """
+    folder = resolve_model(model_name_or_path, weights=False)
+    model = empty_model(folder)
+    text = model.config.get_text_config()
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{folder / 'config.json'}: the weights are quantized (quantization_config); use the unquantized checkpoint"
+        )
+    return TransformersModel(
+        family=model.config.model_type,
+        architecture=type(model).__name__,
+        vocab_size=text.vocab_size,
+        layer_names=tuple(layer_names(model)),
+        logits=logits_of(model),
+        settings=model.config.to_dict(),
+    )

@@ -1,0 +1,98 @@
+"""A sharded model as a Hugging Face folder, with the tensors and names that transformers writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from mindspeed_simpo.model.export_folder import write_config, write_on_first_rank, write_weights
+from mindspeed_simpo.model.fsdp.adapters import delta_of
+from mindspeed_simpo.model.fsdp.description import TransformersModel
+from mindspeed_simpo.model.fsdp.policy import Policy
+from mindspeed_simpo.model.tokenizer_files import write_tokenizer
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def export_model(
+    policy: Policy,
+    description: TransformersModel,
+    source: Path,
+    output: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+) -> None:
+    """Write config.json, safetensors and the tokenizer; a collective, in which rank 0 gathers and writes.
+
+    Each weight has the dtype that it has in ``source``, or that of config.json where ``source`` has no weights.
+    Adapters are merged in fp32. Rank 0 needs host memory for the whole model.
+
+    Args:
+        policy: The sharded model.
+        description: Of the model.
+        source: Hugging Face folder that the model was built from.
+        output: Folder to write; an earlier export is replaced.
+        tokenizer: See :func:`~mindspeed_simpo.model.tokenizer_files.write_tokenizer`.
+        chat_template: See :func:`~mindspeed_simpo.model.tokenizer_files.write_tokenizer`.
+    """
+    gathered = gather(policy)
+
+    def write(folder: Path) -> None:
+        state = revert_weight_conversion(policy.causal, dict(gathered))
+        declared = description.settings.get("dtype") or description.settings.get("torch_dtype") or "float32"
+        default = (
+            declared if isinstance(declared, torch.dtype) else getattr(torch, str(declared).removeprefix("torch."))
+        )
+        stored = stored_dtypes(source)
+        dtypes = {name: stored.get(name, default) for name in state}
+        write_weights(folder, iter(state.items()), {name: tuple(value.shape) for name, value in state.items()}, dtypes)
+        write_config(folder, source, description.architecture, dtypes)
+        write_tokenizer(source, folder, tokenizer, chat_template)
+
+    write_on_first_rank(output, gathered, write)
+
+
+@torch.no_grad()
+def gather(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(name, whole tensor)`` in host memory on rank 0, tensor by tensor; yield nothing on other ranks."""
+    first = torch.distributed.get_rank() == 0
+    modules = dict(policy.causal.named_modules())
+    for name, parameter in policy.weights():
+        value = parameter.detach()
+        if isinstance(value, DTensor):
+            value = whole(value)
+        module = modules[name.rpartition(".")[0]]
+        if name.endswith(".weight") and (delta := delta_of(module)) is not None:
+            value = (value.float() + delta.to(value.device)).to(value.dtype)
+        if first:
+            yield name, value.cpu()
+    if first:
+        stored = policy.causal.state_dict().keys()
+        yield from ((name, value.cpu()) for name, value in policy.causal.named_buffers() if name in stored)
+
+
+def whole(tensor: DTensor) -> Tensor:
+    """All of a sharded tensor, on the device of its mesh; a collective."""
+    local = tensor.to_local().to(tensor.device_mesh.device_type)
+    on_device = DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride(), run_check=False
+    )
+    result: Tensor = on_device.full_tensor()
+    return result
+
+
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Name -> dtype of the tensors in a folder's safetensors files; none where it has no such files."""
+    found: dict[str, torch.dtype] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            found |= {name: _DTYPES.get(file.get_slice(name).get_dtype(), torch.float32) for name in names}
+    return found

@@ -1,0 +1,30 @@
+"""The two backends of training, behind one interface: how a model is built, run, updated and exported."""
+
+from __future__ import annotations
+
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.device import Device
+from mindspeed_simpo.parallel import Groups
+from mindspeed_simpo.training.backends.interface import Backend
+
+__all__ = ["Backend", "open_backend"]
+
+
+def open_backend(config: Config, groups: Groups, device: Device) -> Backend:
+    """The backend of the key ``backend``, which alone is imported, with the description of the model.
+
+    Args:
+        config: A validated configuration.
+        groups: Process groups of this rank.
+        device: The device of this rank.
+
+    Raises:
+        SimpoError: where the model cannot be read, or the layout does not fit it.
+    """
+    if config.backend == "fsdp":
+        from mindspeed_simpo.training.backends.fsdp import FsdpBackend
+
+        return FsdpBackend(config, groups, device)
+    from mindspeed_simpo.training.backends.megatron import MegatronBackend
+
+    return MegatronBackend(config, groups, device)

@@ -22,15 +22,10 @@ def build_engine(
         table: Sums under a reference model.
         running: Statistics of the objective's tracked value, a function.
     """
-    from mindspeed_simpo.model.hf_config import read_description
-    from mindspeed_simpo.model.megatron.gpt import build_model
-    from mindspeed_simpo.model.megatron.weights import fill_adapters, fill_weights
-    from mindspeed_simpo.training.optimizer import wrap_for_training
+    from mindspeed_simpo.training.backends import open_backend
     from mindspeed_simpo.training.session import build_schedule
 
-    spec = read_description(config.model_name_or_path)
-    models = build_model(spec, config, groups, device)
-    fill_weights(models, spec, config, groups, config.seed)
-    fill_adapters(models, spec, config, groups, config.seed)
-    wrapped = wrap_for_training(models, config, bf16=config.bf16_in_use)
-    return wrapped, build_schedule(config, spec, groups, device, running, wrapped, table)
+    backend = open_backend(config, groups, device)
+    backend.build(starting_weights=True)
+    wrapped = backend.for_training()
+    return wrapped, build_schedule(config, backend, groups, device, running, wrapped, table)

@@ -107,18 +107,13 @@ def start(config):
 
 
 def build(config, groups, device, num_steps):
-    """Description, wrapped model chunks with the folder's weights, and stepper."""
-    from mindspeed_simpo.model.hf_config import read_description
-    from mindspeed_simpo.model.megatron.gpt import build_model
-    from mindspeed_simpo.model.megatron.weights import fill_adapters, fill_weights
-    from mindspeed_simpo.training.optimizer import build_stepper, wrap_for_training
+    """Backend with the folder's weights, wrapped models, and stepper."""
+    from mindspeed_simpo.training.backends import open_backend
 
-    spec = read_description(config.model_name_or_path)
-    models = build_model(spec, config, groups, device)
-    fill_weights(models, spec, config, groups, config.seed)
-    fill_adapters(models, spec, config, groups, config.seed)
-    wrapped = wrap_for_training(models, config, bf16=config.bf16_in_use)
-    return spec, wrapped, build_stepper(wrapped, config, config, device, num_steps)
+    backend = open_backend(config, groups, device)
+    backend.build(starting_weights=True)
+    wrapped = backend.for_training()
+    return backend, wrapped, backend.stepper(wrapped, num_steps)
 
 
 def _train(batches, run, config, groups, device):
@@ -132,7 +127,8 @@ def _train(batches, run, config, groups, device):
     from mindspeed_simpo.training.metrics import MetricSums
     from mindspeed_simpo.training.session import build_schedule
 
-    spec, wrapped, stepper = build(config, groups, device, len(batches))
+    backend, wrapped, stepper = build(config, groups, device, len(batches))
+    spec = backend.description
     adapters = unwrap(wrapped[0]).adapters
     trained = Chunk.slots if adapters is None else adapters.slots_of
     frozen = [] if adapters is None else _frozen(wrapped)
@@ -140,7 +136,7 @@ def _train(batches, run, config, groups, device):
     references = None if run.references is None else torch.tensor(run.references, dtype=torch.float64)
     table = None if references is None else ReferenceTable(references)
     running = RunningTracker(config.objective, groups, device)
-    schedule = build_schedule(config, spec, groups, device, running.current, wrapped, table)
+    schedule = build_schedule(config, backend, groups, device, running.current, wrapped, table)
     metric_sums = MetricSums(config.objective, groups, device)
     if run.running is not None:
         running.load(RunningState(mean=run.running[0], deviation=run.running[1]))
@@ -153,9 +149,7 @@ def _train(batches, run, config, groups, device):
     [first, *_] = getattr(stepper.optimizer, "chained_optimizers", [stepper.optimizer])
     result = {"losses": [], "grad_norms": [], "adam": type(first.optimizer).__module__}
     for step, pairs in enumerate(batches):
-        for model in wrapped:
-            model.zero_grad_buffer()
-        stepper.optimizer.zero_grad()
+        stepper.zero_grad()
         micro_batches = _micro_batches(pairs, step * len(pairs), config, groups)
         scored = schedule.forward_backward(micro_batches, sum(pair is not None for pair in pairs))
         sums = metric_sums.reduce(metric_sums.local(scored))

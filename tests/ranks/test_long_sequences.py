@@ -53,12 +53,12 @@ def _gradients(folder, pair, batching):
         fused_logprob=True,
     )
     groups, device = start(config)
-    spec, wrapped, _ = build(config, groups, device, 1)
-    schedule = build_schedule(config, spec, groups, device, lambda: None, wrapped, None)
+    backend, wrapped, _ = build(config, groups, device, 1)
+    schedule = build_schedule(config, backend, groups, device, lambda: None, wrapped, None)
     micro_batches = Batching.of(config).micro_batches([TokenizedPair(*pair, source="")], [0])
     with LargestTensor() as largest:
         [scored] = schedule.forward_backward(micro_batches, 1)
-    grads = gather_hf_tensors(wrapped, spec, groups, value=lambda parameter: parameter.main_grad)
+    grads = gather_hf_tensors(wrapped, backend.description, groups, value=lambda parameter: parameter.main_grad)
     loss = scored.output.loss.item()
     return loss, {name: tensor.clone().numpy() for name, tensor in grads}, largest.elements
 

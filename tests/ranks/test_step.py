@@ -24,7 +24,6 @@ def make_run(folder, data, output, options):
     from mindspeed_simpo.config.validation import make_layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
-    from mindspeed_simpo.training.optimizer import build_stepper, wrap_for_training
     from mindspeed_simpo.training.reference_pass import UsedPairs, configured_tables
     from mindspeed_simpo.training.session import build_session
     from mindspeed_simpo.training.trainer import Run
@@ -47,8 +46,8 @@ def make_run(folder, data, output, options):
     pairs = session.prepare("train")
     used = UsedPairs(pairs, session.loader(pairs).train_pairs(0, 4))
     tables = configured_tables(session, config, [used, None])
-    models = wrap_for_training(session.models, config, bf16=config.bf16_in_use)
-    stepper = build_stepper(models, config, config, device, 4)
+    models = session.backend.for_training()
+    stepper = session.backend.stepper(models, 4)
     return Run(session, config, models, stepper, pairs, None, tables, 4)
 
 

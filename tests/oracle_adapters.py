@@ -61,13 +61,19 @@ def train_step(
     losses = []
     for prompt, *responses in pairs:
         changed = adapted(params, adapters, scale)
-        sums, counts = zip(*(sequence_logprob(changed, config, prompt, each) for each in responses), strict=True)
+        unevenness: list[Tensor] = []
+        scored = [sequence_logprob(changed, config, prompt, each, unevenness) for each in responses]
+        sums, counts = zip(*scored, strict=True)
         reference = None
         if STAGES[options.stage].needs_reference:
             reference = tuple(sequence_logprob(params, config, prompt, each)[0].item() for each in responses)
         loss, metrics = score(Scores(sums, counts, reference, running.value), options)
+        if options.moe_aux_loss_coeff:  # of both sequences of the pair, half each
+            loss = loss + options.moe_aux_loss_coeff / 2 * torch.stack(unevenness).sum()
         losses.append(metrics["loss"])
-        _accumulate(total, torch.autograd.grad(loss / len(pairs), list(adapters.values())))
+        # an expert that no token of the pair chooses has no gradient
+        parts = torch.autograd.grad(loss / len(pairs), list(adapters.values()), materialize_grads=True)
+        _accumulate(total, parts)
     norm = grad_norm(total)
     # the 1e-6 is megatron-core's and torch's guard against a zero norm
     clip = min(1.0, options.clip_grad / (norm + 1e-6)) if options.clip_grad else 1.0

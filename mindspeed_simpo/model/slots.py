@@ -90,6 +90,10 @@ class Slot:
         """Axis of a Hugging Face tensor that the ranks shard; None where every rank has a copy."""
         return self.tensors[0].axis
 
+    def is_copy(self, rank: int) -> bool:
+        """Whether the part of rank ``rank`` is also that of a rank before it, because the ranks do not shard it."""
+        return self.axis is None and (rank % self.tensor_ranks if self.of_experts else rank) > 0
+
     def blocks(self, rank: int, size: int) -> list[tuple[Span, ...]]:
         """The spans, in order and without empty ones, of each block of the parameter of rank ``rank`` of ``size``.
 
@@ -147,7 +151,7 @@ def stack(parameter: str, experts: Sequence[Slot], tensor_ranks: int) -> Slot:
         tensor_ranks: Number of ranks that divide each expert.
     """
     tensors = tuple(tensor for expert in experts for tensor in expert.tensors)
-    return Slot(parameter, tensors, stacked=tuple(experts), tensor_ranks=tensor_ranks)
+    return Slot(parameter, tensors, kind=experts[0].kind, stacked=tuple(experts), tensor_ranks=tensor_ranks)
 
 
 def joined(spans: Sequence[Span]) -> list[Span]:

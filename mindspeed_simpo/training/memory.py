@@ -106,11 +106,13 @@ def _estimate(run: PassMemory, chunks: Sequence[Chunk]) -> MemoryEstimate:
     expert_ranks, copies = layout.expert * layout.expert_tensor_ranks, layout.data * layout.context
     dense = count_parameters(run.model, chunks, layout.tensor, experts=False)
     of_experts = count_parameters(run.model, chunks, expert_ranks, experts=True)
-    count = trained = dense + of_experts
-    held = dense // copies + of_experts * expert_ranks // (copies * layout.tensor) if sharded else count
+    count = dense + of_experts
     if run.adapters is not None:
-        trained = run.adapters.count(run.model, chunks, layout.tensor)
-        count, held = count + trained, trained // copies if sharded else trained
+        dense = run.adapters.count(run.model, chunks, layout.tensor, experts=False)
+        of_experts = run.adapters.count(run.model, chunks, expert_ranks, experts=True)
+        count += dense + of_experts
+    trained = dense + of_experts
+    held = dense // copies + of_experts * expert_ranks // (copies * layout.tensor) if sharded else trained
     place = chunks[0].pipeline_rank
     return MemoryEstimate(
         pipeline_rank=place,

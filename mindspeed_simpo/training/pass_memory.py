@@ -136,17 +136,39 @@ class PassMemory:
         """
         names, hidden, tensor = self.model.names, self.model.hidden_size, self.layout.tensor
         groups = (names.qkv, (names.o,), names.gate_up, (names.down,))
-        qkv, o, gate_up, down = (sum(name.rsplit(".")[-1] in adapters.modules for name in group) for group in groups)
+        qkv, o, gate_up, down = (self.adapted_of(group, adapters) for group in groups)
         attention = self.share(layer.attention).padded_queries * layer.attention.head_dim
         joined = self.config.batching_in_use != "padded" or self.layout.context > 1
         inputs = [(qkv, self.hidden), (o, attention if joined else 0)]
-        if layer.mlp is not None:
+        if layer.mlp is None:
+            gate_up = down = 0
+        else:
             inputs += [(gate_up, self.hidden), (down, layer.mlp.width // tensor)]
         unsaved = sum(size for adapted, size in inputs if not adapted)
         shards = tensor if self.config.sequence_parallel else 1
         inner = self.tokens * (qkv + gate_up) + self.tokens // shards * (o + down)
         stacked = hidden * sum(number for number in (qkv, gate_up) if number > 1)
-        return self.width * (adapters.r * (inner + stacked) - self.tokens * unsaved)
+        values = adapters.r * (inner + stacked) - self.tokens * unsaved
+        return int(self.width * (values + self.expert_adapter_values(layer, adapters)))
+
+    def expert_adapter_values(self, layer: Layer, adapters: Adapters) -> float:
+        """:meth:`adapter_bytes` of the projections of experts, in numbers."""
+        experts, layout = layer.experts, self.layout
+        if experts is None:
+            return 0
+        rows, hidden = self.expert_rows * experts.top_k, self.model.hidden_size
+        gate_up, down = (
+            self.adapted_of(group, adapters)
+            for group in (self.model.names.expert_gate_up, (self.model.names.expert_down,))
+        )
+        unsaved = (0 if gate_up else hidden) + (0 if down else experts.width // layout.expert_tensor_ranks)
+        stacked = experts.number // layout.expert * hidden * gate_up if gate_up > 1 else 0
+        return adapters.r * (rows * (gate_up + down) + stacked) - rows * unsaved
+
+    @staticmethod
+    def adapted_of(names: Sequence[str], adapters: Adapters) -> int:
+        """How many of some projections, by their names within a layer, have adapters."""
+        return sum(name.rsplit(".", 1)[-1] in adapters.modules for name in names)
 
     def share(self, attention: Attention) -> HeadShare:
         """Heads of the first tensor-parallel rank."""

@@ -157,10 +157,10 @@ def objectives_of(row: Row) -> tuple[str, ...]:
 
     Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
     """
+    if row.adapters:
+        return (*OF_ADAPTERS, *BALANCED) if row.family in EXPERT_FAMILIES else OF_ADAPTERS
     if row.family in EXPERT_FAMILIES:
         return OF_EXPERTS
-    if row.adapters:
-        return OF_ADAPTERS
     covering = row.layout in COVERING or bool(row.options)
     return tuple(OBJECTIVES) if row.family == "qwen2" and covering else ON_EVERY_ROW
 
@@ -176,7 +176,7 @@ def quick_objectives(row: Row) -> tuple[str, ...]:
     Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
     """
     if row.adapters:
-        return OF_ADAPTERS
+        return (OF_ADAPTERS[0], *OF_EXPERTS[3:]) if row.family in EXPERT_FAMILIES else OF_ADAPTERS
     if row.family in EXPERT_FAMILIES:
         return OF_EXPERTS[1:]
     if row.family != "qwen2" or megatron_version().startswith("0.12."):

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from tests import hf
+from tests import hf, oracle_adapters, oracle_model
 from tests.ranks.launcher import run_ranks
 from tests.ranks.model_helpers import engine_model, make_checkpoint, make_tokenizer
 from tests.ranks.parity import engine_steps, worst_error
@@ -15,26 +17,25 @@ MODULES = {
     "qwen2": ["k_proj", "v_proj", "o_proj", "up_proj"],
     "phi3": ["qkv_proj", "down_proj"],
     "glm4": ["q_proj", "gate_up_proj"],
+    "qwen3_moe": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+    "mixtral": ["o_proj", "w1", "w2", "w3"],
+    "glm4_moe": ["k_proj", "gate_proj", "up_proj", "down_proj"],
 }
+EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 FILE = "adapter_model.safetensors"
 
 
-def _written_back(folder, layout, options, output):
-    """Loads the configured adapters and exports them; an error's text."""
+def _written_back(folder, layout, options, output, merged=None):
+    """Loads the configured adapters and exports them, and the model with them; an error's text."""
     from mindspeed_simpo.errors import ModelError
-    from mindspeed_simpo.model.megatron.export import export_adapters
+    from mindspeed_simpo.model.megatron.export import export_adapters, export_hf
 
     try:
         description, groups, models = engine_model(folder, layout, **options)
-        export_adapters(
-            models,
-            description,
-            groups,
-            source=Path(folder),
-            base=folder,
-            output=Path(output),
-            tokenizer=make_tokenizer(),
-        )
+        files = {"source": Path(folder), "tokenizer": make_tokenizer()}
+        export_adapters(models, description, groups, base=folder, output=Path(output), **files)
+        if merged is not None:
+            export_hf(models, description, groups, output=Path(merged), **files)
     except ModelError as error:
         return str(error)
     return None
@@ -59,6 +60,41 @@ def test_what_peft_wrote_is_written_back_bit_by_bit(tmp_path, family, layout, dt
     for name, tensor in read.items():
         assert written[name].dtype == tensor.dtype
         assert torch.equal(written[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "divided"),
+    [("qwen3_moe", (2, 1, 2), {EP: 2, ETP: 2}), ("mixtral", (2, 2, 1), {}), ("glm4_moe", (2, 1, 1), {EP: 2, ETP: 1})],
+)
+def test_adapters_of_experts_are_written_back_and_peft_computes_the_same(tmp_path, family, layout, divided):
+    shape = {} if family == "mixtral" else {"head_dim": 16}
+    folder = str(hf.make_checkpoint(tmp_path / "base", family, **shape))
+    adapter = hf.make_adapter(tmp_path / "adapter", folder, MODULES[family])
+    output, merged = tmp_path / "out", tmp_path / "merged"
+    options = keys(MODULES[family], lora_load=str(adapter), **divided)
+    ranks = layout[0] * layout[1] * layout[2]
+    assert run_ranks(_written_back, ranks, folder, layout, options, str(output), str(merged)) == [None] * ranks
+    read, written = (load_file(path / FILE) for path in (adapter, output))
+    assert read.keys() == written.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in read.items())
+
+    tokens = list(range(3, 30))
+    params, config = oracle_model.load(folder)
+    expected = oracle_model.logits(
+        oracle_adapters.adapted(params, *oracle_adapters.load_adapters(adapter)), config, tokens
+    )
+    with hf.quiet_peft(), torch.no_grad():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), output)
+        [found] = model(torch.tensor([tokens])).logits
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+    found = oracle_model.logits(oracle_model.load(merged)[0], config, tokens)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+    # what peft itself writes: one pair of factors for all experts of a layer
+    model.save_pretrained(tmp_path / "again")
+    options["lora_load"] = str(tmp_path / "again")
+    for message in run_ranks(_written_back, ranks, folder, layout, options, str(output)):
+        assert "target_parameters has down_proj, gate_up_proj: peft makes such factors for all experts" in message
 
 
 def test_new_adapters_are_those_of_peft_and_the_same_at_every_layout(tmp_path):
@@ -98,17 +134,33 @@ LAYOUTS = {
 }
 
 
-def test_a_checkpoint_of_adapters_crosses_layouts(tmp_path):
+EXPERT_LAYOUTS = {
+    "one": {},
+    "ep2_etp1": {"tensor_model_parallel_size": 2, EP: 2, ETP: 1},
+    "ep2_etp2_sharded": {"data_parallel_size": 4, EP: 2, ETP: 2, "use_distributed_optimizer": True},
+    "etp2": {"data_parallel_size": 2, ETP: 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "modules", "layouts"),
+    [
+        ("qwen3", ["q_proj", "v_proj", "o_proj", "gate_proj"], LAYOUTS),
+        ("qwen3_moe", ["q_proj", "gate_proj", "up_proj", "down_proj"], EXPERT_LAYOUTS),
+    ],
+)
+def test_a_checkpoint_of_adapters_crosses_layouts(tmp_path, family, modules, layouts):
     shape = {"layers": 4, "vocab_size": 301, "heads": 6, "kv_heads": 2, "head_dim": 16}
-    folder = hf.make_checkpoint(tmp_path / "base", "qwen3", tied=True, **shape)
+    folder = hf.make_checkpoint(tmp_path / "base", family, tied=True, **shape)
     pairs = hf.make_token_pairs(16, vocab_size=301)
     batches = [pairs[:8], pairs[8:]]
-    adapters = keys(["q_proj", "v_proj", "o_proj", "gate_proj"], **TRAINING)
+    adapters = keys(modules, **TRAINING)
     whole = engine_steps(folder, batches * 2, **adapters)
-    for written, read in (("tp2_pp2", "cp2_dp2_sharded"), ("cp2_dp2_sharded", "tp4"), ("tp4", "one")):
+    _, *names = layouts
+    for written, read in zip(names, (*names[1:], "one"), strict=True):
         saved = tmp_path / written
-        first = engine_steps(folder, batches, save=saved, **adapters, **LAYOUTS[written])
-        second = engine_steps(folder, batches, load=saved / "iter_0000002", **adapters, **LAYOUTS[read])
+        first = engine_steps(folder, batches, save=saved, **adapters, **layouts[written])
+        second = engine_steps(folder, batches, load=saved / "iter_0000002", **adapters, **layouts[read])
         assert first["losses"] + second["losses"] == pytest.approx(whole["losses"], rel=1e-6)
         error, name = worst_error(second["params"], {name: tensor.double() for name, tensor in whole["params"].items()})
         assert error < 1e-5, name

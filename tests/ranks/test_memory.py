@@ -159,6 +159,15 @@ def test_adapters(tmp_path, modules):
     check(found, modes)
 
 
+@pytest.mark.parametrize("modules", [["v_proj"], ["gate_proj", "up_proj"], "all-linear"], ids=str)
+def test_adapters_of_experts(tmp_path, modules):
+    folder = make_checkpoint(tmp_path, "glm4_moe", **EXPERT_MODELS["glm4_moe"])
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    options, modes = {"lora_r": 8, "lora_target_modules": modules}, [MODES[0], MODES[3], MODES[5]]
+    [found] = run_ranks(_counted_on_rank, 1, str(folder), pairs, options, modes)
+    check(found, modes, PROMISED)
+
+
 def _held_on_rank(folder, options):
     """Counted and estimated bytes of parameters, gradients and Adam's state."""
     import torch
@@ -174,7 +183,7 @@ def _held_on_rank(folder, options):
     spec, models, stepper = build(config, groups, device, 1)
     stepper.squared_norm()
     stepper.update(torch.zeros(1))
-    buffers = [buffer for model in models for buffer in model.buffers]
+    buffers = [buffer for model in models for buffer in (*model.buffers, *model.expert_parallel_buffers)]
     gradients = sum(buffer.grad_data.numel() * 4 for buffer in buffers)
     parameters = sum(each.numel() * each.itemsize for model in models for each in model.parameters())
     optimizers = getattr(stepper.optimizer, "chained_optimizers", [stepper.optimizer])
@@ -186,10 +195,17 @@ def _held_on_rank(folder, options):
     return (parameters, gradients, held), (estimate.parameters, estimate.gradients, estimate.optimizer)
 
 
-@pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (2, True)])
-def test_frozen_weights_have_no_gradient_and_no_state(tmp_path, ranks, sharded):
-    folder = make_checkpoint(tmp_path, "qwen2", **MODELS["qwen2"])
-    options = {"lora_r": 8, "use_distributed_optimizer": sharded, "global_batch_size": 8}
+@pytest.mark.parametrize(
+    ("ranks", "family", "keys"),
+    [
+        (1, "qwen2", {}),
+        (2, "qwen2", {"use_distributed_optimizer": True}),
+        (4, "qwen3_moe", {"use_distributed_optimizer": True, "expert_tensor_parallel_size": 2}),
+    ],
+)
+def test_frozen_weights_have_no_gradient_and_no_state(tmp_path, ranks, family, keys):
+    folder = make_checkpoint(tmp_path, family, **(MODELS | EXPERT_MODELS)[family])
+    options = {"lora_r": 8, "global_batch_size": 8, **keys}
     for counted, estimated in run_ranks(_held_on_rank, ranks, str(folder), options):
         assert counted[0] == estimated[0]
         assert counted[1:] == pytest.approx(estimated[1:], rel=0.02)  # buffers are padded

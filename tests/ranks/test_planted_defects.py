@@ -163,10 +163,17 @@ def replicated_factor_not_summed():
 
 
 def own_rows_of_b_alone():
-    """A replicated A gets the gradient of the outputs that its own rank holds."""
+    """A replicated A gets the gradient of the outputs that its own rank holds; of experts' a replicated B too."""
     from mindspeed_simpo.model.megatron import adapters
 
     adapters.copy_to = lambda value, group: value  # noqa: ARG005
+
+
+def copied_factors_counted_in_the_norm():
+    """The gradient of a factor that each expert-tensor rank has counts once for each of them."""
+    from mindspeed_simpo.model.slots import Slot
+
+    Slot.is_copy = lambda self, rank: False  # noqa: ARG005
 
 
 def reference_with_adapters():
@@ -237,6 +244,7 @@ def test_the_matrix_catches_a_double_count_in_the_norm(matrix):
 
 
 ADAPTED = Row(Layout(tensor=2), adapters=("q_proj", "down_proj"))
+ADAPTED_EXPERTS = Row(Layout(data=2, expert_tensor=2), family="mixtral", adapters=("q_proj", "w2"))
 ADAPTED_SEQUENCE = dataclasses.replace(ADAPTED, layout=Layout(tensor=2, sequence_parallel=True))
 
 
@@ -245,6 +253,7 @@ ADAPTED_SEQUENCE = dataclasses.replace(ADAPTED, layout=Layout(tensor=2, sequence
     [
         (replicated_factor_not_summed, ADAPTED_SEQUENCE, OBJECTIVE, False),
         (own_rows_of_b_alone, ADAPTED, OBJECTIVE, False),
+        (own_rows_of_b_alone, ADAPTED_EXPERTS, OBJECTIVE, False),
         (reference_with_adapters, ADAPTED, "dpo", True),
     ],
 )
@@ -254,6 +263,13 @@ def test_the_matrix_catches_defects_of_adapters(matrix, defect, row, objective, 
     assert sound.holds
     assert cell.gradient > 1000 * GRADIENT
     assert (cell.loss > LOSS) == loss_shows_it
+
+
+def test_the_matrix_catches_copies_of_factors_in_the_norm(matrix):
+    [cell] = matrix.cells(ADAPTED_EXPERTS, [OBJECTIVE], prepare=copied_factors_counted_in_the_norm)
+    assert not cell.holds
+    assert cell.gradient < GRADIENT
+    assert cell.grad_norm > 1000 * GRADIENT
 
 
 @pytest.mark.parametrize("row", [TENSOR, CONTEXT, EXPERTS], ids=str)

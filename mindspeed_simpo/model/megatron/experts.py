@@ -19,6 +19,7 @@ from mindspeed_simpo.device import operators
 from mindspeed_simpo.device.grouped import grouped_linear
 from mindspeed_simpo.model import description
 from mindspeed_simpo.model.balance import Balance
+from mindspeed_simpo.model.megatron.adapters import ExpertAdapters
 from mindspeed_simpo.model.routes import routes_of, take
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import exchange, join_along_first, split_along_first
@@ -94,6 +95,8 @@ class Experts(torch.nn.Module):
         self.router = Router(config, experts)
         self.linear_fc1 = _stacked(self.held, 2 * width, config.hidden_size, config)
         self.linear_fc2 = _stacked(self.held, config.hidden_size, width, config)
+        self.linear_fc1_adapters: ExpertAdapters | None = None
+        self.linear_fc2_adapters: ExpertAdapters | None = None
 
     def forward(
         self, hidden: Float[Tensor, "held row hidden"], balance: Balance | None
@@ -138,8 +141,8 @@ class Experts(torch.nn.Module):
         self, rows: Float[Tensor, "row hidden"], counts: Int[Tensor, " expert"]
     ) -> Float[Tensor, "row hidden"]:
         """This rank's experts of consecutive rows."""
-        gate_up = grouped_linear(rows, self.linear_fc1, counts)
-        return grouped_linear(operators.swiglu(gate_up), self.linear_fc2, counts)
+        gate_up = _projected(rows, self.linear_fc1, self.linear_fc1_adapters, counts)
+        return _projected(operators.swiglu(gate_up), self.linear_fc2, self.linear_fc2_adapters, counts)
 
     def _computed_by_ranks(
         self, rows: Float[Tensor, "row hidden"], counts: Int[Tensor, " expert"]
@@ -158,6 +161,11 @@ class Experts(torch.nn.Module):
         back = order.argsort()
         computed = self._computed(take(arrived, order, back[:, None]), own.sum(0))
         return exchange(take(computed, back, order[:, None]), received, sent, self.group)
+
+
+def _projected(rows: Tensor, weights: Tensor, adapters: ExpertAdapters | None, counts: Tensor) -> Tensor:
+    output = grouped_linear(rows, weights, counts)
+    return output if adapters is None or not adapters.active else output + adapters(rows, counts)
 
 
 def _stacked(number: int, outputs: int, inputs: int, config: TransformerConfig) -> torch.nn.Parameter:

@@ -111,7 +111,7 @@ def export_adapters(
     tensors = gather_hf_tensors(models, description, groups, slots_of=adapters.slots_of)
 
     def write(folder: Path) -> None:
-        write_adapter(folder, dict(tensors), adapters, base)
+        write_adapter(folder, dict(tensors), adapters, description, base)
         write_tokenizer(source, folder, tokenizer, chat_template)
 
     _write_on_first_rank(output, tensors, write)

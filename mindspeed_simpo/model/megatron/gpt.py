@@ -109,8 +109,10 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         # initialises itself
         for slot in self.model_slots:
             parameter = self.get_parameter(slot.parameter)
-            if slot.axis is not None and not hasattr(parameter, "tensor_model_parallel"):
-                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=slot.axis, stride=1)
+            if slot.of_experts and slot.is_copy(self._groups.shards(experts=True).rank):
+                parameter.shared = True  # its first copy may lie on another tensor-parallel rank than the first
+            elif (slot.of_experts or slot.axis is not None) and not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=slot.axis or 0, stride=1)
 
     @property
     def model_slots(self) -> list[Slot]:

@@ -134,8 +134,9 @@ class Adapters:
     def _factors(self, slot: Slot, weight: HFTensor, path: str, parameter: str) -> tuple[Slot, Slot]:
         outputs, inputs = weight.shape
         column_parallel = weight.axis == 0
-        a = HFTensor(f"{path}.lora_A.weight", (self.r, inputs), axis=None if column_parallel else 1)
-        b = HFTensor(f"{path}.lora_B.weight", (outputs, self.r), axis=0 if column_parallel else None, initial=0.0)
+        a_name, b_name = (f"{path}.lora_{factor}.weight" for factor in "AB")
+        a = HFTensor(a_name, (self.r, inputs), axis=None if column_parallel else 1, is_fp32=True)
+        b = HFTensor(b_name, (outputs, self.r), axis=0 if column_parallel else None, is_fp32=True, initial=0.0)
         return _factor(slot, weight, a, f"{parameter}.lora_A"), _factor(slot, weight, b, f"{parameter}.lora_B")
 
 

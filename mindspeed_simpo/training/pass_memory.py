@@ -15,6 +15,7 @@ from mindspeed_simpo.model.blockwise import block_size
 from mindspeed_simpo.model.causal import LARGEST_MASK
 from mindspeed_simpo.model.description import Attention, HeadShare, Layer, ModelDescription
 from mindspeed_simpo.model.naming import Chunk
+from mindspeed_simpo.training.adapter_memory import AdapterMemory
 
 FP32 = 4
 """Bytes of a number."""
@@ -36,6 +37,14 @@ class PassMemory:
     def adapters(self) -> Adapters | None:
         """The configured adapters."""
         return Adapters.of(self.config, self.model)
+
+    @functools.cached_property
+    def adapter_memory(self) -> AdapterMemory:
+        """The formulas for layers with adapters."""
+        assert self.adapters is not None, "there are adapters"
+        return AdapterMemory(
+            self.model, self.config, self.layout, self.adapters, self.tokens, self.hidden, self.expert_rows
+        )
 
     @property
     def width(self) -> int:
@@ -97,7 +106,7 @@ class PassMemory:
         norms_after = sum(norm is not None for norm in (layer.norm_after_attention, layer.norm_after_mlp))
         whole += norms_after * residual + (2 + norms_after) * FP32 * self.tokens
         if self.adapters is not None:
-            whole += self.adapter_bytes(layer, self.adapters)
+            whole += self.adapter_memory.bytes_of(layer)
         return whole + self.attention_bytes(layer.attention, recomputed=False)
 
     def mlp_bytes(self, layer: Layer) -> int:
@@ -127,48 +136,6 @@ class PassMemory:
         places = rows * 8 * (5 if several else 2)
         wide = FP32 * self.tokens * hidden if self.config.bf16_in_use else 0
         return int(self.width * (values + weighted) + routing + places + wide)
-
-    def adapter_bytes(self, layer: Layer, adapters: Adapters) -> int:
-        """Saved tensors of one layer with adapters, less those of a layer whose weights are trained.
-
-        A frozen projection without an adapter does not save its input; with one it saves ``r`` values a token too, and
-        the factors A of several projections with one input are concatenated.
-        """
-        names, hidden, tensor = self.model.names, self.model.hidden_size, self.layout.tensor
-        groups = (names.qkv, (names.o,), names.gate_up, (names.down,))
-        qkv, o, gate_up, down = (self.adapted_of(group, adapters) for group in groups)
-        attention = self.share(layer.attention).padded_queries * layer.attention.head_dim
-        joined = self.config.batching_in_use != "padded" or self.layout.context > 1
-        inputs = [(qkv, self.hidden), (o, attention if joined else 0)]
-        if layer.mlp is None:
-            gate_up = down = 0
-        else:
-            inputs += [(gate_up, self.hidden), (down, layer.mlp.width // tensor)]
-        unsaved = sum(size for adapted, size in inputs if not adapted)
-        shards = tensor if self.config.sequence_parallel else 1
-        inner = self.tokens * (qkv + gate_up) + self.tokens // shards * (o + down)
-        stacked = hidden * sum(number for number in (qkv, gate_up) if number > 1)
-        values = adapters.r * (inner + stacked) - self.tokens * unsaved
-        return int(self.width * (values + self.expert_adapter_values(layer, adapters)))
-
-    def expert_adapter_values(self, layer: Layer, adapters: Adapters) -> float:
-        """:meth:`adapter_bytes` of the projections of experts, in numbers."""
-        experts, layout = layer.experts, self.layout
-        if experts is None:
-            return 0
-        rows, hidden = self.expert_rows * experts.top_k, self.model.hidden_size
-        gate_up, down = (
-            self.adapted_of(group, adapters)
-            for group in (self.model.names.expert_gate_up, (self.model.names.expert_down,))
-        )
-        unsaved = (0 if gate_up else hidden) + (0 if down else experts.width // layout.expert_tensor_ranks)
-        stacked = experts.number // layout.expert * hidden * gate_up if gate_up > 1 else 0
-        return adapters.r * (rows * (gate_up + down) + stacked) - rows * unsaved
-
-    @staticmethod
-    def adapted_of(names: Sequence[str], adapters: Adapters) -> int:
-        """How many of some projections, by their names within a layer, have adapters."""
-        return sum(name.rsplit(".", 1)[-1] in adapters.modules for name in names)
 
     def share(self, attention: Attention) -> HeadShare:
         """Heads of the first tensor-parallel rank."""

@@ -58,8 +58,8 @@ def test_what_peft_wrote_is_written_back_bit_by_bit(tmp_path, family, layout, dt
     read, written = (load_file(path / FILE) for path in (adapter, tmp_path / "out"))
     assert read.keys() == written.keys()
     for name, tensor in read.items():
-        assert written[name].dtype == tensor.dtype
-        assert torch.equal(written[name], tensor), name
+        assert written[name].dtype == torch.float32
+        assert torch.equal(written[name], tensor.float()), name
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,12 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
 
 
 TRAINING = {"lr": 1e-2, "lr_decay_style": "constant", "weight_decay": 0.1, "adam_eps": 1e-4}
+SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS = {
     "one": {},
     "tp2_pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
     "cp2_dp2_sharded": {"context_parallel_size": 2, "data_parallel_size": 2, "use_distributed_optimizer": True},
-    "tp4": {"tensor_model_parallel_size": 4, "sequence_parallel": True, "use_distributed_optimizer": True},
+    "tp4": SEQUENCE | {"tensor_model_parallel_size": 4, "use_distributed_optimizer": True},
 }
 
 
@@ -166,12 +167,49 @@ def test_a_checkpoint_of_adapters_crosses_layouts(tmp_path, family, modules, lay
         assert error < 1e-5, name
 
 
+def _kinds_of_parameters(folder, options):
+    """By kind, the dtypes of weights, of factors, of their main parameters and of their gradients."""
+    from mindspeed_simpo.model.megatron.weights import unwrap
+    from mindspeed_simpo.training.checkpoint.shards import optimizer_shard
+    from tests.ranks.parity import build, make_config, start
+
+    config = make_config(folder, **options)
+    _, models, stepper = build(config, *start(config), 1)
+    [model] = map(unwrap, models)
+    weights, factors = (
+        [model.get_parameter(slot.parameter) for slot in part] for part in (model.slots, model.adapter_slots)
+    )
+    mains = [optimizer_shard(stepper.optimizer, factor).main for factor in factors]
+    kinds = weights, factors, mains, [factor.main_grad for factor in factors]
+    separate = [main for main in mains if main.untyped_storage().data_ptr() not in _storages(factors)]
+    return [sorted({str(each.dtype) for each in kind}) for kind in kinds], len(separate)
+
+
+def _storages(tensors):
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "glm4_moe"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_bf16_keeps_fp32_main_factors_and_reads_them_back_bit_by_bit(tmp_path, sharded):
-    folder = hf.make_checkpoint(tmp_path / "base", "qwen2", vocab_size=301)
+def test_factors_are_fp32_in_a_bf16_model_and_have_no_other_main_parameters(tmp_path, family, sharded):
+    shape = {"head_dim": 16} if family == "glm4_moe" else {}
+    folder = str(hf.make_checkpoint(tmp_path / "base", family, **shape))
+    options = keys(
+        ["o_proj", "gate_proj", "up_proj"], bf16=True, use_distributed_optimizer=sharded, global_batch_size=8
+    )
+    fp32, weights = ["torch.float32"], ["torch.bfloat16"] + ["torch.float32"] * (family == "glm4_moe")
+    assert run_ranks(_kinds_of_parameters, 1, folder, options) == [([weights, fp32, fp32, fp32], 0)]
+
+
+@pytest.mark.parametrize(
+    ("family", "sharded", "divided"),
+    [("qwen2", False, SEQUENCE), ("qwen2", True, {}), ("mixtral", True, {EP: 2}), ("mixtral", False, {ETP: 2})],
+)
+def test_bf16_goes_on_from_a_checkpoint_bit_by_bit(tmp_path, family, sharded, divided):
+    folder = hf.make_checkpoint(tmp_path / "base", family, vocab_size=301)
     pairs = hf.make_token_pairs(8, vocab_size=301)
-    options = keys(["q_proj", "down_proj"], **TRAINING, bf16=True, data_parallel_size=2)
-    options |= {"use_distributed_optimizer": sharded}
+    modules = ["q_proj", *({"qwen2": ["down_proj"], "mixtral": ["w1", "w2", "w3"]}[family])]
+    options = keys(modules, **TRAINING, bf16=True, data_parallel_size=2, use_distributed_optimizer=sharded, **divided)
     whole = engine_steps(folder, [pairs] * 4, **options)
     engine_steps(folder, [pairs] * 2, save=tmp_path / "saved", **options)
     second = engine_steps(folder, [pairs] * 2, load=tmp_path / "saved" / "iter_0000002", **options)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +23,8 @@ from mindspeed_simpo.parallel.collectives import copy_to, gather_along_first, sc
 class LowRankFactors(torch.nn.Module):
     """This rank's part of the factors ``lora_A`` and ``lora_B`` of one Hugging Face projection.
 
-    Of a projection of experts the factors of all experts of the rank are stacked.
+    Of a projection of experts the factors of all experts of the rank are stacked. The factors are fp32 whatever the
+    dtype of the model, and are rounded to that of their input for each product.
     """
 
     lora_A: torch.nn.Parameter  # noqa: N815 - peft's names
@@ -33,7 +35,7 @@ class LowRankFactors(torch.nn.Module):
         for name, slot in (("lora_A", tensor.a), ("lora_B", tensor.b)):
             shards = groups.shards(experts=slot.of_experts)
             shape = slot.shape(shards.rank, shards.size)
-            values = torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
+            values = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
             parameter = torch.nn.Parameter(values)
             if slot.of_experts:
                 # megatron-core then reduces the gradient over the ranks with the same experts
@@ -42,6 +44,13 @@ class LowRankFactors(torch.nn.Module):
                 # each rank computes the gradient of a replicated factor from its own tokens
                 parameter.sequence_parallel = config.sequence_parallel and slot.axis is None  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LowRankFactors:
+        kept = [(factor, factor.data) for factor in (self.lora_A, self.lora_B)]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for factor, values in kept:
+            factor.data = values.to(factor.device)
+        return self
 
 
 class _Adapters(torch.nn.ModuleDict):
@@ -121,9 +130,9 @@ class LinearAdapters(_Adapters):
         """
         factors = self.factors
         stacked = torch.cat([each.lora_A for each in factors]) if len(factors) > 1 else factors[0].lora_A
-        inner = self._communicate(linear(hidden, stacked), self._group) * self._scale
-        parts = inner.chunk(len(factors), dim=-1)
-        return self.placed([linear(part, each.lora_B) for part, each in zip(parts, factors, strict=True)])
+        inner = self._communicate(linear(hidden, stacked.to(hidden.dtype)), self._group) * self._scale
+        parts = zip(inner.chunk(len(factors), dim=-1), factors, strict=True)
+        return self.placed([linear(part, each.lora_B.to(part.dtype)) for part, each in parts])
 
 
 class ExpertAdapters(_Adapters):
@@ -156,9 +165,10 @@ class ExpertAdapters(_Adapters):
             a = [copy_to(each, self._group) for each in a]
         else:
             b = [copy_to(each, self._group) for each in b]
-        inner = grouped_linear(rows, torch.cat(a, dim=1) if len(a) > 1 else a[0], counts) * self._scale
+        stacked = torch.cat(a, dim=1) if len(a) > 1 else a[0]
+        inner = grouped_linear(rows, stacked.to(rows.dtype), counts) * self._scale
         parts = zip(inner.chunk(len(b), dim=-1), b, strict=True)
-        return self.placed([grouped_linear(part, each, counts) for part, each in parts])
+        return self.placed([grouped_linear(part, each.to(part.dtype), counts) for part, each in parts])
 
 
 def attach(

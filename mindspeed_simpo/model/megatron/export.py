@@ -89,7 +89,7 @@ def export_adapters(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str | None = None,
 ) -> None:
-    """Write the adapters as a folder for peft, in their own dtype, with the tokenizer and its chat template.
+    """Write the adapters as a folder for peft, in fp32, with the tokenizer and its chat template.
 
     A collective of all ranks; see :func:`export_hf`.
 

@@ -20,6 +20,15 @@ from torch import Tensor
 Params = dict[str, Tensor]
 Config = Mapping[str, Any]
 
+
+class Added(Params):
+    """Weights whose products get an addend."""
+
+    def added(self, name: str, values: Tensor, tokens: Tensor | None) -> Tensor | float:
+        """What the product of ``values`` with the weight of the projection ``name`` gets; see :func:`_linear`."""
+        raise NotImplementedError
+
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 CLOSE_CHOICE = 2e-6
@@ -197,8 +206,11 @@ def _norm(params: Params, config: Config, name: str | None, values: Tensor) -> T
     return values / (values.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * gain
 
 
-def _linear(params: Params, name: str, values: Tensor) -> Tensor:
+def _linear(params: Params, name: str, values: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """``tokens`` has the numbers of the tokens of ``values``; None for all of them."""
     product = values @ params[f"{name}.weight"].T
+    if isinstance(params, Added):
+        product = product + params.added(name, values, tokens)
     return product + params[f"{name}.bias"] if f"{name}.bias" in params else product
 
 
@@ -276,8 +288,8 @@ def _experts(params: Params, config: Config, layer: str, hidden: Tensor, unevenn
     for expert in range(weights.shape[-1]):
         tokens = weights[:, expert].nonzero()[:, 0]
         names = [f"{block}.experts.{expert}.{part}" for part in _EXPERT_PARTS[config["model_type"] == "mixtral"]]
-        gate, up = (_linear(params, name, hidden[tokens]) for name in names[:2])
-        output = _linear(params, names[2], gate * torch.sigmoid(gate) * up)
+        gate, up = (_linear(params, name, hidden[tokens], tokens) for name in names[:2])
+        output = _linear(params, names[2], gate * torch.sigmoid(gate) * up, tokens)
         mixed = mixed.index_add(0, tokens, weights[tokens, expert, None] * output)
     return mixed + _mlp(params, config, f"{block}.shared_experts", hidden) if glm else mixed
 

@@ -101,7 +101,7 @@ def write_adapter(
     Args:
         folder: An existing folder.
         tensors: Every factor, by the names of :meth:`~mindspeed_simpo.model.adapters.Adapters.hf_tensors`.
-        adapters: Their rank, scale and modules.
+        adapters: Their rank, scale, modules and dropout; peft has none of experts' projections.
         model: Description of the model that they belong to.
         base: ``base_model_name_or_path``.
     """
@@ -115,7 +115,7 @@ def write_adapter(
         "inference_mode": True,
         "r": adapters.r,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": 0.0 if adapters.adapt_experts(model) else adapters.dropout,
         "target_modules": list(adapters.modules),
         "bias": "none",
         "fan_in_fan_out": False,

@@ -45,6 +45,8 @@ class Adapters:
     alpha: float
     modules: tuple[str, ...]
     """Last parts of Hugging Face names, sorted."""
+    dropout: float = 0.0
+    """Probability of a zero among the inputs of A in training."""
 
     @classmethod
     def of(cls, options: AdapterOptions, model: ModelDescription) -> Adapters | None:
@@ -67,7 +69,7 @@ class Adapters:
                 )
         modules = known if ALL_LINEAR in names else tuple(sorted(set(names)))
         _check_fused(modules, model)
-        return cls(options.lora_r, options.lora_alpha_in_use, modules)
+        return cls(options.lora_r, options.lora_alpha_in_use, modules, options.lora_dropout)
 
     @property
     def scale(self) -> float:
@@ -102,6 +104,11 @@ class Adapters:
         """Every factor of the whole model, layer by layer, by its name in peft without the prefix of a file."""
         (whole,) = pipeline_chunks(model, 1)
         return [tensor for slot in self.slots_of(whole, model) for tensor in slot.tensors]
+
+    def adapt_experts(self, model: ModelDescription) -> bool:
+        """Whether projections of experts have adapters."""
+        (whole,) = pipeline_chunks(model, 1)
+        return any(slot.of_experts and self.adapted(slot) for slot in whole.slots(model))
 
     def beside_experts(self, model: ModelDescription) -> list[str]:
         """Names within a layer, sorted, of the adapted weights that are not of experts and are called as theirs are."""

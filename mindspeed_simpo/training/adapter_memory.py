@@ -10,6 +10,7 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.model.adapters import Adapters
 from mindspeed_simpo.model.description import Layer, ModelDescription
+from mindspeed_simpo.model.dropout import ELEMENTS
 from mindspeed_simpo.model.naming import Chunk
 
 
@@ -40,6 +41,29 @@ class AdapterMemory:
             return int(4 * (values + self.adapters.r * self._concatenated(layer)))
         routed = 0 if layer.experts is None else 4 * self.tokens * self.model.hidden_size
         return int(2 * (values + self._factors[layer])) - routed
+
+    def dropping_bytes(self, layer: Layer) -> int:
+        """Tensors that dropout of the largest adapted input of a layer makes: the mask, the product, and hashes."""
+        if not self.adapters.dropout:
+            return 0
+        elements = max((size for adapted, size in self._inputs(layer) if adapted), default=0)
+        return int((3 if self.config.bf16_in_use else 5) * elements + 3 * 8 * min(elements, ELEMENTS))
+
+    def _inputs(self, layer: Layer) -> list[tuple[int, float]]:
+        """Adapted projections, and numbers, of each input of projections on this rank."""
+        names, tensor, expert_tensor = self.model.names, self.layout.tensor, self.layout.expert_tensor_ranks
+        attention = layer.attention.share(0, tensor).padded_queries * layer.attention.head_dim
+        values: list[tuple[Sequence[str], float]] = [
+            (names.qkv, self.tokens * self.hidden),
+            ((names.o,), self.tokens * attention),
+        ]
+        if layer.mlp is not None:
+            width = layer.mlp.width // tensor
+            values += [(names.gate_up, self.tokens * self.hidden), ((names.down,), self.tokens * width)]
+        if layer.experts is not None:
+            rows, width = self.expert_rows * layer.experts.top_k, layer.experts.width // expert_tensor
+            values += [(names.expert_gate_up, rows * self.model.hidden_size), ((names.expert_down,), rows * width)]
+        return [(self._adapted(group), size) for group, size in values]
 
     @functools.cached_property
     def _factors(self) -> dict[Layer, int]:

@@ -65,7 +65,8 @@ def estimate_memory(
       ``8 r vocabulary / t``, or with ``fused_logprob`` ``(4, in bf16 8) vocabulary / t`` for each of at most
       ``logprob_chunk_tokens`` tokens; with a softcap of the logits ``4 vocabulary / t`` more for each of them;
     - backward ``4 b n ffn / t``: the gradients of SwiGLU while the layer's saved tensors still exist; or, where larger,
-      three tensors of the scores of one block of queries if the scores have a soft cap;
+      three tensors of the scores of one block of queries if the scores have a soft cap; what dropout of the largest
+      adapted input makes is added;
     - communication, on NPUs: :func:`~mindspeed_simpo.training.communicators.buffer_bytes`.
 
     Args:

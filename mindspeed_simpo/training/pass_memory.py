@@ -219,6 +219,8 @@ class PassMemory:
             experts = layer.experts
             rows = self.expert_rows * experts.top_k
             mlp += int(self.width * rows * (4 * experts.width // self.layout.expert_tensor_ranks))
+        if self.adapters is not None:
+            mlp += self.adapter_memory.dropping_bytes(layer)
         attention, share = layer.attention, self.share(layer.attention)
         if attention.softcap is None or not self.blockwise(attention):
             return mlp

@@ -207,7 +207,7 @@ class Run:
         for model in self.models:
             model.zero_grad_buffer()  # type: ignore[operator]
         self.stepper.optimizer.zero_grad()
-        scored = self.schedule.forward_backward(micro_batches, num_pairs)
+        scored = self.schedule.forward_backward(micro_batches, num_pairs, self.step)
         sums = session.metric_sums.reduce(session.metric_sums.local(scored))
         squared_norm = self.stepper.squared_norm()
         if not self._is_finite(sums[0], squared_norm.squeeze(), logged=logged):

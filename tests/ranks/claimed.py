@@ -185,7 +185,12 @@ _SOME = ("down_proj", "up_proj", "v_proj")
 _OF_MLPS = ("gate_proj", "up_proj", "down_proj")
 _OF_MIXTRAL = ("w1", "w2", "w3")
 
-ADAPTER_COVERING: tuple[tuple[Layout, tuple[Option, ...], str, tuple[str, ...]], ...] = (
+AdapterRow = (
+    tuple[Layout, tuple[Option, ...], str, tuple[str, ...]]
+    | tuple[Layout, tuple[Option, ...], str, tuple[str, ...], float]
+)
+
+ADAPTER_COVERING: tuple[AdapterRow, ...] = (
     (Layout(tensor=2, sequence_parallel=True), (_PACKED, *OPTIONS[1:5]), "qwen2", _PROJECTIONS),
     (Layout(tensor=2, pipeline=2), (_PREFIX_SHARED, OPTIONS[2], _FULL), "qwen3", _SOME),
     (Layout(context=2, data=2, distributed_optimizer=True), (OPTIONS[1], _SELECTIVE), "qwen2", _PROJECTIONS),
@@ -204,8 +209,15 @@ ADAPTER_COVERING: tuple[tuple[Layout, tuple[Option, ...], str, tuple[str, ...]],
         "glm4_moe",
         _OF_MLPS,
     ),
+    (
+        Layout(tensor=2, context=2, sequence_parallel=True, expert=2),
+        (_PREFIX_SHARED, _FULL),
+        "qwen3_moe",
+        _PROJECTIONS,
+        0.25,
+    ),
 )
-"""Rows with adapters in continuous integration: (layout, options, family, adapted modules)."""
+"""Rows with adapters in continuous integration: (layout, options, family, adapted modules, dropout if any)."""
 
 ADAPTER_MATRIX = (
     *ADAPTER_COVERING,
@@ -217,6 +229,11 @@ ADAPTER_MATRIX = (
     *((layout, (), "glm4_moe", _OF_MLPS) for layout in EXPERT_COVERING),
     *((options[0].expert_rows[0], options, "qwen3_moe", _PROJECTIONS) for options in OPTIONS_TOGETHER),
     *((layout, (option,), "qwen3_moe", _OF_MLPS) for option in OPTIONS for layout in option.expert_rows[-2:]),
+    *((layout, (), "qwen2", _PROJECTIONS, 0.1) for layout in COVERING[-4:]),
+    *((options[0].rows[-1], options, "qwen3", _PROJECTIONS, 0.1) for options in OPTIONS_TOGETHER),
+    *((layout, (), "glm4_moe", _PROJECTIONS, 0.1) for layout in EXPERT_COVERING),
+    *((options[0].expert_rows[0], options, "qwen3_moe", _PROJECTIONS, 0.1) for options in OPTIONS_TOGETHER),
+    (Layout(tensor=4, sequence_parallel=True), (), "shared key-value heads", _PROJECTIONS, 0.1),
     # a pipeline rank whose adapters are all of experts, beside one that has none of them
     (Layout(pipeline=4), (), "qwen3_moe", _OF_MLPS),
     (Layout(tensor=2, pipeline=4, distributed_optimizer=True), (), "qwen3_moe", _OF_MLPS),

@@ -167,6 +167,48 @@ def test_a_checkpoint_of_adapters_crosses_layouts(tmp_path, family, modules, lay
         assert error < 1e-5, name
 
 
+@pytest.mark.parametrize("batching", ["packed", "prefix_shared"])
+def test_dropout_goes_on_at_another_layout_and_form_of_batches(tmp_path, batching):
+    folder = hf.make_checkpoint(tmp_path / "base", "qwen2", vocab_size=301)
+    pairs = hf.make_token_pairs(16, vocab_size=301)
+    batches = [pairs[:8], pairs[8:]]
+    options = keys(["q_proj", "v_proj", "down_proj"], **TRAINING, lora_dropout=0.3)
+    whole = engine_steps(folder, batches * 2, **options)
+    plain = engine_steps(folder, batches[:1], **options | {"lora_dropout": 0.0})
+    first = engine_steps(folder, batches, save=tmp_path, **options, **LAYOUTS["tp2_pp2"], batching=batching)
+    second = engine_steps(folder, batches, load=tmp_path / "iter_0000002", **options, **LAYOUTS["cp2_dp2_sharded"])
+    assert first["losses"] + second["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+    error, name = worst_error(second["params"], {name: tensor.double() for name, tensor in whole["params"].items()})
+    assert error < 1e-4, name
+    # the product of new factors is zero with and without dropout; their gradients are not the same
+    assert plain["losses"] == pytest.approx(whole["losses"][:1], rel=1e-6)
+    name = next(name for name in plain["grads"] if "lora_B" in name)
+    assert not torch.allclose(plain["grads"][name], whole["grads"][name], rtol=0.1)
+
+
+def _evaluated(folder, pairs, options):
+    """The losses of an evaluation, by rate of dropout."""
+    from scripts.engine import build_engine
+    from tests.ranks.parity import _micro_batches, make_config, start
+
+    found, started = [], None
+    for rate in (0.0, 0.5):
+        config = make_config(folder, lora_dropout=rate, global_batch_size=len(pairs), **options)
+        groups, device = started = started or start(config)
+        _, schedule = build_engine(config, device, groups)
+        scored = schedule.forward(_micro_batches(pairs, 0, config, groups))
+        found.append([each.output.loss.tolist() for each in scored])
+    return found
+
+
+def test_an_evaluation_drops_nothing(tmp_path):
+    folder = hf.make_checkpoint(tmp_path / "base", "qwen2", vocab_size=301)
+    adapter = hf.make_adapter(tmp_path / "adapter", folder, MODULES["qwen2"])
+    options = keys(MODULES["qwen2"], lora_load=str(adapter))
+    [[plain, dropped]] = run_ranks(_evaluated, 1, str(folder), hf.make_token_pairs(4, vocab_size=301), options)
+    assert plain == dropped
+
+
 def _kinds_of_parameters(folder, options):
     """By kind, the dtypes of weights, of factors, of their main parameters and of their gradients."""
     from mindspeed_simpo.model.megatron.weights import unwrap

@@ -160,6 +160,14 @@ def test_adapters(tmp_path, modules):
     check(found[-1:], modes[-1:], PROMISED)
 
 
+def test_dropout_keeps_no_masks_and_no_masked_inputs(tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3_moe", **EXPERT_MODELS["qwen3_moe"])
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    options, modes = {"lora_r": 8, "lora_dropout": 0.1}, [MODES[0], MODES[3], MODES[5], MODES[8]]
+    [found] = run_ranks(_counted_on_rank, 1, str(folder), pairs, options, modes)
+    check(found, modes, PROMISED)
+
+
 @pytest.mark.parametrize("modules", [["v_proj"], ["gate_proj", "up_proj"], "all-linear"], ids=str)
 def test_adapters_of_experts(tmp_path, modules):
     folder = make_checkpoint(tmp_path, "glm4_moe", **EXPERT_MODELS["glm4_moe"])

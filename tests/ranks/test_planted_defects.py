@@ -101,8 +101,8 @@ def loss_divided_by_context_ranks():
 
     original = PairSchedule.forward_backward
 
-    def forward_backward(self, micro_batches, num_pairs):
-        return original(self, micro_batches, num_pairs * self.groups.context.size())
+    def forward_backward(self, micro_batches, num_pairs, step):
+        return original(self, micro_batches, num_pairs * self.groups.context.size(), step)
 
     PairSchedule.forward_backward = forward_backward
 
@@ -176,6 +176,14 @@ def copied_factors_counted_in_the_norm():
     Slot.is_copy = lambda self, rank: False  # noqa: ARG005
 
 
+def features_counted_by_rank():
+    """A rank numbers the input features that it holds from zero, so that ranks share the masks of dropout."""
+    from mindspeed_simpo.model.megatron import adapters
+
+    original = adapters.feature_keys
+    adapters.feature_keys = lambda features: original(torch.arange(len(features)))
+
+
 def reference_with_adapters():
     """The reference sums come from the trained model."""
     from contextlib import nullcontext
@@ -245,6 +253,7 @@ def test_the_matrix_catches_a_double_count_in_the_norm(matrix):
 
 ADAPTED = Row(Layout(tensor=2), adapters=("q_proj", "down_proj"))
 ADAPTED_EXPERTS = Row(Layout(data=2, expert_tensor=2), family="mixtral", adapters=("q_proj", "w2"))
+DROPPED = dataclasses.replace(ADAPTED, dropout=0.25)
 ADAPTED_SEQUENCE = dataclasses.replace(ADAPTED, layout=Layout(tensor=2, sequence_parallel=True))
 
 
@@ -255,6 +264,7 @@ ADAPTED_SEQUENCE = dataclasses.replace(ADAPTED, layout=Layout(tensor=2, sequence
         (own_rows_of_b_alone, ADAPTED, OBJECTIVE, False),
         (own_rows_of_b_alone, ADAPTED_EXPERTS, OBJECTIVE, False),
         (reference_with_adapters, ADAPTED, "dpo", True),
+        (features_counted_by_rank, DROPPED, OBJECTIVE, True),
     ],
 )
 def test_the_matrix_catches_defects_of_adapters(matrix, defect, row, objective, loss_shows_it):

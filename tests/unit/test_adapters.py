@@ -29,7 +29,8 @@ def model(tmp_path_factory):
     [
         ({"lora_alpha": 8}, ["lora_alpha", "set lora_r"]),
         ({"lora_load": "x", "lora_target_modules": ["q_proj"]}, ["lora_target_modules, lora_load", "or remove them"]),
-        ({"lora_r": 4, "lora_dropout": 0.1}, ["lora_dropout (0.1) is not supported", "set lora_dropout: 0"]),
+        ({"lora_dropout": 0.1}, ["lora_dropout", "set lora_r"]),
+        ({"lora_r": 4, "lora_dropout": 1}, ["lora_dropout"]),
         ({"lora_r": 4, "lora_target_modules": []}, ["at least one name"]),
         ({"lora_r": -1}, ["lora_r"]),
         ({"lora_r": 4, "lora_alpha": 0}, ["lora_alpha"]),

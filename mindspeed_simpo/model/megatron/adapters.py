@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.nn.functional import linear
 
 from mindspeed_simpo.device.grouped import grouped_linear
 from mindspeed_simpo.model.adapters import AdaptedTensor, Adapters, place_of, spans_by_weight
-from mindspeed_simpo.model.slots import Slot
+from mindspeed_simpo.model.dropout import InputDropout, Multiply, TokenKeys, feature_keys, mixed, projection_word
+from mindspeed_simpo.model.slots import Slot, Span
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import copy_to, gather_along_first, scatter_sums_along_first, sum_over
 
@@ -60,17 +62,26 @@ class _Adapters(torch.nn.ModuleDict):
         config: See :func:`~mindspeed_simpo.model.megatron.layers.transformer_config`.
         slot: Slot of the weight.
         tensors: Its adapted projections.
-        scale: Factor of the product.
+        adapters: Their scale and dropout.
         groups: Process groups of the layout.
     """
 
     def __init__(
-        self, config: TransformerConfig, slot: Slot, tensors: Sequence[AdaptedTensor], scale: float, groups: Groups
+        self,
+        config: TransformerConfig,
+        slot: Slot,
+        tensors: Sequence[AdaptedTensor],
+        adapters: Adapters,
+        groups: Groups,
     ) -> None:
         super().__init__({tensor.module: LowRankFactors(config, tensor, groups) for tensor in tensors})
         self.active = True
         """False computes the layer without its adapters."""
-        self._scale = scale
+        self.token_keys: TokenKeys | None = None
+        """Keys of the tokens of the current call, see :func:`dropping`; None without dropout."""
+        self._scale, self._shards_inputs = adapters.scale, slot.axis == 1
+        self._sequence_parallel = config.sequence_parallel
+        self._group: Any = groups.expert_tensor if slot.of_experts else groups.tensor
         modules = {tensor.weight: tensor.module for tensor in tensors}
         part = slot.stacked[0] if slot.of_experts else slot
         size = slot.tensor_ranks if slot.of_experts else groups.tensor.size()
@@ -78,6 +89,31 @@ class _Adapters(torch.nn.ModuleDict):
         spans = spans_by_weight(part, rank, size) if slot.axis == 0 else ()
         self._places = [(modules.get(weight), span.length) for weight, span in spans]
         """Of a column-parallel weight: (projection, or None without an adapter; rows) of its output, in order."""
+        if adapters.dropout:
+            whole = Span(None, 0, tensors[0].weight.shape[1])
+            inputs = part.spans(rank, size) if slot.axis == 1 else (whole,)
+            features = torch.cat([torch.arange(span.start, span.stop) for span in inputs])
+            device = torch.cuda.current_device()
+            self._dropout = InputDropout(adapters.dropout, feature_keys(features).to(device))
+            self._words = [_words(tensor, groups).to(device) for tensor in tensors]
+
+    def dropped(
+        self, multiply: Multiply, rows: Tensor, factors: Sequence[Tensor], keys: Tensor, counts: Tensor | None = None
+    ) -> Tensor:
+        """``multiply(dropout(rows), A)`` for each projection, which has masks of its own, side by side.
+
+        Args:
+            multiply: The product.
+            rows: Inputs.
+            factors: The factor A of each projection.
+            keys: Key of the token of each row.
+            counts: Number of rows of each expert; None for one projection of all rows.
+        """
+        products = []
+        for factor, words in zip(factors, self._words, strict=True):
+            of_rows = words if counts is None else words.repeat_interleave(counts, output_size=len(keys))
+            products.append(self._dropout.product(multiply, rows, factor, mixed(keys ^ of_rows)))
+        return torch.cat(products, dim=-1) / (1 - self._dropout.rate)
 
     @property
     def factors(self) -> list[LowRankFactors]:
@@ -106,21 +142,8 @@ class LinearAdapters(_Adapters):
     backward sums ``dL/d(A x)`` over the ranks; with it, ``A x`` is all-gathered along the sequence, and the gradient of
     A is summed over the ranks with those of the norms. Of a row-parallel weight, A is sharded along its columns, B is
     replicated, and the ranks' ``A x`` are summed before the product with B. Only tensors of r values a token are
-    communicated. The arguments are those of the class above.
+    communicated.
     """
-
-    def __init__(
-        self, config: TransformerConfig, slot: Slot, tensors: Sequence[AdaptedTensor], scale: float, groups: Groups
-    ) -> None:
-        super().__init__(config, slot, tensors, scale, groups)
-        self._group = groups.tensor
-        communications = {
-            (0, False): copy_to,
-            (0, True): gather_along_first,
-            (1, False): sum_over,
-            (1, True): scatter_sums_along_first,
-        }
-        self._communicate = communications[slot.axis or 0, config.sequence_parallel]
 
     def forward(self, hidden: Float[Tensor, "held row inputs"]) -> Float[Tensor, "seq row outputs"]:
         """What the adapters add to the output of the layer, before its bias.
@@ -129,10 +152,20 @@ class LinearAdapters(_Adapters):
             hidden: Input of the layer.
         """
         factors = self.factors
-        stacked = torch.cat([each.lora_A for each in factors]) if len(factors) > 1 else factors[0].lora_A
-        inner = self._communicate(linear(hidden, stacked.to(hidden.dtype)), self._group) * self._scale
+        a: list[Tensor] = [each.lora_A for each in factors]
+        if self.token_keys is None:
+            inner = _linear(hidden, torch.cat(a) if len(a) > 1 else a[0])
+        else:
+            keys = self.token_keys.whole if self._shards_inputs else self.token_keys.held
+            inner = self.dropped(_linear, hidden, a, keys)
+        inner = self._communicate(inner) * self._scale
         parts = zip(inner.chunk(len(factors), dim=-1), factors, strict=True)
-        return self.placed([linear(part, each.lora_B.to(part.dtype)) for part, each in parts])
+        return self.placed([_linear(part, each.lora_B) for part, each in parts])
+
+    def _communicate(self, inner: Tensor) -> Tensor:
+        if self._shards_inputs:
+            return (scatter_sums_along_first if self._sequence_parallel else sum_over)(inner, self._group)
+        return (gather_along_first if self._sequence_parallel else copy_to)(inner, self._group)
 
 
 class ExpertAdapters(_Adapters):
@@ -140,35 +173,50 @@ class ExpertAdapters(_Adapters):
 
     Expert-tensor ranks, which have copies of the same rows and whose outputs are summed later, shard A or B as they
     shard the weight and each have all of the other. No row is communicated: the backward sums the gradient of the
-    factor that each has over these ranks. The arguments are those of the class above.
+    factor that each has over these ranks.
     """
 
-    def __init__(
-        self, config: TransformerConfig, slot: Slot, tensors: Sequence[AdaptedTensor], scale: float, groups: Groups
-    ) -> None:
-        super().__init__(config, slot, tensors, scale, groups)
-        assert groups.expert_tensor is not None, "there are experts"
-        self._group, self._shards_outputs = groups.expert_tensor, slot.axis == 0
-
     def forward(
-        self, rows: Float[Tensor, "row inputs"], counts: Int[Tensor, " expert"]
+        self,
+        rows: Float[Tensor, "row inputs"],
+        counts: Int[Tensor, " expert"],
+        keys: Int[Tensor, "row one"] | None = None,
     ) -> Float[Tensor, "row outputs"]:
         """What the adapters add to the experts' products.
 
         Args:
             rows: Input of the experts, expert by expert.
             counts: int64 number of rows of each expert of this rank.
+            keys: Key of the token of each row; None without dropout.
         """
         a: list[Tensor] = [each.lora_A for each in self.factors]
         b: list[Tensor] = [each.lora_B for each in self.factors]
-        if self._shards_outputs:
-            a = [copy_to(each, self._group) for each in a]
-        else:
+        if self._shards_inputs:
             b = [copy_to(each, self._group) for each in b]
-        stacked = torch.cat(a, dim=1) if len(a) > 1 else a[0]
-        inner = grouped_linear(rows, stacked.to(rows.dtype), counts) * self._scale
-        parts = zip(inner.chunk(len(b), dim=-1), b, strict=True)
-        return self.placed([grouped_linear(part, each.to(part.dtype), counts) for part, each in parts])
+        else:
+            a = [copy_to(each, self._group) for each in a]
+        multiply = partial(_grouped_linear, counts)
+        if keys is None:
+            inner = multiply(rows, torch.cat(a, dim=1) if len(a) > 1 else a[0])
+        else:
+            inner = self.dropped(multiply, rows, a, keys[:, 0], counts)
+        parts = zip((inner * self._scale).chunk(len(b), dim=-1), b, strict=True)
+        return self.placed([multiply(part, each) for part, each in parts])
+
+
+def _linear(rows: Tensor, factor: Tensor) -> Tensor:
+    return linear(rows, factor.to(rows.dtype))
+
+
+def _grouped_linear(counts: Tensor, rows: Tensor, factors: Tensor) -> Tensor:
+    return grouped_linear(rows, factors.to(rows.dtype), counts)
+
+
+def _words(tensor: AdaptedTensor, groups: Groups) -> Int[Tensor, " projection"]:
+    """:func:`projection_word` of the projection, or of that of each expert of this rank."""
+    shards = groups.shards(experts=tensor.a.of_experts)
+    held = [[span.tensor for span in block if span.tensor] for block in tensor.a.blocks(shards.rank, shards.size)]
+    return torch.tensor([projection_word(first.name.removesuffix(".lora_A.weight")) for first, *_ in held])
 
 
 def attach(
@@ -192,9 +240,27 @@ def attach(
         if tensors := adapters.adapted(slot):
             path, _, name = place_of(slot).rpartition(".")
             kind = ExpertAdapters if slot.of_experts else LinearAdapters
-            setattr(model.get_submodule(path), name, kind(config, slot, tensors, adapters.scale, groups))
+            setattr(model.get_submodule(path), name, kind(config, slot, tensors, adapters, groups))
             found += chain.from_iterable((tensor.a, tensor.b) for tensor in tensors)
     return found
+
+
+@contextmanager
+def dropping(layer: torch.nn.Module, keys: TokenKeys | None) -> Iterator[None]:
+    """Drop inputs of the layer's adapters inside of the context, which is one call of the layer.
+
+    Args:
+        layer: The layer.
+        keys: Keys of its tokens; None drops nothing.
+    """
+    present = [] if keys is None else [part for part in layer.modules() if isinstance(part, _Adapters)]
+    for part in present:
+        part.token_keys = keys
+    try:
+        yield
+    finally:
+        for part in present:
+            part.token_keys = None
 
 
 @contextmanager

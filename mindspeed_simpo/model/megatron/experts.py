@@ -109,13 +109,20 @@ class Experts(torch.nn.Module):
         """
         tokens = hidden.reshape(-1, hidden.shape[-1])
         weights, chosen = self.router(tokens, balance)
-        number = len(tokens)
+        number, keys = len(tokens), self._token_keys()
         if self.split_over is not None and self.split_over.size() > 1:
             tokens, weights, chosen = (self._own_part(each) for each in (tokens, weights, chosen))
-        mixed = self._mixed(tokens, weights, chosen)
+            keys = keys if keys is None else self._own_part(keys)
+        mixed = self._mixed(tokens, weights, chosen, keys)
         if self.split_over is not None:
             mixed = join_along_first(mixed, self.split_over)[:number]
         return mixed.view(hidden.shape)
+
+    def _token_keys(self) -> Int[Tensor, "token one"] | None:
+        """Keys of the tokens for dropout of the adapters' inputs; None without dropout."""
+        adapters = (self.linear_fc1_adapters, self.linear_fc2_adapters)
+        keys = [each.token_keys for each in adapters if each is not None and each.active]
+        return None if not keys or keys[0] is None else keys[0].held[:, None]
 
     def _own_part(self, values: Tensor) -> Tensor:
         """This tensor-parallel rank's part of values of each token, of equally many tokens on each rank."""
@@ -124,28 +131,33 @@ class Experts(torch.nn.Module):
         return split_along_first(pad(values, (0, 0, 0, padding)), self.split_over)
 
     def _mixed(
-        self, tokens: Float[Tensor, "token hidden"], weights: Float[Tensor, "token k"], chosen: Int[Tensor, "token k"]
+        self,
+        tokens: Float[Tensor, "token hidden"],
+        weights: Float[Tensor, "token k"],
+        chosen: Int[Tensor, "token k"],
+        keys: Int[Tensor, "token one"] | None,
     ) -> Float[Tensor, "token hidden"]:
         routes = routes_of(chosen, self.number, self.held, self.tensor_ranks)
         rows = take(tokens, routes.token, routes.place)
+        row_keys = None if keys is None else keys[routes.token]
         if self.group.size() == 1:
-            computed = self._computed(rows, routes.counts)
+            computed = self._computed(rows, routes.counts, row_keys)
         else:
-            computed = self._computed_by_ranks(rows, routes.counts)
+            computed = self._computed_by_ranks(rows, routes.counts, row_keys)
         # [token, expert, rank that computed a part of the expert]
         parts = take(computed, routes.place.flatten(), routes.copy[:, None])
         outputs = parts.view(*chosen.shape, self.tensor_ranks, -1).sum(2)
         return torch.bmm(weights.to(outputs.dtype)[:, None], outputs)[:, 0]
 
     def _computed(
-        self, rows: Float[Tensor, "row hidden"], counts: Int[Tensor, " expert"]
+        self, rows: Float[Tensor, "row hidden"], counts: Int[Tensor, " expert"], keys: Int[Tensor, "row one"] | None
     ) -> Float[Tensor, "row hidden"]:
         """This rank's experts of consecutive rows."""
-        gate_up = _projected(rows, self.linear_fc1, self.linear_fc1_adapters, counts)
-        return _projected(operators.swiglu(gate_up), self.linear_fc2, self.linear_fc2_adapters, counts)
+        gate_up = _projected(rows, self.linear_fc1, self.linear_fc1_adapters, counts, keys)
+        return _projected(operators.swiglu(gate_up), self.linear_fc2, self.linear_fc2_adapters, counts, keys)
 
     def _computed_by_ranks(
-        self, rows: Float[Tensor, "row hidden"], counts: Int[Tensor, " expert"]
+        self, rows: Float[Tensor, "row hidden"], counts: Int[Tensor, " expert"], keys: Int[Tensor, "row one"] | None
     ) -> Float[Tensor, "row hidden"]:
         """The experts of all ranks; the sizes of the messages force a host synchronisation."""
         all_counts = counts.new_empty(self.group.size(), len(counts))
@@ -159,13 +171,16 @@ class Experts(torch.nn.Module):
         expert = torch.arange(self.held, device=rows.device).repeat(self.group.size())
         order = expert.repeat_interleave(own.flatten(), output_size=len(arrived)).argsort(stable=True)
         back = order.argsort()
-        computed = self._computed(take(arrived, order, back[:, None]), own.sum(0))
+        keys = keys if keys is None else exchange(keys, sent, received, self.group)[order]
+        computed = self._computed(take(arrived, order, back[:, None]), own.sum(0), keys)
         return exchange(take(computed, back, order[:, None]), received, sent, self.group)
 
 
-def _projected(rows: Tensor, weights: Tensor, adapters: ExpertAdapters | None, counts: Tensor) -> Tensor:
+def _projected(
+    rows: Tensor, weights: Tensor, adapters: ExpertAdapters | None, counts: Tensor, keys: Tensor | None
+) -> Tensor:
     output = grouped_linear(rows, weights, counts)
-    return output if adapters is None or not adapters.active else output + adapters(rows, counts)
+    return output if adapters is None or not adapters.active else output + adapters(rows, counts, keys)
 
 
 def _stacked(number: int, outputs: int, inputs: int, config: TransformerConfig) -> torch.nn.Parameter:

@@ -19,6 +19,7 @@ from mindspeed_simpo.device.receive_shapes import Shape, known_receive_shapes
 from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.loss.reference import StepReference
 from mindspeed_simpo.loss.scoring import PairScorer, ScoredBatch, TwoPassLoss
+from mindspeed_simpo.model.dropout import step_key
 from mindspeed_simpo.model.megatron.adapters import without_adapters
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.training.schedule.rows import Rows, RowShard
@@ -52,7 +53,7 @@ class PairSchedule:
       half without a graph gives its sums; then follow forward, loss and backward of the first half, and forward and
       backward of the second half. ``two_pass`` stores half the activations and computes one more forward of half the
       rows. To megatron-core each half is a micro-batch, so gradient accumulation, pipelining and gradient
-      synchronisation need no change. Without dropout both forwards of the second half are equal.
+      synchronisation need no change. Both forwards of the second half are equal, also with dropout.
     """
 
     models: Sequence[torch.nn.Module]
@@ -69,13 +70,16 @@ class PairSchedule:
     where the reference is another one, or there is none."""
     aux_loss_coeff: float = 0.0
     """Factor of the auxiliary loss of the routers, see :mod:`mindspeed_simpo.model.balance`."""
+    dropout_seed: int | None = None
+    """Seed of the masks of the adapters' inputs; None without dropout."""
 
-    def forward_backward(self, micro_batches: Sequence[PairBatch], num_pairs: int) -> list[ScoredBatch]:
+    def forward_backward(self, micro_batches: Sequence[PairBatch], num_pairs: int, step: int = 0) -> list[ScoredBatch]:
         """Accumulate the gradient of the global batch's mean loss in ``main_grad``, reduced over all ranks.
 
         Args:
             micro_batches: This rank's micro-batches of the global batch, in host memory.
             num_pairs: Pairs of the global batch, over all ranks.
+            step: Number of the optimizer step, from 0, on which the masks of dropout depend.
 
         Returns:
             The detached records of the micro-batches; empty except on the last pipeline rank.
@@ -86,10 +90,11 @@ class PairSchedule:
         self._score_reference(micro_batches)
         # DDP divides the gradient by the data-parallel size
         weight = self.groups.data.size() / num_pairs
+        key = None if self.dropout_seed is None else step_key(self.dropout_seed, step)
         if self.pair_schedule == "two_pass":
-            return self._two_pass(micro_batches, weight)
+            return self._two_pass(micro_batches, weight, key)
         passes = self._joint_passes(micro_batches, weight)
-        return self._run([self._with_balance(each, weight) for each in passes], forward_only=False)
+        return self._run([self._with_balance(each, weight) for each in passes], forward_only=False, dropout_key=key)
 
     @torch.no_grad()
     def forward(self, micro_batches: Sequence[PairBatch]) -> list[ScoredBatch]:
@@ -116,11 +121,14 @@ class PairSchedule:
         loss, scored = self.scorer(batch.to(self.device), *logprobs.chunk(2))
         return loss * weight, scored
 
-    def _two_pass(self, micro_batches: Sequence[PairBatch], weight: float) -> list[ScoredBatch]:
+    def _two_pass(
+        self, micro_batches: Sequence[PairBatch], weight: float, dropout_key: int | None
+    ) -> list[ScoredBatch]:
         halves = [Rows.of(batch).two_pass_halves(batch.lengths, self.sequence_multiple) for batch in micro_batches]
         with torch.no_grad():
             # the schedule returns an empty list except on the last pipeline rank
-            second_sums = self._run([Pass(second.rows, _record) for _, second in halves], forward_only=True)
+            seconds = [Pass(second.rows, _record) for _, second in halves]
+            second_sums = self._run(seconds, forward_only=True, dropout_key=dropout_key)
         passes = []
         for index, (batch, (first, second)) in enumerate(zip(micro_batches, halves, strict=True)):
             order = to_device(torch.cat([first.sequences, second.sequences]), self.device)
@@ -128,7 +136,7 @@ class PairSchedule:
             loss = TwoPassLoss(partial(self._gradients, batch), weight, order, sums)
             halves_of_batch = Pass(first.rows, loss.first_half), Pass(second.rows, loss.second_half)
             passes += [self._with_balance(each, weight) for each in halves_of_batch]
-        return self._run(passes, forward_only=False)[::2]
+        return self._run(passes, forward_only=False, dropout_key=dropout_key)[::2]
 
     def _with_balance(self, each: Pass, weight: float) -> Pass:
         """The pass with the auxiliary loss, a mean over the two sequences of all pairs."""
@@ -141,13 +149,13 @@ class PairSchedule:
     ) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"], ScoredBatch]:
         return self.scorer.gradients(batch.to(self.device), chosen, rejected)
 
-    def _run(self, passes: Sequence[Pass], *, forward_only: bool) -> list[Any]:
+    def _run(self, passes: Sequence[Pass], *, forward_only: bool, dropout_key: int | None = None) -> list[Any]:
         if len(self.models) > 1:
             # the interleaved schedule sends tensors of one shape
             longest = max(each.rows.tokens.shape[1] for each in passes)
             passes = [dataclasses.replace(each, rows=each.rows.padded_to(longest)) for each in passes]
         # response tokens are searched on the host: nonzero() on the device forces a host synchronisation
-        steps = [(self._shards(each, forward_only), each.loss) for each in passes]
+        steps = [(self._shards(each, forward_only, dropout_key), each.loss) for each in passes]
         with known_receive_shapes([self._sent_shape(each.rows) for each in passes]):
             return get_forward_backward_func()(  # type: ignore[no-any-return]
                 forward_step_func=partial(self._forward_step, len(passes)),
@@ -166,12 +174,12 @@ class PairSchedule:
         shards = self.groups.context.size() * (self.groups.tensor.size() if config.sequence_parallel else 1)
         return length // shards, number, config.hidden_size
 
-    def _shards(self, each: Pass, forward_only: bool) -> list[RowShard]:
+    def _shards(self, each: Pass, forward_only: bool, dropout_key: int | None) -> list[RowShard]:
         """This context-parallel rank's inputs of the forwards of one pass: one, or two for ``split``."""
         context = self.groups.context
         split = self.pair_schedule == "split" and not forward_only
         parts = each.rows.halves() if split else (each.rows,)
-        return [part.shard_of(context.rank(), context.size(), each.sequence_weight) for part in parts]
+        return [part.shard_of(context.rank(), context.size(), each.sequence_weight, dropout_key) for part in parts]
 
     def _forward_step(
         self, num_passes: int, steps: Iterator[tuple[list[RowShard], LossOfPass]], model: torch.nn.Module
@@ -197,6 +205,7 @@ class PairSchedule:
             lengths=rows.lengths,
             head=head,
             members=rows.members,
+            token_keys=rows.token_keys,
         )
         return output
 

@@ -17,8 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tokenizers import CHINESE, ENGLISH, TOKENIZER_SIZE, Family, make_tokenizer
 
-ExpertFamily = Literal["qwen3_moe", "mixtral", "glm4_moe"]
-TOKENIZER_OF: dict[str, Family] = {"qwen3_moe": "qwen3", "mixtral": "mistral", "glm4_moe": "glm4"}
+ExpertFamily = Literal["qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3"]
+TOKENIZER_OF: dict[str, Family] = {
+    "qwen3_moe": "qwen3",
+    "mixtral": "mistral",
+    "glm4_moe": "glm4",
+    "deepseek_v3": "llama",
+}
 """The family whose tokenizer a family with experts has."""
 RopeScaling = Literal["llama3", "linear", "dynamic", "yarn", "longrope"]
 
@@ -108,6 +113,11 @@ def make_checkpoint(
         local = {"rope_type": "default", "rope_theta": 700.0}
         shape["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
     shape |= _scores(family)
+    if family == "deepseek_v3":
+        # all sizes differ, so that one in another's place is seen
+        del shape["head_dim"]
+        shape |= {"num_key_value_heads": heads, "q_lora_rank": 20, "kv_lora_rank": 18}
+        shape |= {"qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
@@ -230,6 +240,15 @@ def _experts(family: str, hidden: int, experts: int) -> dict[str, Any]:
     shape |= {"moe_intermediate_size": hidden // 2}
     if family == "qwen3_moe":
         return shape | {"num_experts": experts, "norm_topk_prob": True, "mlp_only_layers": [1]}
+    if family == "deepseek_v3":
+        grouped = {
+            "n_group": 4,
+            "topk_group": 3,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.5,
+            "n_shared_experts": 2,
+        }
+        return shape | grouped | {"n_routed_experts": 2 * experts, "first_k_dense_replace": 1}
     if family == "glm4_moe":
         scaled = {"routed_scaling_factor": 1.5, "n_shared_experts": 2, "use_qk_norm": True}
         return shape | scaled | {"n_routed_experts": experts, "first_k_dense_replace": 1}

@@ -1,8 +1,8 @@
 """The oracle's model: dense fp64 logits of one sequence, from a Hugging Face folder, sharing no code with the package.
 
 It reads safetensors and config.json of the families Qwen2, Qwen3, Llama, Mistral, Gemma 2, Gemma 3 (text), Phi-3,
-GLM-4, Qwen3-MoE, Mixtral and GLM-4.5, as transformers 4 and 5 write them. ``params`` is always ``{Hugging Face name:
-fp64 tensor}``, ``config`` the content of config.json.
+GLM-4, Qwen3-MoE, Mixtral, GLM-4.5 and DeepSeek-V3, as transformers 4 and 5 write them. ``params`` is always
+``{Hugging Face name: fp64 tensor}``, ``config`` the content of config.json.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def layer_types(config: Config) -> list[str]:
     if family in ("mistral", "mixtral", "phi3"):
         sliding = config.get("sliding_window", 4096 if family == "mistral" else None)
         return [SLIDING if sliding else FULL for _ in layers]
-    if family in ("llama", "glm4", "glm4_moe") or (family.startswith("qwen") and not config.get("use_sliding_window")):
+    if family in ("llama", "glm4", "glm4_moe", "deepseek_v3") or (
+        family.startswith("qwen") and not config.get("use_sliding_window")
+    ):
         return [FULL for _ in layers]
     if config.get("layer_types"):
         return config["layer_types"]
@@ -165,6 +167,7 @@ def _rotation(config: Config, layer_type: str, length: int) -> tuple[Tensor, Ten
     """Cosines and sines of each position's angles, times the attention factor, each [length, rotated dims / 2]."""
     rope = _rotary_options(config, layer_type)
     dim, theta, kind = int(_head_dim(config) * rope["partial_rotary_factor"]), rope["rope_theta"], rope["rope_type"]
+    dim = config.get("qk_rope_head_dim", dim)
     if kind == "dynamic":
         # "NTK": a sequence longer than the model's context raises the base until the slowest pair fits
         context = rope["max_position_embeddings"]
@@ -230,9 +233,43 @@ def _query_key_value(params: Params, config: Config, name: str, hidden: Tensor) 
     return [part.unflatten(-1, (-1, dim)) for part in parts]
 
 
+def _latent_attention(
+    params: Params, config: Config, name: str, hidden: Tensor, rotation: tuple[Tensor, Tensor]
+) -> Tensor:
+    """DeepSeek's attention (arXiv:2405.04434, equations 37 to 47), a head at a time."""
+    plain, turned, wide = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    interleaved, rank = config.get("rope_interleave", True), config["kv_lora_rank"]
+
+    def norm(part: str, values: Tensor) -> Tensor:
+        # the norms of the latent vectors do not read rms_norm_eps
+        return _norm(params, {**config, "rms_norm_eps": 1e-6}, f"{name}.{part}", values)
+
+    if config.get("q_lora_rank"):
+        query = _linear(params, f"{name}.q_b_proj", norm("q_a_layernorm", _linear(params, f"{name}.q_a_proj", hidden)))
+    else:
+        query = _linear(params, f"{name}.q_proj", hidden)
+    compressed = _linear(params, f"{name}.kv_a_proj_with_mqa", hidden)
+    shared_key = _rotate(compressed[:, None, rank:], rotation, interleaved)[:, 0]
+    key_value = _linear(params, f"{name}.kv_b_proj", norm("kv_a_layernorm", compressed[:, :rank]))
+    scale = (plain + turned) ** -0.5
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default" and rope.get("mscale_all_dim"):
+        scale *= (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1) ** 2
+    future, outputs = torch.ones(len(hidden), len(hidden)).triu(1).bool(), []
+    for head in range(config["num_attention_heads"]):
+        own = query[:, head * (plain + turned) : (head + 1) * (plain + turned)]
+        key, value = key_value[:, head * (plain + wide) : (head + 1) * (plain + wide)].split([plain, wide], dim=-1)
+        rotated = _rotate(own[:, None, plain:], rotation, interleaved)[:, 0]
+        scores = (own[:, :plain] @ key.T + rotated @ shared_key.T) * scale
+        outputs.append(scores.masked_fill(future, -math.inf).softmax(-1) @ value)
+    return _linear(params, f"{name}.o_proj", torch.cat(outputs, dim=-1))
+
+
 def _attention(
     params: Params, config: Config, name: str, hidden: Tensor, rotation: tuple[Tensor, Tensor], window: int | None
 ) -> Tensor:
+    if f"{name}.kv_b_proj.weight" in params:
+        return _latent_attention(params, config, name, hidden, rotation)
     query, key, value = _query_key_value(params, config, name, hidden)
     if f"{name}.q_norm.weight" in params:
         query, key = _norm(params, config, f"{name}.q_norm", query), _norm(params, config, f"{name}.k_norm", key)
@@ -261,6 +298,14 @@ def _mlp(params: Params, config: Config, name: str, hidden: Tensor) -> Tensor:
     return _linear(params, f"{name}.down_proj", active * up)
 
 
+def _highest(scores: Tensor, count: int, what: str) -> Tensor:
+    """1 for the ``count`` highest scores of each row, 0 for the others."""
+    ranked, order = scores.sort(descending=True)
+    if count < scores.shape[-1] and (gap := (ranked[:, count - 1] - ranked[:, count]).min().item()) < CLOSE_CHOICE:
+        raise CloseChoiceError(f"{what} of a token leads by {gap:.1e}: take other weights or pairs")
+    return torch.zeros_like(scores).scatter(1, order[:, :count], 1.0)
+
+
 def _experts(params: Params, config: Config, layer: str, hidden: Tensor, unevenness: list[Tensor]) -> Tensor:
     """The weighted sum of the experts that each token chooses, and the shared expert where the family has one.
 
@@ -268,16 +313,16 @@ def _experts(params: Params, config: Config, layer: str, hidden: Tensor, unevenn
     experts, and P_e the mean of its scores, each divided by the sum of the token's (arXiv:2412.19437, eq. 17 to 20).
     """
     block = f"{layer}.block_sparse_moe" if config["model_type"] == "mixtral" else f"{layer}.mlp"
-    glm, count = config["model_type"] == "glm4_moe", config["num_experts_per_tok"]
+    glm, count = config["model_type"] in ("glm4_moe", "deepseek_v3"), config["num_experts_per_tok"]
     router = hidden @ params[f"{block}.gate.weight"].T
     scores = router.sigmoid() if glm else router.softmax(-1)
     choice = scores.detach() + (params[f"{block}.gate.e_score_correction_bias"] if glm else 0)
-    ranked, order = choice.sort(descending=True)
-    if count < choice.shape[-1] and (gap := (ranked[:, count - 1] - ranked[:, count]).min().item()) < CLOSE_CHOICE:
-        raise CloseChoiceError(
-            f"{layer}: the last chosen expert of a token leads by {gap:.1e}: take other weights or pairs"
-        )
-    choices = torch.zeros_like(scores).scatter(1, order[:, :count], 1.0)
+    if config.get("n_group", 1) > 1:
+        by_group = choice.unflatten(-1, (config["n_group"], -1))
+        best = by_group.sort(descending=True).values[..., :2].sum(-1)
+        groups = _highest(best, config["topk_group"], f"{layer}: the last chosen group of experts")
+        choice = torch.where(groups[..., None] > 0, by_group, -math.inf).flatten(1)
+    choices = _highest(choice, count, f"{layer}: the last chosen expert")
     shares = choices.mean(0) * choices.shape[1] / count
     unevenness.append((shares * (scores / scores.sum(-1, keepdim=True)).mean(0)).sum())
     weights = choices * scores

@@ -61,9 +61,9 @@ def launch(nproc: int, argv: Sequence[str]) -> int:
         0, or the exit code of the rank whose failure caused the others; 128 + N where signal N killed that rank or this
         process.
     """
+    rendezvous = Rendezvous()
     shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        **rendezvous.environment,
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // nproc))),
@@ -85,6 +85,7 @@ def launch(nproc: int, argv: Sequence[str]) -> int:
             command = [sys.executable, "-m", "mindspeed_simpo", *argv]
             # a session of its own: Ctrl-C of the terminal reaches a rank once, through the launcher
             ranks.append(subprocess.Popen(command, env=os.environ | shared | own, start_new_session=True))
+        rendezvous.serve()  # imports torch, beside the ranks that do too
         killed = _wait(ranks)
     finally:
         for process in ranks:
@@ -94,6 +95,28 @@ def launch(nproc: int, argv: Sequence[str]) -> int:
     if received and all(code in (-received[0], 128 + received[0]) for code in failed.values()):
         return 128 + received[0]
     return _report(failed) if failed else 0
+
+
+class Rendezvous:
+    """Where the ranks meet: a store that this process serves, on a port that it holds from the start."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=socket.SOMAXCONN)
+        self._store: object = None
+        self.environment = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._listener.getsockname()[1]),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
+        """Variables of a rank, those of torchrun: ``torch.distributed`` connects to the store and starts none."""
+
+    def serve(self) -> None:
+        """Serve the store; ranks that have started already wait for it."""
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        port, descriptor = self._listener.getsockname()[1], self._listener.detach()
+        self._store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> set[int]:
@@ -130,12 +153,6 @@ def _distance_from_cause(exit_code: int) -> int:
     if exit_code in _LOST_A_PEER:
         return 2
     return 1 if exit_code < 0 else 0
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _cores() -> int:

@@ -72,6 +72,28 @@ class HeadShare:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Queries, keys and values by way of latent vectors, as in multi-head latent attention.
+
+    With the norms N of the latent vectors ``c_q = N(A_q x)`` and ``c = N(A x)``, the queries are ``B_q c_q``, the keys
+    of a head are ``[r, B_k c]`` and its values ``B_v c``. All heads share the rotated part r of the keys, a projection
+    of ``x``. The first ``rotation.dims`` elements of queries and keys are rotated.
+
+    Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.
+    """
+
+    query_rank: int | None
+    """Elements of ``c_q``; None where the queries are a projection of ``x``."""
+    kv_rank: int
+    """Elements of ``c``."""
+    value_dim: int
+    """Elements of the value of a head."""
+    norm: Norm
+    bias: bool = False
+    """Whether the projections ``A_q`` and ``A`` have biases."""
+
+
+@dataclass(frozen=True)
 class Attention:
     """Causal grouped-query attention ``softmax(cap(scale q k^T)) v``, ``cap(x) = softcap tanh(x / softcap)``."""
 
@@ -87,6 +109,13 @@ class Attention:
     o_bias: bool = False
     qk_norm: Norm | None = None
     """Norm of each head of the queries and keys, before the rotation; None for none."""
+    latent: Latent | None = None
+    """Projections by way of latent vectors; None for projections of the hidden states."""
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of the value of a head; queries and keys have ``head_dim``."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
 
     def share(self, rank: int, size: int) -> HeadShare:
         """Heads of tensor-parallel rank ``rank`` of ``size``.
@@ -119,7 +148,9 @@ class Experts:
     """``sum_e w_e expert_e(x)`` over the ``top_k`` experts of the token ``x`` with the highest scores.
 
     An expert is an MLP without biases. The scores are ``scores(router x)``, in fp32, and the weights ``w_e`` are the
-    scores of the chosen experts, divided by their sum where ``normalised``, times ``scale``.
+    scores of the chosen experts, divided by their sum where ``normalised``, times ``scale``. With several ``groups`` of
+    consecutive experts, a token chooses among the experts of the ``top_groups`` groups with the highest sums of their
+    two highest scores.
     """
 
     number: int
@@ -131,6 +162,8 @@ class Experts:
     scale: float = 1.0
     corrected: bool = False
     """Whether a frozen bias of each expert is added to its score for the choice, and not to the weight."""
+    groups: int = 1
+    top_groups: int = 1
     activation: Activation = "silu"
 
 
@@ -160,6 +193,14 @@ class TensorNames:
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
+    q: str = "self_attn.q_proj"
+    """Projection of the queries where keys and values have a latent vector."""
+    q_latent: str = "self_attn.q_a_proj"
+    q_latent_norm: str = "self_attn.q_a_layernorm"
+    q_from_latent: str = "self_attn.q_b_proj"
+    kv_latent: str = "self_attn.kv_a_proj_with_mqa"
+    kv_latent_norm: str = "self_attn.kv_a_layernorm"
+    kv_from_latent: str = "self_attn.kv_b_proj"
     o: str = "self_attn.o_proj"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"

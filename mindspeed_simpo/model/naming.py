@@ -100,20 +100,10 @@ def hf_tensors(model: ModelDescription) -> list[HFTensor]:
 def _layer_slots(
     model: ModelDescription, layer: Layer, hf: str, prefix: str, expert_tensor_ranks: int
 ) -> Iterator[Slot]:
-    names, hidden, attention = model.names, model.hidden_size, layer.attention
-    head = attention.head_dim
+    names, hidden = model.names, model.hidden_size
     yield _norm(f"{prefix}input_layernorm", f"{hf}{names.norm_before_attention}", hidden, layer.norm_before_attention)
-    rows = [attention.heads * head, attention.kv_heads * head, attention.kv_heads * head]
-    divide = functools.partial(_qkv, attention)
-    qkv = [f"{hf}{name}" for name in names.qkv]
-    yield from _columns(f"{prefix}self_attention.linear_qkv", qkv, rows, hidden, divide, bias=attention.qkv_bias)
-    if attention.qk_norm is not None:
-        yield _norm(f"{prefix}self_attention.q_layernorm", f"{hf}{names.q_norm}", head, attention.qk_norm)
-        yield _norm(f"{prefix}self_attention.k_layernorm", f"{hf}{names.k_norm}", head, attention.qk_norm)
-    heads = functools.partial(_heads, attention)
-    yield from _rows(
-        f"{prefix}self_attention.linear_proj", f"{hf}{names.o}", hidden, rows[0], heads, bias=attention.o_bias
-    )
+    attention_slots = _attention_slots if layer.attention.latent is None else _latent_attention_slots
+    yield from attention_slots(model, layer.attention, hf, f"{prefix}self_attention.")
     if layer.norm_after_attention is not None:
         name = f"{hf}{names.norm_after_attention}"
         yield _norm(f"{prefix}post_attention_layernorm", name, hidden, layer.norm_after_attention)
@@ -129,6 +119,41 @@ def _layer_slots(
         yield from _expert_slots(model, layer.experts, hf, f"{prefix}experts.", expert_tensor_ranks)
     if layer.norm_after_mlp is not None:
         yield _norm(f"{prefix}post_mlp_layernorm", f"{hf}{names.norm_after_mlp}", hidden, layer.norm_after_mlp)
+
+
+def _attention_slots(model: ModelDescription, attention: Attention, hf: str, prefix: str) -> Iterator[Slot]:
+    names, hidden, head = model.names, model.hidden_size, attention.head_dim
+    rows = [attention.heads * head, attention.kv_heads * head, attention.kv_heads * head]
+    divide = functools.partial(_qkv, attention)
+    qkv = [f"{hf}{name}" for name in names.qkv]
+    yield from _columns(f"{prefix}linear_qkv", qkv, rows, hidden, divide, bias=attention.qkv_bias)
+    if attention.qk_norm is not None:
+        yield _norm(f"{prefix}q_layernorm", f"{hf}{names.q_norm}", head, attention.qk_norm)
+        yield _norm(f"{prefix}k_layernorm", f"{hf}{names.k_norm}", head, attention.qk_norm)
+    heads = functools.partial(_heads, attention)
+    yield from _rows(f"{prefix}linear_proj", f"{hf}{names.o}", hidden, rows[0], heads, bias=attention.o_bias)
+
+
+def _latent_attention_slots(model: ModelDescription, attention: Attention, hf: str, prefix: str) -> Iterator[Slot]:
+    names, hidden, latent = model.names, model.hidden_size, attention.latent
+    assert latent is not None
+    rotated = attention.rotation.dims
+    rows, divide = [attention.heads * attention.head_dim], functools.partial(_rotated_first, attention)
+    if latent.query_rank is None:
+        yield from _columns(f"{prefix}linear_q", [f"{hf}{names.q}"], rows, hidden, divide, bias=False)
+    else:
+        query_rank = latent.query_rank
+        yield from _replicated(f"{prefix}q_latent", f"{hf}{names.q_latent}", query_rank, hidden, bias=latent.bias)
+        yield _norm(f"{prefix}q_latent_norm", f"{hf}{names.q_latent_norm}", query_rank, latent.norm)
+        yield from _columns(f"{prefix}linear_q", [f"{hf}{names.q_from_latent}"], rows, query_rank, divide, bias=False)
+    name = f"{hf}{names.kv_latent}"
+    yield from _replicated(f"{prefix}kv_latent", name, latent.kv_rank + rotated, hidden, bias=latent.bias)
+    yield _norm(f"{prefix}kv_latent_norm", f"{hf}{names.kv_latent_norm}", latent.kv_rank, latent.norm)
+    rows = [attention.heads * (attention.head_dim - rotated + latent.value_dim)]
+    name = f"{hf}{names.kv_from_latent}"
+    yield from _columns(f"{prefix}linear_kv", [name], rows, latent.kv_rank, _evenly, bias=False)
+    name, values = f"{hf}{names.o}", attention.heads * latent.value_dim
+    yield from _rows(f"{prefix}linear_proj", name, hidden, values, _evenly, bias=attention.o_bias)
 
 
 def _expert_slots(model: ModelDescription, experts: Experts, hf: str, prefix: str, tensor_ranks: int) -> Iterator[Slot]:
@@ -193,6 +218,13 @@ def _rows(parameter: str, name: str, outputs: int, inputs: int, divide: _Divide,
         yield Slot(f"{parameter}.bias", (HFTensor(f"{name}.bias", (outputs,), initial=0.0),))
 
 
+def _replicated(parameter: str, name: str, outputs: int, inputs: int, *, bias: bool) -> Iterator[Slot]:
+    """The slots of a projection that every tensor-parallel rank has whole."""
+    yield Slot(f"{parameter}.weight", (HFTensor(f"{name}.weight", (outputs, inputs)),))
+    if bias:
+        yield Slot(f"{parameter}.bias", (HFTensor(f"{name}.bias", (outputs,), initial=0.0),))
+
+
 def _evenly(whole: Sequence[Span], rank: int, size: int) -> Sequence[Span]:
     """The concatenation of an equal share of each span."""
     return [span.part(rank * (span.length // size), span.length // size) for span in whole]
@@ -224,3 +256,13 @@ def _qkv(attention: Attention, whole: Sequence[Span], rank: int, size: int) -> S
             value.part(first, rows),
         ]
     return spans
+
+
+def _rotated_first(attention: Attention, whole: Sequence[Span], rank: int, size: int) -> Sequence[Span]:
+    """The rank's query heads, of each head first the rotated elements, which are stored last."""
+    head, rotated = attention.head_dim, attention.rotation.dims
+    share = attention.share(rank, size)
+    starts = [(share.first_query + index) * head for index in range(share.queries)]
+    parts = [(start + head - rotated, rotated, start, head - rotated) for start in starts]
+    spans = [(whole[0].part(first, turned), whole[0].part(start, kept)) for first, turned, start, kept in parts]
+    return [span for pair in spans for span in pair]

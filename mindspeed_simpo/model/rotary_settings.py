@@ -70,6 +70,7 @@ class RotarySettings:
         partial: float = 1.0,
         interleaved: bool = False,
         scaled: bool = True,
+        dims: int | None = None,
     ) -> Rotation:
         """Rotary embedding of the whole model, or of the layers of one type.
 
@@ -79,6 +80,7 @@ class RotarySettings:
             partial: Default of ``partial_rotary_factor``, the fraction of each head that is rotated.
             interleaved: See :class:`~mindspeed_simpo.model.description.Rotation`.
             scaled: False where ``rope_scaling`` does not apply to these layers.
+            dims: Rotated elements of each head, where the file names their number instead of a fraction.
 
         Raises:
             ModelError: for an unknown kind, and for numbers that are missing or not positive.
@@ -93,14 +95,27 @@ class RotarySettings:
             scaling["original_max_position_embeddings"] = outer
         given |= {key: scaling.get(key) for key in _NUMBERS[kind]}
         numbers = {key: self._positive(key, value) for key, value in given.items()}
-        dims = int(self.head_dim * numbers["partial_rotary_factor"])
-        if dims % 2 or not 0 < dims <= self.head_dim:
+        whole = self.head_dim if dims is None else dims
+        dims = int(whole * numbers["partial_rotary_factor"])
+        if dims % 2 or not 0 < dims <= whole:
             raise self.error(
-                f"head_dim {self.head_dim} x partial_rotary_factor {numbers['partial_rotary_factor']:g} gives {dims} "
+                f"head_dim {whole} x partial_rotary_factor {numbers['partial_rotary_factor']:g} gives {dims} "
                 "rotated numbers; rotary embeddings need an even number of them, at most head_dim"
             )
         variants = self._variants(kind, scaling, numbers, dims)
         return Rotation(numbers["rope_theta"], dims, kind, interleaved, **variants)
+
+    def score_factor(self) -> float:
+        """DeepSeek's factor of queries and keys under a scaled rotation, ``0.1 mscale_all_dim ln(factor) + 1``; else 1.
+
+        Raises:
+            ModelError: for numbers that are not positive.
+        """
+        scaling = self._scaling(None, scaled=True)
+        if self._rotation_kind(scaling) == "default" or not scaling.get("mscale_all_dim"):
+            return 1.0
+        factor, mscale = (self._positive(key, scaling.get(key)) for key in ("factor", "mscale_all_dim"))
+        return _magnitude(factor, mscale)
 
     def _rotary_objects(self) -> list[dict[str, Any]]:
         scaling = self.raw.get("rope_scaling") or self.raw.get("rope_parameters") or {}
@@ -161,13 +176,10 @@ class RotarySettings:
         if scaling.get("attention_factor") is not None:
             return self._positive("attention_factor", scaling["attention_factor"])
 
-        def magnitude(mscale: float) -> float:
-            return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
         if scaling.get("mscale") and scaling.get("mscale_all_dim"):
             mscale, mscale_all_dim = (self._positive(key, scaling[key]) for key in ("mscale", "mscale_all_dim"))
-            return magnitude(mscale) / magnitude(mscale_all_dim)
-        return magnitude(1.0)
+            return _magnitude(factor, mscale) / _magnitude(factor, mscale_all_dim)
+        return _magnitude(factor, 1.0)
 
     def _longrope(self, scaling: dict[str, Any], original: float, number: int) -> dict[str, Any]:
         factors = {}
@@ -181,3 +193,7 @@ class RotarySettings:
         if attention is None:
             attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         return {**factors, "attention_factor": self._positive("attention_factor", attention)}
+
+
+def _magnitude(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

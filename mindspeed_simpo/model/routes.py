@@ -26,6 +26,23 @@ class Routes(NamedTuple):
     """Number of tokens of each expert."""
 
 
+def within_groups(choice: Float[Tensor, "token expert"], groups: int, top_groups: int) -> Float[Tensor, "token expert"]:
+    """``choice``, and minus infinity for experts outside of the token's best groups.
+
+    The groups are of consecutive experts; the best are those with the highest sums of their two highest scores.
+
+    Args:
+        choice: Scores of the experts.
+        groups: Number of groups.
+        top_groups: Number of groups in which a token may choose experts.
+    """
+    of_groups = choice.view(len(choice), groups, -1)
+    best = of_groups.topk(2, dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices
+    outside = torch.ones_like(of_groups[..., 0], dtype=torch.bool).scatter_(1, best, False)
+    within: Tensor = of_groups.masked_fill(outside[..., None], -torch.inf).flatten(1)
+    return within
+
+
 def routes_of(chosen: Int[Tensor, "token k"], number: int, held: int, tensor_ranks: int) -> Routes:
     """The order in which the rows of the chosen experts are sent.
 

@@ -39,6 +39,14 @@ _SIZES = (
     "num_local_experts",
     "n_routed_experts",
     "num_experts_per_tok",
+    "n_shared_experts",
+    "n_group",
+    "topk_group",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
 )
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -184,6 +192,50 @@ class Settings(RotarySettings):
         if top_k > experts:
             raise self.error(f"num_experts_per_tok {top_k} is more than {number} {experts}")
         return Experts(experts, int(getattr(self.hf, width)), top_k, **variants)
+
+    def dense_then_experts(self, attention: Attention) -> list[Layer]:
+        """The layers: ``first_k_dense_replace`` with an MLP, then those with corrected experts and a shared expert.
+
+        The ``n_shared_experts`` shared experts are computed as one MLP.
+
+        Args:
+            attention: Attention of every layer.
+
+        Raises:
+            ModelError: see :meth:`corrected_experts`.
+        """
+        norm, mlp, experts = self.norm(), self.mlp(), self.corrected_experts()
+        shared = MLP(self.hf.n_shared_experts * self.hf.moe_intermediate_size)
+        dense, mixed = Layer(norm, attention, norm, mlp), Layer(norm, attention, norm, shared, experts=experts)
+        return [dense if index < self.hf.first_k_dense_replace else mixed for index in range(self.num_layers)]
+
+    def corrected_experts(self) -> Experts:
+        """Experts chosen by corrected sigmoid scores within the best ``topk_group`` of ``n_group`` groups.
+
+        Raises:
+            ModelError: where the experts do not divide into groups of at least two, or the groups of a token have fewer
+                experts than the token chooses.
+        """
+        hf = self.hf
+        experts = self.experts(
+            "n_routed_experts",
+            "moe_intermediate_size",
+            scores="sigmoid",
+            normalised=bool(hf.norm_topk_prob),
+            scale=float(hf.routed_scaling_factor),
+            corrected=True,
+            groups=int(hf.n_group or 1),
+            top_groups=int(hf.topk_group or 1),
+        )
+        number, groups, top_groups = experts.number, experts.groups, experts.top_groups
+        if groups > 1 and (number % groups or number // groups < 2):
+            raise self.error(f"n_group {groups} does not divide n_routed_experts {number} into groups of at least two")
+        if top_groups > groups or number // groups * top_groups < experts.top_k:
+            raise self.error(
+                f"topk_group {top_groups} of n_group {groups} leaves {number // groups * top_groups} of "
+                f"{number} experts, of which num_experts_per_tok {experts.top_k} cannot be chosen"
+            )
+        return experts
 
     def model(self, layers: Sequence[Layer], final_norm: Norm, **variants: Any) -> ModelDescription:
         """The description of the model; ``variants`` override fields that most families leave at their defaults."""

@@ -58,9 +58,10 @@ def estimate_memory(
       (``pipeline ranks - pipeline rank``; with virtual pipeline ranks the number of warm-up passes of megatron-core's
       interleaved schedule, at most all passes), and a the bytes that one layer saves for a token:
       ``b (4 hidden + 3 ffn / t)``, ``b hidden`` for each norm after a block, and those of the attention
-      (:meth:`PassMemory.attention_bytes`); with ``sequence_parallel`` ``hidden`` is divided by t too. A recomputed
-      layer saves ``b hidden``; during the recomputation one group of layers saves all its tensors. Rotary tables,
-      masks of windows and, on CPUs, the mask of suffixes are stored once;
+      (:meth:`PassMemory.attention_bytes`, and of latent attention
+      :func:`~mindspeed_simpo.training.latent_memory.latent_attention_bytes`); with ``sequence_parallel`` ``hidden`` is
+      divided by t too. A recomputed layer saves ``b hidden``; during the recomputation one group of layers saves all
+      its tensors. Rotary tables, masks of windows and, on CPUs, the mask of suffixes are stored once;
     - head, on the last pipeline rank: for r response tokens the states ``2 b r hidden`` and the logits,
       ``8 r vocabulary / t``, or with ``fused_logprob`` ``(4, in bf16 8) vocabulary / t`` for each of at most
       ``logprob_chunk_tokens`` tokens; with a softcap of the logits ``4 vocabulary / t`` more for each of them;

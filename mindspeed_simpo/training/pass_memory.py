@@ -16,6 +16,7 @@ from mindspeed_simpo.model.causal import LARGEST_MASK
 from mindspeed_simpo.model.description import Attention, HeadShare, Layer, ModelDescription
 from mindspeed_simpo.model.naming import Chunk
 from mindspeed_simpo.training.adapter_memory import AdapterMemory
+from mindspeed_simpo.training.latent_memory import latent_attention_bytes
 
 FP32 = 4
 """Bytes of a number."""
@@ -168,6 +169,8 @@ class PassMemory:
         gathered keys and values, are those that each chunk attends to (:meth:`seen_by_chunks`). Tensor ranks that share
         a key-value head also save its gathered keys and values, ``2 k``.
         """
+        if attention.latent is not None:
+            return latent_attention_bytes(self, attention, recomputed=recomputed)
         batch, context, share = self.batch, self.layout.context, self.share(attention)
         queries, keys = share.padded_queries * attention.head_dim, share.kv_heads * attention.head_dim
         gathered = context > 1 and self.config.context_parallel_algo == "gathered"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from mindspeed_simpo.cli.launch import Rendezvous
 from tests.ranks.launcher import _context as context
 
 TIMEOUT_S = 180
@@ -51,8 +51,9 @@ class Ranks:
     def __init__(self, folder, argv, ranks, env):
         self.folder = folder
         folder.mkdir(parents=True)
-        shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-        shared["MASTER_PORT"] = str(_free_port())
+        self.rendezvous = Rendezvous()
+        self.rendezvous.serve()
+        shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), **self.rendezvous.environment}
         self.processes = []
         for rank in range(ranks):
             own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
@@ -89,12 +90,6 @@ class Ranks:
             self.kill()
         code = first or max(process.exitcode for process in self.processes)
         return Done(code, *((self.folder / name).read_text() for name in ("stdout", "stderr")))
-
-
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _main(argv, environment, folder):

@@ -184,6 +184,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 _SOME = ("down_proj", "up_proj", "v_proj")
 _OF_MLPS = ("gate_proj", "up_proj", "down_proj")
 _OF_MIXTRAL = ("w1", "w2", "w3")
+_FROM_LATENT = ("kv_b_proj", "o_proj", "q_b_proj")
 
 AdapterRow = (
     tuple[Layout, tuple[Option, ...], str, tuple[str, ...]]
@@ -234,6 +235,16 @@ ADAPTER_MATRIX = (
     *((layout, (), "glm4_moe", _PROJECTIONS, 0.1) for layout in EXPERT_COVERING),
     *((options[0].expert_rows[0], options, "qwen3_moe", _PROJECTIONS, 0.1) for options in OPTIONS_TOGETHER),
     (Layout(tensor=4, sequence_parallel=True), (), "shared key-value heads", _PROJECTIONS, 0.1),
+    (Layout(tensor=2), (), "deepseek_v3", _FROM_LATENT),
+    (Layout(tensor=2, sequence_parallel=True), (_PACKED,), "deepseek_v3", _FROM_LATENT),
+    (Layout(context=2, data=2, distributed_optimizer=True), (_PREFIX_SHARED,), "deepseek_v3", _FROM_LATENT),
+    (
+        Layout(tensor=2, sequence_parallel=True, expert=2, expert_tensor=1),
+        (_PREFIX_SHARED,),
+        "deepseek_v3",
+        _FROM_LATENT,
+        0.1,
+    ),
     # a pipeline rank whose adapters are all of experts, beside one that has none of them
     (Layout(pipeline=4), (), "qwen3_moe", _OF_MLPS),
     (Layout(tensor=2, pipeline=4, distributed_optimizer=True), (), "qwen3_moe", _OF_MLPS),

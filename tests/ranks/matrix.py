@@ -49,9 +49,10 @@ EXPERT_FAMILIES = {
     "qwen3_moe, 8 experts": {"family": "qwen3_moe", "head_dim": 8, "experts": 8},
     "mixtral": {"family": "mixtral", "window": 8},
     "glm4_moe": {"family": "glm4_moe", "head_dim": 8},
+    "deepseek_v3": {"family": "deepseek_v3", "rope_scaling": "yarn"},
 }
-"""A token chooses two experts, of four where the name does not say otherwise; in the layers of the first model, one has
-an MLP, and GLM-4.5's first."""
+"""A token chooses two experts, of four where the name does not say otherwise, and three of DeepSeek-V3's eight; in the
+layers of the first model, one has an MLP, and GLM-4.5's and DeepSeek-V3's first."""
 
 ON_EVERY_ROW = ("sigmoid", "sigmoid + ftx", "hinge", "hinge + ftx", "ipo", "ipo + ftx", "dpo")
 """The objectives that continuous integration has on each of its rows of the first family."""
@@ -137,6 +138,9 @@ def _expert_rows() -> list[Row]:
     """Everything that is claimed with experts."""
     rows = [Row(layout, family=_experts_for(layout)) for layout in EXPERT_MATRIX]
     rows += [Row(layout, (option,), "qwen3_moe") for option in OPTIONS for layout in option.expert_rows]
+    packed = [option for option in OPTIONS if option.key == "batching"]
+    # values that are narrower than keys go through every form of attention
+    rows += [Row(layout, (option,), "deepseek_v3") for option in packed for layout in option.expert_rows[:2]]
     return rows + [Row(layout, family=family) for family in EXPERT_FAMILIES for layout in EXPERT_COVERING]
 
 
@@ -147,6 +151,7 @@ def _experts_for(layout: Layout) -> str:
 def _quick_expert_rows() -> list[Row]:
     rows = [Row(layout, family="qwen3_moe") for layout in EXPERT_COVERING]
     rows += [Row(EXPERT_COVERING[-1], family="mixtral"), Row(EXPERT_COVERING[2], family="glm4_moe")]
+    rows += [Row(EXPERT_COVERING[1], family="deepseek_v3")]
     together = [(options, options[0].expert_rows[0]) for options in OPTIONS_TOGETHER]
     return rows + [Row(layout, options, "qwen3_moe") for options, layout in together]
 

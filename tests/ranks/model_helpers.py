@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 CONFIGS = {
+    "deepseek_v3": DeepseekV3Config,
     "gemma2": Gemma2Config,
     "gemma3_text": Gemma3TextConfig,
     "glm4": Glm4Config,
@@ -47,6 +49,9 @@ VARIANTS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 2}
     | {"first_k_dense_replace": 1, "use_qk_norm": True, "routed_scaling_factor": 1.5, "attention_bias": True},
+    "deepseek_v3": {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "n_shared_experts": 2}
+    | {"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "num_key_value_heads": 4, "q_lora_rank": 28}
+    | {"kv_lora_rank": 18, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10, "attention_bias": True},
 }
 """Settings that a small model needs to show what is special to its family; a padding id has no gradient in torch."""
 FROZEN = "e_score_correction_bias"
@@ -115,7 +120,7 @@ def make_batch(vocab_size, seed=1, rows=3, seq=24):
 
 def transformers_result(folder):
     """Logits, and the gradients of the mean cross-entropy by name, of transformers' own model: fp32, experts fp64."""
-    if "_moe" in (Path(folder) / "config.json").read_text() or "mixtral" in (Path(folder) / "config.json").read_text():
+    if "num_experts_per_tok" in (Path(folder) / "config.json").read_text():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -67,7 +67,7 @@ EXPERT_LAYOUTS = {
     ("written", "read", "family"),
     [
         ("ep4", "etp2_pp2", "qwen3_moe"),
-        ("etp2_pp2", "ep2_dp2_sharded", "glm4_moe"),
+        ("etp2_pp2", "ep2_dp2_sharded", "deepseek_v3"),
         ("ep2_dp2", "one", "glm4_moe"),
     ],
 )

@@ -85,6 +85,7 @@ EXPERT_MODELS = {
     "qwen3_moe": {"hidden": 96, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 160},
     "mixtral": {"hidden": 64, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 160},
     "glm4_moe": {"hidden": 96, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 160},
+    "deepseek_v3": {"hidden": 96, "layers": 4, "heads": 8, "intermediate": 160},
 }
 
 

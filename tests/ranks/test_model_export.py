@@ -37,6 +37,7 @@ FAMILIES = {
     "qwen3_moe": {},
     "mixtral": {},
     "glm4_moe": {},
+    "deepseek_v3": {},
 }
 
 
@@ -110,6 +111,7 @@ EXPERT_LAYOUTS = [
     ("qwen3_moe", (1, 1, 4), {EP: 2, ETP: 2}),
     ("mixtral", (2, 1, 2), {EP: 4, ETP: 1}),
     ("glm4_moe", (2, 2, 1), {EP: 2, ETP: 1}),
+    ("deepseek_v3", (2, 2, 1), {EP: 2, ETP: 1}),
 ]
 
 

@@ -103,6 +103,17 @@ MODELS = {
     "mixtral-window": {"family": "mixtral", "sliding_window": 6},
     "glm4_moe": {"family": "glm4_moe"},
     "glm4_moe-plain": {"family": "glm4_moe", "use_qk_norm": False, "norm_topk_prob": False, "n_shared_experts": 1},
+    "deepseek_v3": {"family": "deepseek_v3"},
+    "deepseek_v3-plain": {
+        "family": "deepseek_v3",
+        "q_lora_rank": None,
+        "attention_bias": False,
+        "rope_interleave": False,
+        "v_head_dim": 24,
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.4},
+    },
     "llama-7-heads": {"family": "llama", "num_attention_heads": 7, "num_key_value_heads": 1} | WIDE,
     "qwen2-14-heads": {"family": "qwen2", "num_attention_heads": 14, "num_key_value_heads": 2} | WIDE,
     "qwen3-6-heads": {"family": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 1, "attention_bias": True},
@@ -181,6 +192,8 @@ EXPERT_LAYOUTS = [
     ("qwen3_moe", (1, 1, 2), {EP: 2}),
     ("mixtral", (2, 1, 1), {EP: 2, ETP: 1, "sequence_parallel": True}),
     ("glm4_moe", (1, 2, 2), {ETP: 2}),
+    ("deepseek_v3", (2, 1, 1), {EP: 2, ETP: 1, "sequence_parallel": True}),
+    ("deepseek_v3-plain", (2, 2, 1), {}),
 ]
 
 

@@ -25,7 +25,7 @@ from tests import hf, oracle_model
 from tests.hf import Pairs
 from tests.ranks.model_helpers import gradients_as_stored
 
-FAMILIES = ("qwen3_moe", "mixtral", "glm4_moe")
+FAMILIES = ("qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3")
 
 
 @pytest.fixture(params=["own", "npu"])
@@ -150,7 +150,10 @@ def test_expert_parallelism_needs_experts(tmp_path):
     [
         ("mixtral", "router_jitter_noise", 0.1, "router_jitter_noise is not supported"),
         ("mixtral", "num_experts_per_tok", 5, "num_experts_per_tok 5 is more than num_local_experts 4"),
-        ("glm4_moe", "n_group", 2, "n_group 2 is not supported"),
+        ("glm4_moe", "n_group", 3, "n_group 3 does not divide n_routed_experts 4 into groups of at least two"),
+        ("deepseek_v3", "topk_group", 5, "topk_group 5 of n_group 4"),
+        ("deepseek_v3", "num_key_value_heads", 2, "num_key_value_heads 2 is not num_attention_heads 4"),
+        ("deepseek_v3", "v_head_dim", 0, "v_head_dim is 0"),
         ("qwen3_moe", "hidden_act", "gelu", "hidden_act 'gelu' is not supported"),
         ("qwen3_moe", "moe_intermediate_size", 0, "moe_intermediate_size is 0"),
     ],

@@ -217,7 +217,10 @@ def test_tables_follow_the_frequencies_of_each_sequence():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: gemma2, gemma3_text, glm4, glm4_moe"),
+        (
+            {"model_type": "gpt2"},
+            "model_type 'gpt2' is not supported; supported: deepseek_v3, gemma2, gemma3_text, glm4",
+        ),
         ({"model_type": "gemma3"}, "save its text model (Gemma3ForCausalLM, model_type gemma3_text)"),
         ({"model_type": ["llama"]}, "is not supported"),
         ({"model_type": ...}, "model_type None"),

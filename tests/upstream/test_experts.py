@@ -115,10 +115,10 @@ def auxiliary_gradients(micro_batches, family):
     """
     config, seen = config_of(family), {}
 
-    def record(params, config, layer, hidden):
+    def record(params, config, layer, hidden, unevenness):
         block = "block_sparse_moe" if family == "mixtral" else "mlp"
         seen.setdefault(layer, []).append((hidden @ params[f"{layer}.{block}.gate.weight"].T).softmax(-1))
-        return experts(params, config, layer, hidden)
+        return experts(params, config, layer, hidden, unevenness)
 
     params = {name: value.double().requires_grad_() for name, value in hf_params(family=family).items()}
     total, experts = 0.0, oracle_model._experts

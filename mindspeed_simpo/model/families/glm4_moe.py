@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_simpo.model.description import MLP, Layer, ModelDescription
+from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.settings import Family, Settings
 
 
@@ -10,35 +10,15 @@ def describe(settings: Settings) -> ModelDescription:
     """The description of a GLM-4.5 model; the layers from ``first_k_dense_replace`` on have experts.
 
     The layers of multi-token prediction that published checkpoints have after the last layer are not part of it.
-
-    Raises:
-        ModelError: where experts are chosen within groups of experts (``n_group``).
     """
-    hf, norm, mlp = settings.hf, settings.norm(), settings.mlp()
-    if hf.n_group != 1:
-        raise settings.error(f"n_group {hf.n_group} is not supported; expected 1")
+    hf, norm = settings.hf, settings.norm()
     attention = settings.attention(
         None,
         settings.rotation(partial=0.5),
         qkv_bias=bool(hf.attention_bias),
         qk_norm=norm if hf.use_qk_norm else None,
     )
-    experts = settings.experts(
-        "n_routed_experts",
-        "moe_intermediate_size",
-        scores="sigmoid",
-        normalised=bool(hf.norm_topk_prob),
-        scale=float(hf.routed_scaling_factor),
-        corrected=True,
-    )
-    shared = MLP(hf.n_shared_experts * hf.moe_intermediate_size)
-    layers = [
-        Layer(norm, attention, norm, mlp)
-        if index < hf.first_k_dense_replace
-        else Layer(norm, attention, norm, shared, experts=experts)
-        for index in range(settings.num_layers)
-    ]
-    return settings.model(layers, norm)
+    return settings.model(settings.dense_then_experts(attention), norm)
 
 
 FAMILY = Family("glm4_moe", "Glm4MoeForCausalLM", describe, ignores_layers_beyond=True)

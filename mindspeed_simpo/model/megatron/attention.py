@@ -72,10 +72,17 @@ class Attention(torch.nn.Module):
         ranks = groups.tensor.size()
         self.share = layer.share(groups.tensor.rank(), ranks)
         assert (kv_group is None) == (self.share.kv_parts == 1), "ranks that share a key-value head need a group"
+        # the order of the modules is the order in which the gradient norm sums the parameters
+        outputs = ranks * self.share.padded_queries * layer.value_dim
+        self.linear_proj = row_parallel(outputs, config.hidden_size, config, groups, bias=layer.o_bias)
+        self._make_projections(config, groups)
+        over_context = CONTEXT_PARALLEL_ATTENTION[context_parallel_algo]
+        self._over_context = over_context if groups.context.size() > 1 else None
+
+    def _make_projections(self, config: TransformerConfig, groups: Groups) -> None:
+        layer, ranks = self.layer, groups.tensor.size()
         queries = ranks * self.share.padded_queries * layer.head_dim
         keys = max(ranks, layer.kv_heads) * layer.head_dim // self.share.kv_parts
-        # the order of the modules is the order in which the gradient norm sums the parameters
-        self.linear_proj = row_parallel(queries, config.hidden_size, config, groups, bias=layer.o_bias)
         self.linear_qkv = column_parallel(
             config.hidden_size, queries + 2 * keys, config, groups, bias=layer.qkv_bias, adds_bias=True
         )
@@ -83,8 +90,6 @@ class Attention(torch.nn.Module):
         if layer.qk_norm is not None:
             self.q_layernorm = RMSNorm(config, layer.head_dim, layer.qk_norm)
             self.k_layernorm = RMSNorm(config, layer.head_dim, layer.qk_norm)
-        over_context = CONTEXT_PARALLEL_ATTENTION[context_parallel_algo]
-        self._over_context = over_context if groups.context.size() > 1 else None
 
     def forward(
         self, hidden: Float[Tensor, "held row hidden"], contents: RowContents
@@ -95,25 +100,27 @@ class Attention(torch.nn.Module):
             hidden: Normalised hidden states of this rank's shard of the sequence.
             contents: Documents and rotary tables of the rows.
         """
-        mixed, _ = self.linear_qkv(hidden)
-        query, key, value = self._gather_qkv(mixed) if self.kv_group is not None else self._split_qkv(mixed)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        rotation = self.layer.rotation
-        query, key = (
-            operators.rotate(heads, *contents.tables[rotation], interleaved=rotation.interleaved)
-            for heads in (query, key)
-        )
+        query, key, value = self._projected(hidden, contents.tables[self.layer.rotation])
         core = partial(self._core, documents=contents.documents)
         if self.recomputes_core and self.training:
             context = tensor_parallel.checkpoint(core, False, query, key, value)
         else:
             context = core(query, key, value)
-        padding = (self.share.padded_queries - self.share.queries) * self.layer.head_dim
+        padding = (self.share.padded_queries - self.share.queries) * self.layer.value_dim
         result: tuple[Tensor, Tensor | None] = self.linear_proj(
             torch.nn.functional.pad(context, (0, padding)) if padding else context
         )
         return result
+
+    def _projected(self, hidden: Tensor, tables: RotationTables) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries ``[seq, row, heads, head_dim]`` and keys, and values, of the rank's heads."""
+        mixed, _ = self.linear_qkv(hidden)
+        query, key, value = self._gather_qkv(mixed) if self.kv_group is not None else self._split_qkv(mixed)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        interleaved = self.layer.rotation.interleaved
+        query, key = (operators.rotate(heads, *tables, interleaved=interleaved) for heads in (query, key))
+        return query, key, value
 
     def _split_qkv(self, mixed: Float[Tensor, "seq row mixed"]) -> tuple[Tensor, Tensor, Tensor]:
         groups, head = self.share.kv_heads, self.layer.head_dim

@@ -20,7 +20,7 @@ from mindspeed_simpo.device.grouped import grouped_linear
 from mindspeed_simpo.model import description
 from mindspeed_simpo.model.balance import Balance
 from mindspeed_simpo.model.megatron.adapters import ExpertAdapters
-from mindspeed_simpo.model.routes import routes_of, take
+from mindspeed_simpo.model.routes import routes_of, take, within_groups
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import exchange, join_along_first, split_along_first
 
@@ -64,6 +64,8 @@ class Router(torch.nn.Module):
         logits = linear(tokens.float(), self.weight.float())
         scores = logits.softmax(-1) if self.experts.scores == "softmax" else logits.sigmoid()
         choice = scores.detach() if self.correction is None else scores.detach() + self.correction
+        if self.experts.groups > 1:
+            choice = within_groups(choice, self.experts.groups, self.experts.top_groups)
         chosen = choice.topk(self.experts.top_k, dim=-1).indices
         weights = scores.gather(1, chosen)
         if self.experts.normalised:

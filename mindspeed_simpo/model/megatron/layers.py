@@ -21,6 +21,7 @@ from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.megatron.adapters import dropping
 from mindspeed_simpo.model.megatron.attention import Attention, RowContents
 from mindspeed_simpo.model.megatron.experts import Experts
+from mindspeed_simpo.model.megatron.latent import LatentAttention
 from mindspeed_simpo.model.megatron.linear import RMSNorm, column_parallel, row_parallel
 from mindspeed_simpo.model.naming import Chunk, layers_per_pipeline_rank
 from mindspeed_simpo.parallel import Groups
@@ -70,7 +71,8 @@ class DecoderLayer(torch.nn.Module):
         super().__init__()
         self.layer_number = layer_number
         self.input_layernorm = RMSNorm(config, config.hidden_size, layer.norm_before_attention)
-        self.self_attention = Attention(config, layer.attention, groups, kv_group, context_parallel_algo)
+        attention = Attention if layer.attention.latent is None else LatentAttention
+        self.self_attention = attention(config, layer.attention, groups, kv_group, context_parallel_algo)
         self.post_attention_layernorm = self.post_mlp_layernorm = None
         if layer.norm_after_attention is not None:
             self.post_attention_layernorm = RMSNorm(config, config.hidden_size, layer.norm_after_attention)

@@ -50,6 +50,24 @@ class _Adapted(torch.nn.Module):
         return output, bias
 
 
+class _Replicated(torch.nn.Module):
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, *, bias: bool) -> None:
+        super().__init__()
+        options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, **options))
+        self.bias = torch.nn.Parameter(torch.empty(outputs, **options)) if bias else None
+        for parameter in self.parameters():
+            # with sequence parallelism each rank computes the gradient from its own tokens
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Float[Tensor, "held row inputs"]) -> tuple[Float[Tensor, "held row outputs"], None]:
+        return torch.nn.functional.linear(hidden, self.weight, self.bias), None
+
+
+class _AdaptedReplicated(_Adapted, _Replicated):  # type: ignore[misc]
+    pass
+
+
 class _AdaptedColumns(_Adapted, ColumnParallelLinear):  # type: ignore[misc]
     pass
 
@@ -82,6 +100,21 @@ def column_parallel(
         **_group(ColumnParallelLinear, groups),
     )
     return linear
+
+
+def replicated(inputs: int, outputs: int, config: TransformerConfig, *, bias: bool) -> torch.nn.Module:
+    """A projection that every tensor-parallel rank has whole; returns ``(output with the bias, None)``.
+
+    The rank's gradient is the whole one where the backward of what follows sums over the ranks, or with sequence
+    parallelism, under which megatron-core sums it over the ranks.
+
+    Args:
+        inputs: Input features.
+        outputs: Output features.
+        config: Configuration of megatron-core.
+        bias: Whether the projection has a bias.
+    """
+    return _AdaptedReplicated(inputs, outputs, config, bias=bias)
 
 
 def row_parallel(

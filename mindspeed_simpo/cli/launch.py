@@ -116,7 +116,15 @@ class Rendezvous:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         port, descriptor = self._listener.getsockname()[1], self._listener.detach()
-        self._store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
+        # torch 2.7's server with libuv takes no open socket
+        self._store = TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=descriptor,
+            use_libuv=False,
+        )
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> set[int]:

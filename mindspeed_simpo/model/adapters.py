@@ -140,10 +140,9 @@ class Adapters:
 
     def _factors(self, slot: Slot, weight: HFTensor, path: str, parameter: str) -> tuple[Slot, Slot]:
         outputs, inputs = weight.shape
-        column_parallel = weight.axis == 0
         a_name, b_name = (f"{path}.lora_{factor}.weight" for factor in "AB")
-        a = HFTensor(a_name, (self.r, inputs), axis=None if column_parallel else 1, is_fp32=True)
-        b = HFTensor(b_name, (outputs, self.r), axis=0 if column_parallel else None, is_fp32=True, initial=0.0)
+        a = HFTensor(a_name, (self.r, inputs), axis=1 if weight.axis == 1 else None, is_fp32=True)
+        b = HFTensor(b_name, (outputs, self.r), axis=0 if weight.axis == 0 else None, is_fp32=True, initial=0.0)
         return _factor(slot, weight, a, f"{parameter}.lora_A"), _factor(slot, weight, b, f"{parameter}.lora_B")
 
 
@@ -186,8 +185,8 @@ class InitialAdapters(SeededTensors):
 
 
 def _is_projection(slot: Slot, tensor: HFTensor) -> bool:
-    """Whether the tensor is the weight of a sharded projection, and not an embedding or an output layer."""
-    return len(tensor.shape) == 2 and tensor.axis is not None and not slot.pads_vocabulary
+    """Whether the tensor is the weight of a projection, and not an embedding, an output layer or a router."""
+    return len(tensor.shape) == 2 and not (slot.pads_vocabulary or slot.scores_experts)
 
 
 def _factor(slot: Slot, weight: HFTensor, factor: HFTensor, parameter: str) -> Slot:

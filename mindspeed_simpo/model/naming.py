@@ -158,7 +158,8 @@ def _latent_attention_slots(model: ModelDescription, attention: Attention, hf: s
 
 def _expert_slots(model: ModelDescription, experts: Experts, hf: str, prefix: str, tensor_ranks: int) -> Iterator[Slot]:
     names, hidden = model.names, model.hidden_size
-    yield Slot(f"{prefix}router.weight", (HFTensor(f"{hf}{names.router}", (experts.number, hidden)),))
+    router = HFTensor(f"{hf}{names.router}", (experts.number, hidden))
+    yield Slot(f"{prefix}router.weight", (router,), scores_experts=True)
     if experts.corrected:
         correction = HFTensor(f"{hf}{names.correction}", (experts.number,), is_fp32=True, initial=0.0)
         yield Slot(f"{prefix}router.correction", (correction,))

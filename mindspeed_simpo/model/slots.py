@@ -72,6 +72,8 @@ class Slot:
     kind: SlotKind = "base"
     replica: bool = False
     """Whether another pipeline rank holds the same tensor: true for a tied output layer apart from the embedding."""
+    scores_experts: bool = False
+    """Whether the parameter is the weight of a router."""
     pads_vocabulary: bool = False
     """Whether padding extends the parameter where the tensor-parallel size does not divide the vocabulary."""
     stacked: tuple[Slot, ...] = ()

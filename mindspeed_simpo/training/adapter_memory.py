@@ -9,9 +9,28 @@ from dataclasses import dataclass
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.model.adapters import Adapters
-from mindspeed_simpo.model.description import Layer, ModelDescription
+from mindspeed_simpo.model.description import Attention, Layer, ModelDescription
 from mindspeed_simpo.model.dropout import ELEMENTS
 from mindspeed_simpo.model.naming import Chunk
+
+
+@dataclass(frozen=True)
+class _Input:
+    """An input of projections, whose names are those within a layer."""
+
+    size: int
+    """Numbers of a token, on average over the tokens of the pass."""
+    columns: Sequence[str]
+    """The column-parallel projections of it, whose ranks have ``A x`` of all tokens."""
+    others: Sequence[str] = ()
+    """Its row-parallel and its replicated projections."""
+    kept: bool = False
+    """Whether what computes it saves it too."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """All its projections."""
+        return *self.columns, *self.others
 
 
 @dataclass(frozen=True)
@@ -46,24 +65,47 @@ class AdapterMemory:
         """Tensors that dropout of the largest adapted input of a layer makes: the mask, the product, and hashes."""
         if not self.adapters.dropout:
             return 0
-        elements = max((size for adapted, size in self._inputs(layer) if adapted), default=0)
+        elements = self._largest_input(layer)
         return int((3 if self.config.bf16_in_use else 5) * elements + 3 * 8 * min(elements, ELEMENTS))
 
-    def _inputs(self, layer: Layer) -> list[tuple[int, float]]:
-        """Adapted projections, and numbers, of each input of projections on this rank."""
-        names, tensor, expert_tensor = self.model.names, self.layout.tensor, self.layout.expert_tensor_ranks
-        attention = layer.attention.share(0, tensor).padded_queries * layer.attention.head_dim
-        values: list[tuple[Sequence[str], float]] = [
-            (names.qkv, self.tokens * self.hidden),
-            ((names.o,), self.tokens * attention),
+    def _largest_input(self, layer: Layer) -> float:
+        """Numbers of the largest adapted input of a layer's projections on this rank."""
+        sizes: list[float] = [
+            self.tokens * each.size for each in self._dense_inputs(layer) if self._adapted(each.names)
         ]
-        if layer.mlp is not None:
-            width = layer.mlp.width // tensor
-            values += [(names.gate_up, self.tokens * self.hidden), ((names.down,), self.tokens * width)]
         if layer.experts is not None:
-            rows, width = self.expert_rows * layer.experts.top_k, layer.experts.width // expert_tensor
-            values += [(names.expert_gate_up, rows * self.model.hidden_size), ((names.expert_down,), rows * width)]
-        return [(self._adapted(group), size) for group, size in values]
+            names, rows = self.model.names, self.expert_rows * layer.experts.top_k
+            width = layer.experts.width // self.layout.expert_tensor_ranks
+            groups = ((names.expert_gate_up, self.model.hidden_size), ((names.expert_down,), width))
+            sizes += [rows * size for group, size in groups if self._adapted(group)]
+        return max(sizes, default=0)
+
+    def _dense_inputs(self, layer: Layer) -> list[_Input]:
+        """The inputs of the projections of attention and MLP."""
+        names, tensor, mlp = self.model.names, self.layout.tensor, layer.mlp
+        found = self._attention_inputs(layer.attention)
+        if mlp is not None:
+            found += [_Input(self.hidden, names.gate_up), _Input(mlp.width // tensor, (), (names.down,))]
+        return found
+
+    def _attention_inputs(self, attention: Attention) -> list[_Input]:
+        names, share, latent = self.model.names, attention.share(0, self.layout.tensor), attention.latent
+        if latent is None:
+            # the kernel saves its result, unless the results of several calls are concatenated
+            kept = self.config.batching_in_use == "padded" and self.layout.context == 1
+            width = share.padded_queries * attention.head_dim
+            return [_Input(self.hidden, names.qkv), _Input(width, (), (names.o,), kept=kept)]
+        values = _Input(share.queries * latent.value_dim, (), (names.o,), kept=latent.value_dim >= attention.head_dim)
+        keys = _Input(latent.kv_rank // self._shards, (names.kv_from_latent,))
+        if latent.query_rank is None:
+            return [_Input(self.hidden, (names.q,), (names.kv_latent,)), keys, values]
+        queries = _Input(latent.query_rank // self._shards, (names.q_from_latent,))
+        return [_Input(self.hidden, (), (names.q_latent, names.kv_latent)), queries, keys, values]
+
+    @property
+    def _shards(self) -> int:
+        """Ranks that divide the tokens between the sharded projections."""
+        return self.layout.tensor if self.config.sequence_parallel else 1
 
     @functools.cached_property
     def _factors(self) -> dict[Layer, int]:
@@ -78,18 +120,13 @@ class AdapterMemory:
 
     def _values(self, layer: Layer) -> int:
         """Numbers saved of attention and MLP."""
-        names, tensor, r = self.model.names, self.layout.tensor, self.adapters.r
-        qkv, o = self._adapted(names.qkv), self._adapted((names.o,))
-        attention = layer.attention.share(0, tensor).padded_queries * layer.attention.head_dim
-        joined = self.config.batching_in_use != "padded" or self.layout.context > 1
-        inputs = [(qkv, self.hidden), (o, attention if joined else 0)]
-        gate_up = down = 0
-        if layer.mlp is not None:
-            gate_up, down = self._adapted(names.gate_up), self._adapted((names.down,))
-            inputs += [(gate_up, self.hidden), (down, layer.mlp.width // tensor)]
-        unsaved = sum(size for adapted, size in inputs if not adapted)
-        shards = tensor if self.config.sequence_parallel else 1
-        return self.tokens * (r * (qkv + gate_up) - unsaved) + self.tokens // shards * r * (o + down)
+        values = 0
+        for each in self._dense_inputs(layer):
+            if not each.kept and not self._adapted(each.names):
+                values -= self.tokens * each.size
+            columns, others = self._adapted(each.columns), self._adapted(each.others)
+            values += self.adapters.r * (self.tokens * columns + self.tokens // self._shards * others)
+        return values
 
     def _expert_values(self, layer: Layer) -> float:
         """Numbers saved of experts."""

@@ -185,6 +185,8 @@ _SOME = ("down_proj", "up_proj", "v_proj")
 _OF_MLPS = ("gate_proj", "up_proj", "down_proj")
 _OF_MIXTRAL = ("w1", "w2", "w3")
 _FROM_LATENT = ("kv_b_proj", "o_proj", "q_b_proj")
+_LATENT = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj", *_OF_MLPS)
+_TO_LATENT = ("kv_a_proj_with_mqa", "q_a_proj")
 
 AdapterRow = (
     tuple[Layout, tuple[Option, ...], str, tuple[str, ...]]
@@ -242,9 +244,13 @@ ADAPTER_MATRIX = (
         Layout(tensor=2, sequence_parallel=True, expert=2, expert_tensor=1),
         (_PREFIX_SHARED,),
         "deepseek_v3",
-        _FROM_LATENT,
+        _LATENT,
         0.1,
     ),
+    (Layout(tensor=2), (_FULL,), "deepseek_v3", _TO_LATENT),
+    (Layout(tensor=2, pipeline=2, sequence_parallel=True, expert=2, expert_tensor=1), (), "deepseek_v3", _LATENT),
+    (Layout(context=2, data=2, distributed_optimizer=True), (_PREFIX_SHARED,), "deepseek_v3", _LATENT),
+    (Layout(tensor=2), (), "deepseek_v3", _LATENT, 0.1),
     # a pipeline rank whose adapters are all of experts, beside one that has none of them
     (Layout(pipeline=4), (), "qwen3_moe", _OF_MLPS),
     (Layout(tensor=2, pipeline=4, distributed_optimizer=True), (), "qwen3_moe", _OF_MLPS),

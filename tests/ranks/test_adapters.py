@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mindspeed_simpo.model.adapters import projections
+from mindspeed_simpo.model.hf_config import read_description
 from tests import hf, oracle_adapters, oracle_model
 from tests.ranks.launcher import run_ranks
 from tests.ranks.model_helpers import engine_model, make_checkpoint, make_tokenizer
@@ -20,6 +22,7 @@ MODULES = {
     "qwen3_moe": ["q_proj", "gate_proj", "up_proj", "down_proj"],
     "mixtral": ["o_proj", "w1", "w2", "w3"],
     "glm4_moe": ["k_proj", "gate_proj", "up_proj", "down_proj"],
+    "deepseek_v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "gate_proj", "up_proj", "down_proj"],
 }
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 FILE = "adapter_model.safetensors"
@@ -64,10 +67,15 @@ def test_what_peft_wrote_is_written_back_bit_by_bit(tmp_path, family, layout, dt
 
 @pytest.mark.parametrize(
     ("family", "layout", "divided"),
-    [("qwen3_moe", (2, 1, 2), {EP: 2, ETP: 2}), ("mixtral", (2, 2, 1), {}), ("glm4_moe", (2, 1, 1), {EP: 2, ETP: 1})],
+    [
+        ("qwen3_moe", (2, 1, 2), {EP: 2, ETP: 2}),
+        ("mixtral", (2, 2, 1), {}),
+        ("glm4_moe", (2, 1, 1), {EP: 2, ETP: 1}),
+        ("deepseek_v3", (2, 2, 1), {EP: 2, ETP: 1}),
+    ],
 )
 def test_adapters_of_experts_are_written_back_and_peft_computes_the_same(tmp_path, family, layout, divided):
-    shape = {} if family == "mixtral" else {"head_dim": 16}
+    shape = {} if family in ("mixtral", "deepseek_v3") else {"head_dim": 16}
     folder = str(hf.make_checkpoint(tmp_path / "base", family, **shape))
     adapter = hf.make_adapter(tmp_path / "adapter", folder, MODULES[family])
     output, merged = tmp_path / "out", tmp_path / "merged"
@@ -95,6 +103,17 @@ def test_adapters_of_experts_are_written_back_and_peft_computes_the_same(tmp_pat
     options["lora_load"] = str(tmp_path / "again")
     for message in run_ranks(_written_back, ranks, folder, layout, options, str(output)):
         assert "target_parameters has down_proj, gate_up_proj: peft makes such factors for all experts" in message
+
+
+def test_all_linear_of_latent_attention_is_that_of_peft(tmp_path):
+    folder = hf.make_checkpoint(tmp_path, "deepseek_v3")
+    with hf.quiet_peft():
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2, target_modules="all-linear")
+        )
+    theirs = {name.rsplit(".", 1)[-1] for name in model.targeted_module_names if "self_attn" in name}
+    mlp = {"gate_proj", "up_proj", "down_proj"}
+    assert {*projections(read_description(str(folder)))} - mlp == theirs
 
 
 def test_new_adapters_are_those_of_peft_and_the_same_at_every_layout(tmp_path):

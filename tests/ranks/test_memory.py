@@ -178,6 +178,23 @@ def test_adapters_of_experts(tmp_path, modules):
     check(found, modes, PROMISED)
 
 
+LATENT_LAYOUT = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+LATENT_LAYOUT |= {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "modules", [["q_a_proj", "kv_a_proj_with_mqa"], ["q_b_proj", "kv_b_proj"], "all-linear"], ids=str
+)
+def test_adapters_of_latent_attention(tmp_path, modules, ranks):
+    folder = make_checkpoint(tmp_path, "deepseek_v3", **EXPERT_MODELS["deepseek_v3"])
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    options, modes = {"lora_r": 32, "lora_target_modules": modules}, [MODES[0], MODES[3], MODES[8]]
+    layout = LATENT_LAYOUT if ranks > 1 else {}
+    for found in run_ranks(_counted_on_rank, ranks, str(folder), pairs, options | layout, modes):
+        check(found, modes)
+
+
 def _held_on_rank(folder, options):
     """Counted and estimated bytes of parameters, gradients and Adam's state."""
     import torch

@@ -256,11 +256,18 @@ ADAPTED_EXPERTS = Row(Layout(data=2, expert_tensor=2), family="mixtral", adapter
 DROPPED = dataclasses.replace(ADAPTED, dropout=0.25)
 ADAPTED_SEQUENCE = dataclasses.replace(ADAPTED, layout=Layout(tensor=2, sequence_parallel=True))
 
+ADAPTED_LATENT = Row(
+    Layout(tensor=2, sequence_parallel=True, expert_tensor=1),
+    family="deepseek_v3",
+    adapters=("kv_a_proj_with_mqa", "q_a_proj"),
+)
+
 
 @pytest.mark.parametrize(
     ("defect", "row", "objective", "loss_shows_it"),
     [
         (replicated_factor_not_summed, ADAPTED_SEQUENCE, OBJECTIVE, False),
+        (replicated_factor_not_summed, ADAPTED_LATENT, OBJECTIVE, False),
         (own_rows_of_b_alone, ADAPTED, OBJECTIVE, False),
         (own_rows_of_b_alone, ADAPTED_EXPERTS, OBJECTIVE, False),
         (reference_with_adapters, ADAPTED, "dpo", True),

@@ -67,6 +67,10 @@ def test_projections_of_experts_are_adapted_with_those_of_their_name(tmp_path):
         assert {f"model.layers.{place}.{module}" for place in places} <= names
     beside = ["mlp.gate_proj.weight", "mlp.shared_experts.gate_proj.weight"]
     assert adapters.beside_experts(model) == sorted(beside + [name.replace("gate", "up") for name in beside])
+    latent = read_description(str(make_checkpoint(tmp_path / "latent", "deepseek_v3")))
+    assert projections(latent) == (
+        *("down_proj", "gate_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj", "up_proj"),
+    )
     with pytest.raises(ConfigError, match="up_proj is missing: transformers stores the gate_proj and up_proj of an"):
         Adapters.of(config(lora_r=2, lora_target_modules=["gate_proj"]), model)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class _Adapters(torch.nn.ModuleDict):
         """False computes the layer without its adapters."""
         self.token_keys: TokenKeys | None = None
         """Keys of the tokens of the current call, see :func:`dropping`; None without dropout."""
-        self._scale, self._shards_inputs = adapters.scale, slot.axis == 1
+        self._scale, self._axis = adapters.scale, slot.axis
         self._sequence_parallel = config.sequence_parallel
         self._group: Any = groups.expert_tensor if slot.of_experts else groups.tensor
         modules = {tensor.weight: tensor.module for tensor in tensors}
@@ -87,7 +87,8 @@ class _Adapters(torch.nn.ModuleDict):
         size = slot.tensor_ranks if slot.of_experts else groups.tensor.size()
         rank = groups.shards(experts=slot.of_experts).rank % size
         spans = spans_by_weight(part, rank, size) if slot.axis == 0 else ()
-        self._places = [(modules.get(weight), span.length) for weight, span in spans]
+        rows = ((modules.get(weight), span.length) for weight, span in spans)
+        self._places = [(name, sum(length for _, length in some)) for name, some in groupby(rows, lambda row: row[0])]
         """Of a column-parallel weight: (projection, or None without an adapter; rows) of its output, in order."""
         if adapters.dropout:
             whole = Span(None, 0, tensors[0].weight.shape[1])
@@ -136,13 +137,14 @@ class _Adapters(torch.nn.ModuleDict):
 
 
 class LinearAdapters(_Adapters):
-    """``alpha / r B A x`` of every adapted projection in one sharded weight, placed as in the weight's output.
+    """``alpha / r B A x`` of every adapted projection in one weight, placed as in the weight's output.
 
     Of a column-parallel weight, A is replicated and B is sharded along its rows. Without sequence parallelism the
     backward sums ``dL/d(A x)`` over the ranks; with it, ``A x`` is all-gathered along the sequence, and the gradient of
     A is summed over the ranks with those of the norms. Of a row-parallel weight, A is sharded along its columns, B is
     replicated, and the ranks' ``A x`` are summed before the product with B. Only tensors of r values a token are
-    communicated.
+    communicated. Of a replicated weight both are replicated and nothing is communicated: the gradient of its output is
+    whole on every rank, or with sequence parallelism that of the rank's tokens.
     """
 
     def forward(self, hidden: Float[Tensor, "held row inputs"]) -> Float[Tensor, "seq row outputs"]:
@@ -156,14 +158,16 @@ class LinearAdapters(_Adapters):
         if self.token_keys is None:
             inner = _linear(hidden, torch.cat(a) if len(a) > 1 else a[0])
         else:
-            keys = self.token_keys.whole if self._shards_inputs else self.token_keys.held
+            keys = self.token_keys.whole if self._axis == 1 else self.token_keys.held
             inner = self.dropped(_linear, hidden, a, keys)
         inner = self._communicate(inner) * self._scale
         parts = zip(inner.chunk(len(factors), dim=-1), factors, strict=True)
         return self.placed([_linear(part, each.lora_B) for part, each in parts])
 
     def _communicate(self, inner: Tensor) -> Tensor:
-        if self._shards_inputs:
+        if self._axis is None:
+            return inner
+        if self._axis == 1:
             return (scatter_sums_along_first if self._sequence_parallel else sum_over)(inner, self._group)
         return (gather_along_first if self._sequence_parallel else copy_to)(inner, self._group)
 
@@ -191,7 +195,7 @@ class ExpertAdapters(_Adapters):
         """
         a: list[Tensor] = [each.lora_A for each in self.factors]
         b: list[Tensor] = [each.lora_B for each in self.factors]
-        if self._shards_inputs:
+        if self._axis == 1:
             b = [copy_to(each, self._group) for each in b]
         else:
             a = [copy_to(each, self._group) for each in a]

@@ -7,7 +7,8 @@ the first steps of a run are left out.
     python -m scripts.bench --data pairs.json                       # our own variants
     python -m scripts.bench --data pairs.json --trl-python PATH     # and TRL, which that interpreter can import
     python -m scripts.bench --data pairs.json --name cpu_10m        # and write docs/benchmarks/cpu_10m.{json,md}
-    python -m scripts.bench --data pairs.json --adapters            # adapters beside the training of all weights
+    python -m scripts.bench --data pairs.json --adapters            # adapters beside the training of all weights;
+                                                                    # with --trl-python, TRL with peft beside both
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LLaMA-Factory": ("llamafactory", {"disable_gradient_checkpointing": True}),
 }
 """Others: module of the worker's function, options."""
+
+PEERS_WITH_ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "TRL, all weights": ("trl", {"gradient_checkpointing": False}),
+    "TRL with peft": ("trl", {"gradient_checkpointing": False, "lora_r": 16}),
+}
+"""With ``--adapters``: SimPO with all weights, and with adapters of all linear layers."""
 
 
 def main() -> None:
@@ -125,7 +132,7 @@ def _matmul_rate(threads: int) -> float:
 
 def _measure(arguments: argparse.Namespace, inputs: bench_inputs.Inputs) -> dict[str, dict[str, Any]]:
     interpreters = {"trl": arguments.trl_python, "llamafactory": arguments.llamafactory_python}
-    ours, peers = (ADAPTERS, {}) if arguments.adapters else (LEVERS, PEERS)
+    ours, peers = (ADAPTERS, PEERS_WITH_ADAPTERS) if arguments.adapters else (LEVERS, PEERS)
     jobs = [(name, sys.executable, "engine", options) for name, options in ours.items()]
     jobs += [(name, interpreters[tool], tool, options) for name, (tool, options) in peers.items() if interpreters[tool]]
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -224,7 +231,8 @@ def _print(result: dict[str, Any]) -> None:
 def _markdown(result: dict[str, Any]) -> str:
     """The table, with what it was measured on."""
     machine, inputs = result["machine"], result["inputs"]
-    others = {name: row["version"] for name, row in result["variants"].items() if name in PEERS and "," not in name}
+    peers = PEERS | PEERS_WITH_ADAPTERS
+    others = {peers[name][0]: row["version"] for name, row in result["variants"].items() if name in peers}
     taken_with = ", ".join(f"{name} {found}" for name, found in (result["versions"] | others).items())
     note = (
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, fp32 products at "

@@ -67,6 +67,13 @@ def trl(job):
         def on_step_end(self, *_args, **_kwargs):
             seconds.append(time.perf_counter() - self.begin)
 
+    rank = job["options"].pop("lora_r", 0)
+    adapters, found = None, version("trl")
+    if rank:
+        from peft import LoraConfig
+
+        adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        found += f" with peft {version('peft')}"
     rows = [json.loads(line) for line in Path(job["data_in_our_order"]).read_text(encoding="utf-8").splitlines()]
     arguments = CPOConfig(
         output_dir=str(Path(job["folder"]) / "out"),
@@ -92,11 +99,12 @@ def trl(job):
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
         callbacks=[Clock()],
+        peft_config=adapters,
     )
     with contextlib.redirect_stdout(sys.stderr):
         trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return seconds, losses, version("trl")
+    return seconds, losses, found
 
 
 def llamafactory(job):

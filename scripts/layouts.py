@@ -69,6 +69,16 @@ MODELS = {
         num_local_experts=8,
         num_experts_per_tok=2,
     ),
+    "gpt-oss-20b": _shape(
+        {"model_type": "gpt_oss", "rms_norm_eps": 1e-5, "rope_theta": 150000, "max_position_embeddings": 131072},
+        *(24, 2880, 2880, 64, 8),
+        head_dim=64,
+        vocab_size=201088,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        sliding_window=128,
+        rope_scaling={"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+    ),
 }
 """The published config.json of each model, as far as its memory depends on it."""
 

@@ -17,14 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tokenizers import CHINESE, ENGLISH, TOKENIZER_SIZE, Family, make_tokenizer
 
-ExpertFamily = Literal["qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3"]
+ExpertFamily = Literal["qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3", "gpt_oss"]
 TOKENIZER_OF: dict[str, Family] = {
     "qwen3_moe": "qwen3",
     "mixtral": "mistral",
     "glm4_moe": "glm4",
     "deepseek_v3": "llama",
+    "gpt_oss": "qwen3",
 }
-"""The family whose tokenizer a family with experts has."""
+"""The family whose tokenizer a family with experts has; gpt-oss has one of its own, which no test needs."""
 RopeScaling = Literal["llama3", "linear", "dynamic", "yarn", "longrope"]
 
 DYNAMIC_CONTEXT = 16
@@ -70,9 +71,9 @@ def make_checkpoint(
         vocab_size: Rows of the embedding; default the tokenizer's 512. A smaller one makes the tokenizer as small
             (at least 270), a larger one leaves rows that no token uses.
         tied: Whether the embedding is the LM head.
-        window: Tokens that a token of a sliding layer sees, itself included; default 8 for Gemma, which has sliding
-            layers always, and none for the others. Mistral's and Phi-3's layers all slide; of Qwen's, those from the
-            middle on; of Gemma's, the first, the third and so on.
+        window: Tokens that a token of a sliding layer sees, itself included; default 8 for Gemma and gpt-oss, which
+            have sliding layers always, and none for the others. Mistral's and Phi-3's layers all slide; of Qwen's,
+            those from the middle on; of Gemma's and gpt-oss's, the first, the third and so on.
         rope_scaling: By name, each with an original context so small that short tests feel it; Gemma 3 scales its
             full layers only. Phi-3 knows ``longrope`` only.
         partial: Rotated part of each head; default 1 for Phi-3 and 0.5 for GLM-4, the only ones that have it.
@@ -121,15 +122,32 @@ def make_checkpoint(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
-        for param in model.parameters():
-            if param.dim() == 1:
-                param.data += std * torch.randn_like(param)
+        for name, param in model.named_parameters():
+            if param.dim() == 1 or name.endswith("_bias"):
+                param.data += (1.0 if name.endswith("sinks") else std) * torch.randn_like(param)
         for name in (name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias")):
             model.get_buffer(name).normal_(0.0, std)
         if tokenizer.pad_token_id is not None:  # the padding row of an embedding begins at zero
             model.get_input_embeddings().weight.data[tokenizer.pad_token_id] = std * torch.randn(hidden)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def to_mxfp4(folder: str | Path, seed: int = 0) -> Path:
+    """Replace the weights of the experts of a gpt-oss folder by random ones in MXFP4, as published checkpoints are."""
+    path, draw = Path(folder) / "model.safetensors", torch.Generator().manual_seed(seed)
+    tensors = load_file(path)
+    for name in [name for name, tensor in tensors.items() if tensor.dim() == 3]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        size = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*size, 16), generator=draw, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(120, 125, size, generator=draw, dtype=torch.uint8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return Path(folder)
 
 
@@ -215,7 +233,8 @@ def _rope(family: Family, scaling: RopeScaling | None, head_dim: int, partial: f
         "linear": {"factor": 4.0},
         "dynamic": {"factor": 4.0},
         # over 64 positions the ramp has two pairs of a head of 16 on its slope
-        "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 64}
+        | ({"truncate": False} if family == "gpt_oss" else {}),
         "longrope": {
             "short_factor": [1 + 0.05 * pair for pair in range(pairs)],
             "long_factor": [1.5 + 0.5 * pair for pair in range(pairs)],
@@ -237,6 +256,8 @@ def _experts(family: str, hidden: int, experts: int) -> dict[str, Any]:
     shape: dict[str, Any] = {"num_experts_per_tok": 2}
     if family == "mixtral":
         return shape | {"num_local_experts": experts}
+    if family == "gpt_oss":  # a limit that some activations reach
+        return shape | {"num_local_experts": experts, "swiglu_limit": 2.5}
     shape |= {"moe_intermediate_size": hidden // 2}
     if family == "qwen3_moe":
         return shape | {"num_experts": experts, "norm_topk_prob": True, "mlp_only_layers": [1]}
@@ -256,7 +277,7 @@ def _experts(family: str, hidden: int, experts: int) -> dict[str, Any]:
 
 
 def _windows(family: Family, window: int | None, layers: int) -> dict[str, Any]:
-    if family in ("gemma2", "gemma3_text"):
+    if family in ("gemma2", "gemma3_text", "gpt_oss"):
         types = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
         return {"sliding_window": window or 8, "layer_types": types}
     if family in ("mistral", "mixtral", "phi3"):

@@ -106,7 +106,7 @@ def grad_norm(grads: Mapping[str, Tensor]) -> float:
 
 
 class AdamW:
-    """Adam with decoupled weight decay (arXiv:1711.05101), bias-corrected; one-dimensional tensors do not decay."""
+    """Adam with decoupled weight decay (arXiv:1711.05101), bias-corrected; biases and norms do not decay."""
 
     def __init__(self, params: Params, options: Options) -> None:
         self._params, self._options, self._steps = params, options, 0
@@ -124,7 +124,8 @@ class AdamW:
             self._second[name].lerp_(grads[name].square(), 1 - beta2)
             first = self._first[name] / (1 - beta1**self._steps)
             second = self._second[name] / (1 - beta2**self._steps)
-            decay = options.weight_decay if param.dim() > 1 else 0.0
+            # the biases of all experts of a layer may be one tensor
+            decay = 0.0 if param.dim() == 1 or name.endswith("bias") else options.weight_decay
             param -= lr * (first / (second.sqrt() + options.adam_eps) + decay * param)
 
 

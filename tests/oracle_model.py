@@ -1,7 +1,7 @@
 """The oracle's model: dense fp64 logits of one sequence, from a Hugging Face folder, sharing no code with the package.
 
 It reads safetensors and config.json of the families Qwen2, Qwen3, Llama, Mistral, Gemma 2, Gemma 3 (text), Phi-3,
-GLM-4, Qwen3-MoE, Mixtral, GLM-4.5 and DeepSeek-V3, as transformers 4 and 5 write them. ``params`` is always
+GLM-4, Qwen3-MoE, Mixtral, GLM-4.5, DeepSeek-V3 and gpt-oss, as transformers 4 and 5 write them. ``params`` is always
 ``{Hugging Face name: fp64 tensor}``, ``config`` the content of config.json.
 """
 
@@ -33,11 +33,13 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 CLOSE_CHOICE = 2e-6
 """Lead of the last chosen expert that the rounding of fp32 could turn round."""
+CLOSE_LIMIT = 1e-6
+"""Distance from a limit within which an activation may have a slope by fp64 and none by fp32, or the reverse."""
 _EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
 class CloseChoiceError(ValueError):
-    """A token's last chosen expert and the next one lie within rounding: fp32 may choose another one than fp64."""
+    """Two values lie within rounding: fp32 may choose another expert, or another side of a limit, than fp64."""
 
 
 _NORMS: dict[str, tuple[str, str | None, str, str | None]] = {
@@ -282,7 +284,12 @@ def _attention(
     position = torch.arange(hidden.shape[0])
     behind = position[:, None] - position
     hidden_keys = (behind < 0) | (behind >= window) if window else behind < 0
-    weights = scores.masked_fill(hidden_keys, -math.inf).softmax(-1)
+    scores = scores.masked_fill(hidden_keys, -math.inf)
+    if f"{name}.sinks" in params:  # a key without a value
+        sinks = params[f"{name}.sinks"][:, None, None].expand(-1, len(position), 1)
+        weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
     return _linear(params, f"{name}.o_proj", torch.einsum("hqk,khd->qhd", weights, value).flatten(-2))
 
 
@@ -296,6 +303,24 @@ def _mlp(params: Params, config: Config, name: str, hidden: Tensor) -> Tensor:
     else:
         active = gate * torch.sigmoid(gate)
     return _linear(params, f"{name}.down_proj", active * up)
+
+
+def _expert(params: Params, config: Config, name: str, expert: int, hidden: Tensor, tokens: Tensor) -> Tensor:
+    if config["model_type"] != "gpt_oss":
+        gate, up, down = (f"{name}.{expert}.{part}" for part in _EXPERT_PARTS[config["model_type"] == "mixtral"])
+        gated = _linear(params, gate, hidden, tokens)
+        active = gated * torch.sigmoid(gated) * _linear(params, up, hidden, tokens)
+        return _linear(params, down, active, tokens)
+    # all experts of a layer are one tensor [expert, in, out], in which gate and up alternate
+    both = hidden @ params[f"{name}.gate_up_proj"][expert] + params[f"{name}.gate_up_proj_bias"][expert]
+    gate, up = both.unflatten(-1, (-1, 2)).unbind(-1)
+    limit = config["swiglu_limit"]
+    distance = torch.cat((gate - limit, up.abs() - limit)).abs()
+    if distance.numel() and distance.min() < CLOSE_LIMIT:
+        raise CloseChoiceError(f"{name}: a value is {distance.min():.1e} from the limit: take other weights or pairs")
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    active = (up + 1) * gate * torch.sigmoid(config.get("swiglu_alpha", 1.702) * gate)
+    return active @ params[f"{name}.down_proj"][expert] + params[f"{name}.down_proj_bias"][expert]
 
 
 def _highest(scores: Tensor, count: int, what: str) -> Tensor:
@@ -312,9 +337,10 @@ def _experts(params: Params, config: Config, layer: str, hidden: Tensor, unevenn
     ``unevenness`` gets ``sum_e f_e P_e``: f_e is the share of expert e in the tokens' choices, times the number of
     experts, and P_e the mean of its scores, each divided by the sum of the token's (arXiv:2412.19437, eq. 17 to 20).
     """
-    block = f"{layer}.block_sparse_moe" if config["model_type"] == "mixtral" else f"{layer}.mlp"
-    glm, count = config["model_type"] in ("glm4_moe", "deepseek_v3"), config["num_experts_per_tok"]
-    router = hidden @ params[f"{block}.gate.weight"].T
+    family, count = config["model_type"], config["num_experts_per_tok"]
+    block = f"{layer}.block_sparse_moe" if family == "mixtral" else f"{layer}.mlp"
+    glm = family in ("glm4_moe", "deepseek_v3")
+    router = _linear(params, f"{block}.router" if family == "gpt_oss" else f"{block}.gate", hidden)
     scores = router.sigmoid() if glm else router.softmax(-1)
     choice = scores.detach() + (params[f"{block}.gate.e_score_correction_bias"] if glm else 0)
     if config.get("n_group", 1) > 1:
@@ -326,21 +352,19 @@ def _experts(params: Params, config: Config, layer: str, hidden: Tensor, unevenn
     shares = choices.mean(0) * choices.shape[1] / count
     unevenness.append((shares * (scores / scores.sum(-1, keepdim=True)).mean(0)).sum())
     weights = choices * scores
-    if config["model_type"] == "mixtral" or config["norm_topk_prob"]:
+    if family in ("mixtral", "gpt_oss") or config["norm_topk_prob"]:
         weights = weights / weights.sum(-1, keepdim=True)
     weights = weights * config.get("routed_scaling_factor", 1.0)
     mixed = torch.zeros_like(hidden)
     for expert in range(weights.shape[-1]):
         tokens = weights[:, expert].nonzero()[:, 0]
-        names = [f"{block}.experts.{expert}.{part}" for part in _EXPERT_PARTS[config["model_type"] == "mixtral"]]
-        gate, up = (_linear(params, name, hidden[tokens], tokens) for name in names[:2])
-        output = _linear(params, names[2], gate * torch.sigmoid(gate) * up, tokens)
+        output = _expert(params, config, f"{block}.experts", expert, hidden[tokens], tokens)
         mixed = mixed.index_add(0, tokens, weights[tokens, expert, None] * output)
     return mixed + _mlp(params, config, f"{block}.shared_experts", hidden) if glm else mixed
 
 
 def _feed_forward(params: Params, config: Config, layer: str, hidden: Tensor, unevenness: list[Tensor]) -> Tensor:
-    if f"{layer}.mlp.gate.weight" in params or config["model_type"] == "mixtral":
+    if f"{layer}.mlp.gate.weight" in params or config["model_type"] in ("mixtral", "gpt_oss"):
         return _experts(params, config, layer, hidden, unevenness)
     return _mlp(params, config, f"{layer}.mlp", hidden)
 

@@ -34,6 +34,10 @@ class AttentionSizes(Protocol):
     def softcap(self) -> float | None:
         """Soft cap of the attention scores; None for none."""
 
+    @property
+    def sinks(self) -> bool:
+        """Whether the softmax has a learned sink of each query head."""
+
 
 class MLPSizes(Protocol):
     """Sizes of a layer's MLP that tensor parallelism divides."""
@@ -235,6 +239,11 @@ def _check_context_algorithm(config: Config, layout: Layout, attention: Attentio
             f"context_parallel_algo: {algorithm} cannot attend within the model's sliding window of "
             f"{attention.window} tokens, which seq_length {config.seq_length} exceeds: set context_parallel_algo: "
             "gathered"
+        )
+    if algorithm == "megatron_cp_algo" and attention.sinks:
+        raise ConfigError(
+            f"context_parallel_algo: {algorithm} has no attention sinks, which {config.model_name_or_path} has: set "
+            "context_parallel_algo: gathered"
         )
     if algorithm != "ulysses_cp_algo":
         return

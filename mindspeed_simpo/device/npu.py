@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_simpo.device import npu_environment
+from mindspeed_simpo.device import npu_environment, npu_sinks
 
 # values of sparse_mode of npu_fusion_attention; both take the compressed mask and align it to the last query and key
 _RIGHT_DOWN_CAUSAL = 3
@@ -141,7 +141,14 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor, *, interleaved: bool =
     return rotated[0] if len(rotated) == 1 else torch.cat(rotated, dim=1)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """``softmax(scale q k^T) v`` by ``npu_fusion_attention``; the queries are the last positions of the keys.
 
     Args:
@@ -150,22 +157,29 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, wi
         value: As ``key``.
         scale: Factor of the scores ``q k^T``.
         window: Number of last keys that a query attends to, its own position included; None for all up to its own.
+        sinks: ``[heads]``, the score of one more key of each query head, whose value is zero; None for none.
 
     Returns:
         ``[queries, row, heads x dim]``.
     """
+    inputs = query.flatten(2), key.flatten(2), value.flatten(2)
+    return _attention(inputs, query.shape[2], "SBH", scale, sinks, _visible(window))
+
+
+def _attention(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    heads: int,
+    layout: str,
+    scale: float,
+    sinks: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
     import torch_npu
 
-    context: Tensor = torch_npu.npu_fusion_attention(
-        query.flatten(2),
-        key.flatten(2),
-        value.flatten(2),
-        query.shape[2],
-        "SBH",
-        atten_mask=_compressed_mask(query.device),
-        scale=scale,
-        **_visible(window),
-    )[0]
+    options = {"atten_mask": _compressed_mask(inputs[0].device), **options}
+    if sinks is not None:
+        return npu_sinks.attention(*inputs, sinks, layout, scale, options)
+    context: Tensor = torch_npu.npu_fusion_attention(*inputs, heads, layout, scale=scale, **options)[0]
     return context
 
 
@@ -177,6 +191,7 @@ def varlen_attention(
     key_lengths: Sequence[int],
     scale: float,
     window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of concatenated documents by ``npu_fusion_attention`` in the layout TND.
 
@@ -190,27 +205,20 @@ def varlen_attention(
         key_lengths: Keys of each document.
         scale: Factor of the scores ``q k^T``.
         window: As in :func:`causal_attention`.
+        sinks: As in :func:`causal_attention`.
 
     Returns:
         ``[queries, 1, heads x dim]``.
     """
-    import torch_npu
-
     if len(query_lengths) > _MOST_DOCUMENTS:
         blocks = _blocks(query, key, value, query_lengths, key_lengths)
-        return torch.cat([varlen_attention(*block, scale, window) for block in blocks])
-    context: Tensor = torch_npu.npu_fusion_attention(
-        query[:, 0],
-        key[:, 0],
-        value[:, 0],
-        query.shape[2],
-        "TND",
-        atten_mask=_compressed_mask(query.device),
-        scale=scale,
-        actual_seq_qlen=list(itertools.accumulate(query_lengths)),
-        actual_seq_kvlen=list(itertools.accumulate(key_lengths)),
-        **_visible(window),
-    )[0]
+        return torch.cat([varlen_attention(*block, scale, window, sinks) for block in blocks])
+    ends = {
+        "actual_seq_qlen": list(itertools.accumulate(query_lengths)),
+        "actual_seq_kvlen": list(itertools.accumulate(key_lengths)),
+    }
+    inputs = query[:, 0], key[:, 0], value[:, 0]
+    context = _attention(inputs, query.shape[2], "TND", scale, sinks, {**ends, **_visible(window)})
     return context.flatten(1)[:, None]
 
 
@@ -227,7 +235,7 @@ def _blocks(
     return zip(queries, keys, values, of_queries, of_keys, strict=True)
 
 
-def _visible(window: int | None) -> dict[str, int]:
+def _visible(window: int | None) -> dict[str, Any]:
     """Arguments of ``npu_fusion_attention`` for a causal mask, or for a causal mask with a sliding window."""
     if window is None:
         return {"sparse_mode": _RIGHT_DOWN_CAUSAL}

@@ -19,7 +19,12 @@ from mindspeed_simpo.device import npu
 
 
 def rms_norm(
-    hidden: Float[Tensor, "*batch dim"], weight: Float[Tensor, " dim"], eps: float, weight_offset: float = 0.0
+    hidden: Float[Tensor, "*batch dim"],
+    weight: Float[Tensor, " dim"],
+    eps: float,
+    weight_offset: float = 0.0,
+    *,
+    rounds_last: bool = False,
 ) -> Float[Tensor, "*batch dim"]:
     """``(weight_offset + weight) * hidden / sqrt(mean(hidden^2) + eps)`` over the last axis; normalised in fp32.
 
@@ -27,14 +32,16 @@ def rms_norm(
         hidden: Saved for the backward, with one scale for each vector.
         weight: Of the dtype of ``hidden``.
         eps: Added to the mean square.
-        weight_offset: Where this is 0, the product with ``weight`` is computed in the dtype of ``hidden``; otherwise in
-            fp32, and the result is rounded.
+        weight_offset: Added to ``weight`` in fp32.
+        rounds_last: Whether the product with ``weight`` is computed in fp32, and the result rounded, as it always is
+            with a ``weight_offset``; else it is computed in the dtype of ``hidden``.
     """
+    rounds_last = rounds_last or weight_offset != 0
     if npu.is_on_npu(hidden):
-        if weight_offset:
+        if rounds_last:
             return npu.rms_norm(hidden.float(), weight_offset + weight.float(), eps).to(hidden.dtype)
         return npu.rms_norm(hidden, weight, eps)
-    normed: Tensor = _RMSNorm.apply(hidden, weight, eps, weight_offset)  # type: ignore[no-untyped-call]
+    normed: Tensor = _RMSNorm.apply(hidden, weight, eps, weight_offset, rounds_last)  # type: ignore[no-untyped-call]
     return normed
 
 
@@ -70,6 +77,18 @@ def geglu(
     return activated
 
 
+def clamped_swiglu(gate_up: Float[Tensor, "*batch two_dim"], alpha: float, limit: float) -> Float[Tensor, "*batch dim"]:
+    """``(u + 1) g sigmoid(alpha g)``, ``g = min(gate, limit)`` and ``u = min(max(up, -limit), limit)``.
+
+    Args:
+        gate_up: ``gate`` is the first half of the last axis, ``up`` the second; saved for the backward.
+        alpha: Factor inside of the sigmoid.
+        limit: Largest value, above 0; no device has a fused operator here.
+    """
+    activated: Tensor = _ClampedSwiGLU.apply(gate_up, alpha, limit)  # type: ignore[no-untyped-call]
+    return activated
+
+
 def rotate(
     heads: Float[Tensor, "seq row heads dim"],
     cosines: Float[Tensor, "seq row_or_1 1 rotated"],
@@ -95,24 +114,26 @@ def rotate(
 
 class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, eps: float, weight_offset: float, rounds_last: bool
+    ) -> Tensor:
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         # the rounding error of this scale is common to all elements of the vector
         exact = torch.float64 if hidden.dtype == torch.float32 else wide.dtype
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True, dtype=exact) + eps).to(wide.dtype)
         ctx.save_for_backward(hidden, weight, scale)
-        ctx.weight_offset = weight_offset
-        if weight_offset:
+        ctx.weight_offset, ctx.rounds_last = weight_offset, rounds_last
+        if rounds_last:
             return (wide * scale * (weight_offset + weight.to(wide.dtype))).to(hidden.dtype)
         return weight * (wide * scale).to(hidden.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, weight, scale = ctx.saved_tensors
         normed = hidden.to(scale.dtype) * scale
         axes = tuple(range(grad.dim() - 1))
-        if ctx.weight_offset:
+        if ctx.rounds_last:
             grad = grad.to(scale.dtype)
             weight_grad = (grad * normed).sum(axes).to(weight.dtype)
             upstream = grad * (ctx.weight_offset + weight.to(scale.dtype))
@@ -121,7 +142,7 @@ class _RMSNorm(Function):
             upstream = (grad * weight).to(scale.dtype)
         # d normed = scale (d hidden - normed mean(normed d hidden))
         hidden_grad = upstream.addcmul_(normed, (upstream * normed).mean(-1, keepdim=True), value=-1).mul_(scale)
-        return hidden_grad.to(hidden.dtype), weight_grad, None, None
+        return hidden_grad.to(hidden.dtype), weight_grad, None, None, None
 
 
 class _SwiGLU(Function):
@@ -160,6 +181,33 @@ class _GeGLU(Function):
         torch.mul(grad, gelu(gate, approximate="tanh"), out=up_grad)
         gate_grad.copy_(torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"))
         return grads
+
+
+class _ClampedSwiGLU(Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.variants = alpha, limit
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate = gate.clamp(max=limit)
+        return (gate * torch.sigmoid(gate * alpha)).mul_(up.clamp(-limit, limit).add_(1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gate_up,) = ctx.saved_tensors
+        alpha, limit = ctx.variants
+        gate, up = gate_up.chunk(2, dim=-1)
+        grads = torch.empty_like(gate_up)
+        gate_grad, up_grad = grads.chunk(2, dim=-1)
+        gated = gate.clamp(max=limit)
+        sigmoid = torch.sigmoid(gated * alpha)
+        gated.mul_(sigmoid)
+        torch.mul(grad, gated, out=up_grad).mul_(up.abs() <= limit)
+        # d (g s) / d g = s + alpha g s (1 - s)
+        slope = sigmoid.addcmul_(gated, 1 - sigmoid, value=alpha).mul_(gate <= limit)
+        torch.mul(grad, slope, out=gate_grad).mul_(up.clamp(-limit, limit).add_(1))
+        return grads, None, None
 
 
 class _Rotation(Function):

@@ -185,8 +185,11 @@ class InitialAdapters(SeededTensors):
 
 
 def _is_projection(slot: Slot, tensor: HFTensor) -> bool:
-    """Whether the tensor is the weight of a projection, and not an embedding, an output layer or a router."""
-    return len(tensor.shape) == 2 and not (slot.pads_vocabulary or slot.scores_experts)
+    """Whether the tensor is the weight of a projection that can have an adapter.
+
+    Embeddings, output layers and routers are none, and what is stored with that of other experts has none.
+    """
+    return len(tensor.shape) == 2 and tensor.place is None and not (slot.pads_vocabulary or slot.scores_experts)
 
 
 def _factor(slot: Slot, weight: HFTensor, factor: HFTensor, parameter: str) -> Slot:

@@ -1,4 +1,4 @@
-"""Causal attention with a sliding window or a soft cap, in blocks of queries; each block reads only visible keys.
+"""Causal attention with a sliding window, a soft cap or sinks, in blocks of queries that read only visible keys.
 
 Mask and scores exist for one block at a time, never for the whole row. The backward recomputes each block from the
 queries, keys and values, the only tensors saved for it.
@@ -16,9 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 128, 1024
+_WIDER = 8
+"""Elements by which heads with a sink are wider: the kernels of GPUs take multiples of 8."""
 
 
 def blockwise_attention(
@@ -28,6 +30,7 @@ def blockwise_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "queries row width"]:
     """``softmax(cap(scale q k^T)) v`` as :func:`~mindspeed_simpo.model.causal.causal_attention`; on CPUs and GPUs.
 
@@ -39,44 +42,58 @@ def blockwise_attention(
         window: Number of keys that a query attends to, its own included; None for all earlier ones.
         softcap: ``cap(x) = softcap tanh(x / softcap)``, computed in at least fp32; None for no cap, computed by torch's
             ``scaled_dot_product_attention``.
+        sinks: Score of one more key of each query head, whose value is zero; not together with ``softcap``. None for
+            none. The gradient sums over blocks in the dtype of the sinks.
 
     Returns:
         The context of all heads, ``width = heads dim``, in the dtype of ``query``.
     """
-    context: Tensor = _Blockwise.apply(query, key, value, scale, window, softcap)  # type: ignore[no-untyped-call]
+    context: Tensor = _Blockwise.apply(query, key, value, sinks, scale, window, softcap)  # type: ignore[no-untyped-call]
     return context.flatten(2)
 
 
 class _Blockwise(Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
+        ctx.save_for_backward(query, key, value, sinks)
         ctx.variants = scale, window, softcap
         context = torch.empty_like(query, memory_format=torch.contiguous_format)
         for block in _blocks(query.shape[0], key.shape[0], window, softcap):
             context[block.queries] = _attend(
-                query[block.queries], key[block.keys], value[block.keys], scale, window, softcap
+                query[block.queries], key[block.keys], value[block.keys], sinks, scale, window, softcap
             )
         return context
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, sinks = ctx.saved_tensors
         scale, window, softcap = ctx.variants
         grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        sinks_grad = None if sinks is None else torch.zeros_like(sinks)
         for block in _blocks(query.shape[0], key.shape[0], window, softcap):
             parts = query[block.queries], key[block.keys], value[block.keys]
             with torch.enable_grad():
                 q, k, v = (part.detach().requires_grad_() for part in parts)
-                context = _attend(q, k, v, scale, window, softcap)
-            q_grad, k_grad, v_grad = torch.autograd.grad(context, (q, k, v), grad[block.queries])
+                own_sinks = None if sinks is None else sinks.detach().requires_grad_()
+                context = _attend(q, k, v, own_sinks, scale, window, softcap)
+            inputs = (q, k, v) if own_sinks is None else (q, k, v, own_sinks)
+            q_grad, k_grad, v_grad, *rest = torch.autograd.grad(context, inputs, grad[block.queries])
             grads[0][block.queries] = q_grad
             grads[1][block.keys] += k_grad
             grads[2][block.keys] += v_grad
-        return *grads, None, None, None
+            if sinks_grad is not None:
+                sinks_grad += rest[0]
+        return *grads, sinks_grad, None, None, None
 
 
 class _Block(NamedTuple):
@@ -104,6 +121,7 @@ def _attend(
     query: Float[Tensor, "queries row heads dim"],
     key: Float[Tensor, "keys row groups dim"],
     value: Float[Tensor, "keys row groups dim"],
+    sinks: Float[Tensor, " heads"] | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -118,13 +136,34 @@ def _attend(
     if softcap is None:
         # no kernel of CUDA takes both a mask and shared key-value heads without dense scores
         k, v = repeat_heads(k, repeats), repeat_heads(v, repeats)
-        context = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        if sinks is not None:
+            q, k, v = _with_sinks(q, k, v, sinks / scale)
+            mask = pad(mask, (1, 0))
+        context = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., : query.shape[3]]
     else:
+        assert sinks is None, "no family has both a soft cap and sinks"
         q = q.reshape(q.shape[0], -1, repeats, *q.shape[2:]).to(wide)
         scores = q @ k[:, :, None].to(wide).transpose(-1, -2) * (scale / softcap)
         weights = torch.softmax(scores.tanh() * softcap + mask, dim=-1)
         context = (weights @ v[:, :, None].to(wide)).to(query.dtype).flatten(1, 2)
     return context.permute(2, 0, 1, 3)
+
+
+def _with_sinks(
+    query: Float[Tensor, "row heads queries dim"],
+    key: Float[Tensor, "row heads keys dim"],
+    value: Float[Tensor, "row heads keys dim"],
+    scores: Float[Tensor, " heads"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Wider heads, with one more key in front that has the same score for every query of a head, and the value zero.
+
+    The score is ``1 high + 1 low`` of further elements: ``low`` is what the dtype of the key cannot hold of ``high``.
+    """
+    high = scores.to(key.dtype)
+    low = (scores - high).detach().to(key.dtype)
+    sink = pad(torch.stack((high, low), dim=-1), (key.shape[3], _WIDER - 2))
+    keys = torch.cat((sink[None, :, None].expand(key.shape[0], -1, -1, -1), pad(key, (0, _WIDER))), dim=2)
+    return pad(pad(query, (0, 2), value=1.0), (0, _WIDER - 2)), keys, pad(value, (0, _WIDER, 1, 0))
 
 
 def repeat_heads(heads: Float[Tensor, "row groups seq dim"], repeats: int) -> Float[Tensor, "row heads seq dim"]:
@@ -139,7 +178,7 @@ def _mask(
     if window is not None:
         return _band_mask(size, window, dtype, device)[-queries:, -keys:]
     triangle = _band_mask(size, size, dtype, device)[-queries:, -queries:]
-    return torch.nn.functional.pad(triangle, (keys - queries, 0))
+    return pad(triangle, (keys - queries, 0))
 
 
 @functools.lru_cache(32)

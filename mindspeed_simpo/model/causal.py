@@ -25,6 +25,7 @@ def causal_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "queries row width"]:
     """``softmax(cap(scale q k^T)) v``, causal: the queries have the last positions of the keys.
 
@@ -35,6 +36,7 @@ def causal_attention(
         scale: Factor of the scores, usually ``dim ** -0.5``.
         window: Number of keys that a query attends to, its own included; None for all earlier ones.
         softcap: ``cap(x) = softcap tanh(x / softcap)``; None for no cap. NPUs have no operator with a cap.
+        sinks: Of each query head, the score of one more key whose value is zero; None for none.
 
     Returns:
         The context of all heads, ``width = heads dim``, in the dtype of ``query``.
@@ -43,11 +45,12 @@ def causal_attention(
         window = None
     if npu.is_on_npu(query):
         assert softcap is None, "no operator of NPUs caps the scores: refused when the model was built"
-        return npu.causal_attention(query, key, value, scale, window)
+        return npu.causal_attention(query, key, value, scale, window, sinks)
     square = query.shape[0] == key.shape[0]
     masked = not square and not query.is_cuda
-    if window is not None or softcap is not None or (masked and key.shape[0] > LARGEST_MASK):
-        return blockwise_attention(query, key, value, scale, window, softcap)
+    varied = window is not None or softcap is not None or sinks is not None
+    if varied or (masked and key.shape[0] > LARGEST_MASK):
+        return blockwise_attention(query, key, value, scale, window, softcap, sinks)
     repeats = query.shape[2] // key.shape[2]
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     # of CUDA's kernels without dense scores only flash attention shares key-value heads, and only in half precision

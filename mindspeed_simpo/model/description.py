@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mindspeed_simpo.model.tensor_names import TensorNames
+
 Activation = Literal["silu", "gelu_tanh"]
 RotationKind = Literal["default", "linear", "llama3", "yarn", "dynamic", "longrope"]
 
@@ -22,6 +24,8 @@ class Norm:
     eps: float
     weight_offset: float = 0.0
     """1 where the checkpoint stores ``weight - 1``; such a norm multiplies by the weight in fp32, before rounding."""
+    rounds_last: bool = False
+    """Whether the product with the weight is computed in fp32 without a ``weight_offset`` too."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,11 @@ class Latent:
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal grouped-query attention ``softmax(cap(scale q k^T)) v``, ``cap(x) = softcap tanh(x / softcap)``."""
+    """Causal grouped-query attention ``softmax(cap(scale q k^T)) v``, ``cap(x) = softcap tanh(x / softcap)``.
+
+    With ``sinks`` the denominator of the softmax has ``exp(sink)`` as one more term, with a learned sink of each query
+    head.
+    """
 
     heads: int
     kv_heads: int
@@ -109,6 +117,7 @@ class Attention:
     o_bias: bool = False
     qk_norm: Norm | None = None
     """Norm of each head of the queries and keys, before the rotation; None for none."""
+    sinks: bool = False
     latent: Latent | None = None
     """Projections by way of latent vectors; None for projections of the hidden states."""
 
@@ -144,13 +153,21 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class ClampedSwiGLU:
+    """``(u + 1) g sigmoid(alpha g)``, ``g = min(gate, limit)`` and ``u = min(max(up, -limit), limit)``."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Experts:
     """``sum_e w_e expert_e(x)`` over the ``top_k`` experts of the token ``x`` with the highest scores.
 
-    An expert is an MLP without biases. The scores are ``scores(router x)``, in fp32, and the weights ``w_e`` are the
-    scores of the chosen experts, divided by their sum where ``normalised``, times ``scale``. With several ``groups`` of
-    consecutive experts, a token chooses among the experts of the ``top_groups`` groups with the highest sums of their
-    two highest scores.
+    An expert is an MLP. The scores are ``scores(router x)``, in fp32, and the weights ``w_e`` are the scores of the
+    chosen experts, divided by their sum where ``normalised``, times ``scale``. With several ``groups`` of consecutive
+    experts, a token chooses among the experts of the ``top_groups`` groups with the highest sums of their two highest
+    scores.
     """
 
     number: int
@@ -164,7 +181,12 @@ class Experts:
     """Whether a frozen bias of each expert is added to its score for the choice, and not to the weight."""
     groups: int = 1
     top_groups: int = 1
-    activation: Activation = "silu"
+    activation: Literal["silu"] | ClampedSwiGLU = "silu"
+    bias: bool = False
+    """Whether the projections of the experts and the router have biases, all of them trained."""
+    together: bool = False
+    """Whether the checkpoint has one tensor of each projection of all experts of a layer, see
+    :class:`~mindspeed_simpo.model.slots.Place`."""
 
 
 @dataclass(frozen=True)
@@ -181,39 +203,6 @@ class Layer:
     norm_after_attention: Norm | None = None
     norm_after_mlp: Norm | None = None
     experts: Experts | None = None
-
-
-@dataclass(frozen=True)
-class TensorNames:
-    """Hugging Face names of a layer's modules; ``qkv`` and ``gate_up`` have one name where fused.
-
-    ``{}`` in the names of experts stands for the number of the expert.
-    """
-
-    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    q_norm: str = "self_attn.q_norm"
-    k_norm: str = "self_attn.k_norm"
-    q: str = "self_attn.q_proj"
-    """Projection of the queries where keys and values have a latent vector."""
-    q_latent: str = "self_attn.q_a_proj"
-    q_latent_norm: str = "self_attn.q_a_layernorm"
-    q_from_latent: str = "self_attn.q_b_proj"
-    kv_latent: str = "self_attn.kv_a_proj_with_mqa"
-    kv_latent_norm: str = "self_attn.kv_a_layernorm"
-    kv_from_latent: str = "self_attn.kv_b_proj"
-    o: str = "self_attn.o_proj"
-    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    down: str = "mlp.down_proj"
-    router: str = "mlp.gate.weight"
-    correction: str = "mlp.gate.e_score_correction_bias"
-    expert_gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
-    expert_down: str = "mlp.experts.{}.down_proj"
-    shared_gate_up: tuple[str, ...] = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
-    shared_down: str = "mlp.shared_experts.down_proj"
-    norm_before_attention: str = "input_layernorm"
-    norm_after_attention: str = ""
-    norm_before_mlp: str = "post_attention_layernorm"
-    norm_after_mlp: str = ""
 
 
 @dataclass(frozen=True)
@@ -242,6 +231,8 @@ class ModelDescription:
     layers: tuple[Layer, ...]
     ignores_layers_beyond: bool = False
     """Whether checkpoints may hold layers after the last one, which are not part of the model."""
+    mxfp4: bool = False
+    """Whether the checkpoint has the weights of the experts in MXFP4 (:mod:`mindspeed_simpo.model.mxfp4`)."""
 
     @property
     def num_layers(self) -> int:
@@ -272,7 +263,7 @@ class ModelDescription:
 
     def difference(self, other: ModelDescription) -> str | None:
         """The first field of shape or arithmetic in which ``other`` differs, for messages; None where equal."""
-        ignored = ("dtype", "initializer_range", "max_position_embeddings")
+        ignored = ("dtype", "mxfp4", "initializer_range", "max_position_embeddings")
         for (name, ours), (_, theirs) in zip(_leaves("", self), _leaves("", other), strict=False):
             if ours != theirs and name not in ignored:
                 return f"{name} ({theirs}) than the trained model ({ours})"

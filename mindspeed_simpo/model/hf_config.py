@@ -10,7 +10,7 @@ from typing import Any
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.families import families
-from mindspeed_simpo.model.settings import Settings
+from mindspeed_simpo.model.settings import Family, Settings
 
 _HUB_FILES = ["*.json", "*.jinja", "tokenizer*", "vocab*", "merges*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -71,12 +71,24 @@ def read_description(model_name_or_path: str) -> ModelDescription:
     architectures = raw.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
         raise ModelError(f"{path}: architectures {architectures} is not supported; expected {family.architecture!r}")
-    if raw.get("quantization_config") is not None:
-        raise ModelError(f"{path}: the weights are quantized (quantization_config); use the unquantized checkpoint")
+    _check_quantization(path, raw, family)
     settings = Settings(path, raw, family)
     settings.check_numbers()
     settings.hf = _hf_config(path)
     return family.describe(settings)
+
+
+def _check_quantization(path: Path, raw: dict[str, Any], family: Family) -> None:
+    quantization = raw.get("quantization_config")
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method not in family.quantizations:
+        others = f" or one with quant_method {' or '.join(family.quantizations)}" if family.quantizations else ""
+        raise ModelError(
+            f"{path}: the weights are quantized (quantization_config with quant_method {method!r}); use the "
+            f"unquantized checkpoint{others}"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mindspeed_simpo.model.description import Attention, Experts, Layer, ModelDescription, Norm
-from mindspeed_simpo.model.slots import HFTensor, Slot, Span, stack
+from mindspeed_simpo.model.description import Attention, Layer, ModelDescription, Norm
+from mindspeed_simpo.model.expert_naming import expert_slots
+from mindspeed_simpo.model.slots import HFTensor, Slot, Span, evenly
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -92,9 +93,18 @@ def pipeline_chunks(
 
 
 def hf_tensors(model: ModelDescription) -> list[HFTensor]:
-    """Every tensor of the model's Hugging Face checkpoint, layer by layer; without a tied output layer."""
+    """Every tensor of the model's Hugging Face checkpoint, layer by layer; without a tied output layer.
+
+    Of tensors that hold all experts of a layer, the part of each expert.
+    """
     (whole,) = pipeline_chunks(model, 1)
     return [tensor for slot in whole.slots(model) for tensor in slot.tensors]
+
+
+def stored_shapes(model: ModelDescription) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the files of the model's Hugging Face checkpoint, not quantized."""
+    stored = (tensor.place or tensor for tensor in hf_tensors(model))
+    return {each.name: each.shape for each in stored}
 
 
 def _layer_slots(
@@ -113,10 +123,10 @@ def _layer_slots(
         width, bias = layer.mlp.width, layer.mlp.bias
         gate_up = [f"{hf}{name}" for name in (names.shared_gate_up if shared else names.gate_up)]
         down = f"{hf}{names.shared_down if shared else names.down}"
-        yield from _columns(f"{prefix}mlp.linear_fc1", gate_up, [width] * 2, hidden, _evenly, bias=bias)
-        yield from _rows(f"{prefix}mlp.linear_fc2", down, hidden, width, _evenly, bias=bias)
+        yield from _columns(f"{prefix}mlp.linear_fc1", gate_up, [width] * 2, hidden, evenly, bias=bias)
+        yield from _rows(f"{prefix}mlp.linear_fc2", down, hidden, width, evenly, bias=bias)
     if layer.experts is not None:
-        yield from _expert_slots(model, layer.experts, hf, f"{prefix}experts.", expert_tensor_ranks)
+        yield from expert_slots(model, layer.experts, hf, f"{prefix}experts.", expert_tensor_ranks)
     if layer.norm_after_mlp is not None:
         yield _norm(f"{prefix}post_mlp_layernorm", f"{hf}{names.norm_after_mlp}", hidden, layer.norm_after_mlp)
 
@@ -130,7 +140,11 @@ def _attention_slots(model: ModelDescription, attention: Attention, hf: str, pre
     if attention.qk_norm is not None:
         yield _norm(f"{prefix}q_layernorm", f"{hf}{names.q_norm}", head, attention.qk_norm)
         yield _norm(f"{prefix}k_layernorm", f"{hf}{names.k_norm}", head, attention.qk_norm)
-    heads = functools.partial(_heads, attention)
+    if attention.sinks:
+        sinks = HFTensor(f"{hf}{names.sinks}", (attention.heads,), axis=0)
+        divide = functools.partial(_heads, attention, 1, [Span(sinks, 0, attention.heads)])
+        yield Slot(f"{prefix}sinks", (sinks,), divide)
+    heads = functools.partial(_heads, attention, head)
     yield from _rows(f"{prefix}linear_proj", f"{hf}{names.o}", hidden, rows[0], heads, bias=attention.o_bias)
 
 
@@ -151,26 +165,9 @@ def _latent_attention_slots(model: ModelDescription, attention: Attention, hf: s
     yield _norm(f"{prefix}kv_latent_norm", f"{hf}{names.kv_latent_norm}", latent.kv_rank, latent.norm)
     rows = [attention.heads * (attention.head_dim - rotated + latent.value_dim)]
     name = f"{hf}{names.kv_from_latent}"
-    yield from _columns(f"{prefix}linear_kv", [name], rows, latent.kv_rank, _evenly, bias=False)
+    yield from _columns(f"{prefix}linear_kv", [name], rows, latent.kv_rank, evenly, bias=False)
     name, values = f"{hf}{names.o}", attention.heads * latent.value_dim
-    yield from _rows(f"{prefix}linear_proj", name, hidden, values, _evenly, bias=attention.o_bias)
-
-
-def _expert_slots(model: ModelDescription, experts: Experts, hf: str, prefix: str, tensor_ranks: int) -> Iterator[Slot]:
-    names, hidden = model.names, model.hidden_size
-    router = HFTensor(f"{hf}{names.router}", (experts.number, hidden))
-    yield Slot(f"{prefix}router.weight", (router,), scores_experts=True)
-    if experts.corrected:
-        correction = HFTensor(f"{hf}{names.correction}", (experts.number,), is_fp32=True, initial=0.0)
-        yield Slot(f"{prefix}router.correction", (correction,))
-    gate_up: list[Slot] = []
-    down: list[Slot] = []
-    for number in range(experts.number):
-        of_one = [f"{hf}{name}".format(number) for name in names.expert_gate_up]
-        gate_up += _columns("", of_one, [experts.width] * 2, hidden, _evenly, bias=False)
-        down += _rows("", f"{hf}{names.expert_down}".format(number), hidden, experts.width, _evenly, bias=False)
-    yield stack(f"{prefix}linear_fc1", gate_up, tensor_ranks)
-    yield stack(f"{prefix}linear_fc2", down, tensor_ranks)
+    yield from _rows(f"{prefix}linear_proj", name, hidden, values, evenly, bias=attention.o_bias)
 
 
 def _vocabulary(parameter: str, name: str, model: ModelDescription, *, replica: bool = False) -> Slot:
@@ -226,14 +223,9 @@ def _replicated(parameter: str, name: str, outputs: int, inputs: int, *, bias: b
         yield Slot(f"{parameter}.bias", (HFTensor(f"{name}.bias", (outputs,), initial=0.0),))
 
 
-def _evenly(whole: Sequence[Span], rank: int, size: int) -> Sequence[Span]:
-    """The concatenation of an equal share of each span."""
-    return [span.part(rank * (span.length // size), span.length // size) for span in whole]
-
-
-def _heads(attention: Attention, whole: Sequence[Span], rank: int, size: int) -> Sequence[Span]:
-    """The rank's query heads, then padding."""
-    share, head = attention.share(rank, size), attention.head_dim
+def _heads(attention: Attention, head: int, whole: Sequence[Span], rank: int, size: int) -> Sequence[Span]:
+    """The rank's query heads, of ``head`` elements each, then padding."""
+    share = attention.share(rank, size)
     padding = (share.padded_queries - share.queries) * head
     return whole[0].part(share.first_query * head, share.queries * head), Span(None, 0, padding)
 

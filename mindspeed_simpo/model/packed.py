@@ -26,6 +26,7 @@ def packed_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "seq 1 width"]:
     """``softmax(cap(scale q k^T)) v`` within each document, in at most two variable-length calls.
 
@@ -41,16 +42,16 @@ def packed_attention(
         scale: Factor of the scores, usually ``dim ** -0.5``.
         window: Number of keys of the own sequence that a query attends to, its own included; None for all earlier ones.
         softcap: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
+        sinks: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
     """
     end = sum(documents.wholes)
-    own = key[:end], value[:end]
-    context = varlen_attention(query[:end], *own, documents.wholes, documents.wholes, scale, window, softcap)
+    own = query[:end], key[:end], value[:end], documents.wholes, documents.wholes
+    context = varlen_attention(*own, scale, window, softcap, sinks)
     if not documents.branches:
         return context
     seen = _seen_by_branches(documents)
-    branches = varlen_attention(
-        query[end:], seen.of(key), seen.of(value), seen.query_lengths, seen.key_lengths, scale, window, softcap
-    )
+    joint = query[end:], seen.of(key), seen.of(value), seen.query_lengths, seen.key_lengths
+    branches = varlen_attention(*joint, scale, window, softcap, sinks)
     return torch.cat([context, branches])
 
 
@@ -64,6 +65,7 @@ def segmented_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "held 1 width"]:
     """:func:`packed_attention` for the queries that one of ``size`` context-parallel ranks holds, in one call.
 
@@ -80,11 +82,11 @@ def segmented_attention(
         scale: See :func:`packed_attention`.
         window: See :func:`packed_attention`.
         softcap: See :func:`packed_attention`.
+        sinks: See :func:`packed_attention`.
     """
     seen = _seen_by_rank(documents, rank, size)
-    return varlen_attention(
-        query, seen.of(key), seen.of(value), seen.query_lengths, seen.key_lengths, scale, window, softcap
-    )
+    joint = query, seen.of(key), seen.of(value), seen.query_lengths, seen.key_lengths
+    return varlen_attention(*joint, scale, window, softcap, sinks)
 
 
 def in_row_order(slices: Float[Tensor, "seq *rest dim"], documents: Documents, size: int) -> Tensor:
@@ -106,6 +108,7 @@ def varlen_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "queries 1 width"]:
     """Causal attention of concatenated documents; the queries of a document have the last positions of its keys.
 
@@ -118,13 +121,14 @@ def varlen_attention(
         scale: Factor of the scores.
         window: See :func:`packed_attention`.
         softcap: See :func:`packed_attention`.
+        sinks: See :func:`packed_attention`.
     """
     if window is not None and window >= max(key_lengths, default=0):
         window = None
     if npu.is_on_npu(query):
         assert softcap is None, "no operator of NPUs caps the scores: refused when the model was built"
-        return npu.varlen_attention(query, key, value, query_lengths, key_lengths, scale, window)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_flash_attention():
+        return npu.varlen_attention(query, key, value, query_lengths, key_lengths, scale, window, sinks)
+    if query.is_cuda and sinks is None and query.dtype in (torch.float16, torch.bfloat16) and _has_flash_attention():
         return flash_attention(query, key, value, query_lengths, key_lengths, scale, window, softcap)
     # torch.split, not slices: the backward of each slice would allocate a gradient of the whole row
     queries, keys, values = (
@@ -132,7 +136,7 @@ def varlen_attention(
         for tensor, lengths in ((query, query_lengths), (key, key_lengths), (value, key_lengths))
     )
     parts = zip(queries, keys, values, strict=True)
-    return torch.cat([causal_attention(*part, scale, window, softcap) for part in parts])
+    return torch.cat([causal_attention(*part, scale, window, softcap, sinks) for part in parts])
 
 
 def flash_attention(

@@ -19,9 +19,9 @@ from mindspeed_simpo.model.description import (
     Norm,
     Rotation,
     RotationKind,
-    TensorNames,
 )
 from mindspeed_simpo.model.rotary_settings import RotarySettings
+from mindspeed_simpo.model.tensor_names import TensorNames
 
 STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _SIZES = (
@@ -64,6 +64,8 @@ class Family:
     """Names in old files -> kinds of rotary scaling."""
     ignores_layers_beyond: bool = False
     """Whether published checkpoints have layers after the last one, for another purpose, which are not read."""
+    quantizations: tuple[str, ...] = ()
+    """Values of ``quant_method`` whose weights are read, dequantized."""
 
 
 class Settings(RotarySettings):
@@ -102,9 +104,9 @@ class Settings(RotarySettings):
         """Number of layers."""
         return int(self.hf.num_hidden_layers)
 
-    def norm(self, weight_offset: float = 0.0) -> Norm:
-        """RMSNorm with the ``rms_norm_eps`` of the file; see :class:`Norm` for ``weight_offset``."""
-        return Norm(float(self.hf.rms_norm_eps), weight_offset)
+    def norm(self, **variants: Any) -> Norm:
+        """RMSNorm with the ``rms_norm_eps`` of the file; ``variants`` are other fields of :class:`Norm`."""
+        return Norm(float(self.hf.rms_norm_eps), **variants)
 
     def layer_types(self, pattern: Callable[[int], bool]) -> list[bool]:
         """Whether each layer has a sliding window, by ``layer_types`` of the file or else by ``pattern``.

@@ -17,10 +17,31 @@ SlotKind = Literal["base", "adapter"]
 
 
 @dataclass(frozen=True)
-class HFTensor:
-    """A tensor of the Hugging Face checkpoint."""
+class Place:
+    """Where the tensor of one expert lies in the stored tensor of all experts of a layer.
+
+    The stored tensor is ``[expert, inputs, outputs]``, or of biases ``[expert, outputs]``. The tensor of expert
+    ``index`` has the outputs ``first``, ``first + step``, ``first + 2 step`` and so on.
+    """
 
     name: str
+    shape: tuple[int, ...]
+    """Of the stored tensor."""
+    index: int
+    first: int = 0
+    step: int = 1
+
+    def view(self, stored: Tensor) -> Tensor:
+        """The tensor ``[outputs, inputs]``, or of biases ``[outputs]``, as a view of the stored tensor."""
+        return stored[self.index].t()[self.first :: self.step]
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """A tensor of the Hugging Face checkpoint, or the part of one expert in a tensor of several experts."""
+
+    name: str
+    """For a part of a tensor, its name in checkpoints of training alone."""
     shape: tuple[int, ...]
     axis: int | None = None
     """Axis that the tensor-parallel ranks shard; None where every rank has a copy."""
@@ -28,6 +49,8 @@ class HFTensor:
     """Whether the parameter is fp32 whatever the dtype of the model."""
     initial: float | None = None
     """Initial value of all elements under ``init_from: config``; None for values from a normal distribution."""
+    place: Place | None = None
+    """Where the part of an expert is stored; None for a tensor that is stored by itself."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +177,11 @@ def stack(parameter: str, experts: Sequence[Slot], tensor_ranks: int) -> Slot:
     """
     tensors = tuple(tensor for expert in experts for tensor in expert.tensors)
     return Slot(parameter, tensors, kind=experts[0].kind, stacked=tuple(experts), tensor_ranks=tensor_ranks)
+
+
+def evenly(whole: Sequence[Span], rank: int, size: int) -> Sequence[Span]:
+    """The concatenation of an equal share of each span, that of rank ``rank`` of ``size``."""
+    return [span.part(rank * (span.length // size), span.length // size) for span in whole]
 
 
 def joined(spans: Sequence[Span]) -> list[Span]:

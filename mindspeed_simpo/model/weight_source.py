@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.naming import hf_tensors
-from mindspeed_simpo.model.slots import HFTensor, Span
+from mindspeed_simpo.model.mxfp4 import BLOCKS, GROUP, SCALES, dequantized, groups_of, stored_as
+from mindspeed_simpo.model.naming import stored_shapes
+from mindspeed_simpo.model.slots import Place, Span
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -60,7 +62,7 @@ class SeededTensors(ABC):
 
 
 class RandomWeights(SeededTensors):
-    """Weights from ``N(0, initializer_range^2)``, norms with the factor 1, zeros for biases."""
+    """Weights from ``N(0, initializer_range^2)``, norms with the factor 1, zeros for biases but those of routers."""
 
     def __init__(self, model: ModelDescription, seed: int) -> None:
         super().__init__(seed)
@@ -75,7 +77,8 @@ class SafetensorsFolder:
     """The safetensors files of a Hugging Face folder, checked on opening, then read slice by slice.
 
     Opening reads the headers only. The files must contain every tensor of the model, in its shape and in a
-    floating-point dtype, and no other tensor. All ranks check the same files and fail with the same error.
+    floating-point dtype, and no other tensor; of weights in MXFP4, their blocks and scales. All ranks check the same
+    files and fail with the same error.
 
     Args:
         folder: Hugging Face folder.
@@ -92,21 +95,51 @@ class SafetensorsFolder:
         for file in _shard_files(folder):
             self._files[file] = _open(folder / file)
             self._file_of.update(dict.fromkeys(self._files[file].keys(), file))
-        self.dtypes = {tensor.name: self._check(tensor) for tensor in self._expected(model)}
-        """Name -> stored dtype of each tensor of the model."""
+        self._kept: tuple[Any, Tensor] | None = None
+        self._check_names(model)
+        self.dtypes = {name: self._dtype(name, shape, model) for name, shape in stored_shapes(model).items()}
+        """Name -> stored dtype of each tensor of the model, bf16 where it is quantized."""
 
     def read(self, span: Span) -> Tensor:
-        """See :class:`WeightSource`; in the stored dtype."""
+        """See :class:`WeightSource`; in the stored dtype, or in bf16 where the tensor is quantized."""
         assert span.tensor is not None, "padding is not read"
+        if span.tensor.place is not None:
+            return self._read_of_expert(span.tensor.place, span)
         part = self._slice(span.tensor.name)
         return part[:, span.start : span.stop] if span.tensor.axis == 1 else part[span.start : span.stop]  # type: ignore[no-any-return]
 
     def _slice(self, name: str) -> Any:
         return self._files[self._file_of[name]].get_slice(name)
 
-    def _expected(self, model: ModelDescription) -> list[HFTensor]:
-        expected = hf_tensors(model)
-        names = {tensor.name for tensor in expected}
+    def _read_of_expert(self, place: Place, span: Span) -> Tensor:
+        """Only what the span needs; gate and up, which lie in one slice, are read once if one after the other."""
+        outputs, inputs = slice(0, place.shape[-1]), slice(0, place.shape[1])
+        if span.tensor is not None and span.tensor.axis == 1:
+            inputs = slice(span.start, span.stop)
+        else:
+            outputs = slice(span.start * place.step, span.stop * place.step)
+        key = place.name, place.index, outputs, inputs
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self._of_expert(place, outputs, inputs)
+        return self._kept[1][place.first :: place.step]
+
+    def _of_expert(self, place: Place, outputs: slice, inputs: slice) -> Tensor:
+        """``[outputs, inputs]`` of the weight of one expert, or ``[outputs]`` of its bias."""
+        if len(place.shape) == 2:
+            return self._slice(place.name)[place.index, outputs]  # type: ignore[no-any-return]
+        if place.name in self._file_of:
+            return self._slice(place.name)[place.index, inputs, outputs].t()  # type: ignore[no-any-return]
+        groups = groups_of(inputs.start, inputs.stop)
+        blocks, scales = (self._slice(place.name + end)[place.index, outputs, groups] for end in (BLOCKS, SCALES))
+        first = inputs.start - GROUP * groups.start
+        return dequantized(blocks, scales)[:, first : first + inputs.stop - inputs.start]
+
+    def _check_names(self, model: ModelDescription) -> None:
+        names = {
+            name + end
+            for name, shape in stored_shapes(model).items()
+            for end in (stored_as(shape) if _is_quantized(shape, model) else [""])
+        }
         if missing := [name for name in names if name not in self._file_of]:
             raise ModelError(f"{self.folder}: the safetensors lack {_some(missing)}, which config.json calls for")
         # transformers ignores these too: the copy of a tied embedding, and rotary tables of old checkpoints
@@ -122,16 +155,28 @@ class SafetensorsFolder:
                 f"({model.family}, {model.num_layers} layers): the folder mixes two models, or the model is not "
                 "supported"
             )
-        return expected
 
-    def _check(self, tensor: HFTensor) -> torch.dtype:
-        stored = self._slice(tensor.name)
-        where = f"{self.folder / self._file_of[tensor.name]}: {tensor.name}"
-        if tuple(stored.get_shape()) != tensor.shape:
-            raise ModelError(f"{where} has shape {list(stored.get_shape())}; config.json gives {list(tensor.shape)}")
-        if stored.get_dtype() not in _DTYPES:
-            raise ModelError(f"{where} is stored as {stored.get_dtype()}; expected one of {', '.join(_DTYPES)}")
-        return _DTYPES[stored.get_dtype()]
+    def _dtype(self, name: str, shape: tuple[int, ...], model: ModelDescription) -> torch.dtype:
+        if not _is_quantized(shape, model):
+            return _DTYPES[self._checked(name, shape, _DTYPES)]
+        for end, size in stored_as(shape).items():
+            self._checked(name + end, size, ["U8"])
+        return torch.bfloat16
+
+    def _checked(self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]) -> str:
+        """The dtype of a stored tensor, whose shape and dtype are checked."""
+        stored = self._slice(name)
+        where = f"{self.folder / self._file_of[name]}: {name}"
+        if tuple(stored.get_shape()) != shape:
+            raise ModelError(f"{where} has shape {list(stored.get_shape())}; config.json gives {list(shape)}")
+        if stored.get_dtype() not in dtypes:
+            raise ModelError(f"{where} is stored as {stored.get_dtype()}; expected one of {', '.join(dtypes)}")
+        return str(stored.get_dtype())
+
+
+def _is_quantized(shape: tuple[int, ...], model: ModelDescription) -> bool:
+    """Whether a tensor is the weight of all experts of a layer, in a checkpoint that has these in MXFP4."""
+    return model.mxfp4 and len(shape) == 3
 
 
 def _is_beyond(name: str, model: ModelDescription) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mindspeed_simpo.config.config import Config
@@ -52,6 +52,8 @@ class AdapterMemory:
     """Values of the residual stream of one token on this rank."""
     expert_rows: float
     """Tokens of one rank that its experts compute, per expert of a token."""
+    blockwise: Callable[[Attention], bool]
+    """Whether an attention is computed in blocks of queries."""
 
     def bytes_of(self, layer: Layer) -> int:
         """Bytes for one layer; negative where the layer saves less than one without adapters."""
@@ -61,38 +63,38 @@ class AdapterMemory:
         routed = 0 if layer.experts is None else 4 * self.tokens * self.model.hidden_size
         return int(2 * (values + self._factors[layer])) - routed
 
-    def dropping_bytes(self, layer: Layer) -> int:
-        """Tensors that dropout of the largest adapted input of a layer makes: the mask, the product, and hashes."""
-        if not self.adapters.dropout:
-            return 0
-        elements = self._largest_input(layer)
-        return int((3 if self.config.bf16_in_use else 5) * elements + 3 * 8 * min(elements, ELEMENTS))
+    def attention_dropping_bytes(self, layer: Layer) -> int:
+        """Tensors that dropout of the largest adapted input of the attention's projections makes."""
+        inputs = self._attention_inputs(layer.attention)
+        return self._dropping_bytes([self.tokens * each.size for each in inputs if self._adapted(each.names)])
 
-    def _largest_input(self, layer: Layer) -> float:
-        """Numbers of the largest adapted input of a layer's projections on this rank."""
-        sizes: list[float] = [
-            self.tokens * each.size for each in self._dense_inputs(layer) if self._adapted(each.names)
-        ]
+    def feed_forward_dropping_bytes(self, layer: Layer) -> int:
+        """Tensors that dropout of the largest adapted input of MLP and experts makes."""
+        sizes: list[float] = [self.tokens * each.size for each in self._mlp_inputs(layer) if self._adapted(each.names)]
         if layer.experts is not None:
             names, rows = self.model.names, self.expert_rows * layer.experts.top_k
             width = layer.experts.width // self.layout.expert_tensor_ranks
             groups = ((names.expert_gate_up, self.model.hidden_size), ((names.expert_down,), width))
             sizes += [rows * size for group, size in groups if self._adapted(group)]
-        return max(sizes, default=0)
+        return self._dropping_bytes(sizes)
 
-    def _dense_inputs(self, layer: Layer) -> list[_Input]:
-        """The inputs of the projections of attention and MLP."""
-        names, tensor, mlp = self.model.names, self.layout.tensor, layer.mlp
-        found = self._attention_inputs(layer.attention)
-        if mlp is not None:
-            found += [_Input(self.hidden, names.gate_up), _Input(mlp.width // tensor, (), (names.down,))]
-        return found
+    def _dropping_bytes(self, sizes: Sequence[float]) -> int:
+        """Of inputs of ``sizes`` numbers, one after the other: the mask, the product, and hashes."""
+        elements = max(sizes, default=0) if self.adapters.dropout else 0
+        return int((3 if self.config.bf16_in_use else 5) * elements + 3 * 8 * min(elements, ELEMENTS))
+
+    def _mlp_inputs(self, layer: Layer) -> list[_Input]:
+        names, mlp = self.model.names, layer.mlp
+        if mlp is None:
+            return []
+        return [_Input(self.hidden, names.gate_up), _Input(mlp.width // self.layout.tensor, (), (names.down,))]
 
     def _attention_inputs(self, attention: Attention) -> list[_Input]:
         names, share, latent = self.model.names, attention.share(0, self.layout.tensor), attention.latent
         if latent is None:
-            # the kernel saves its result, unless the results of several calls are concatenated
-            kept = self.config.batching_in_use == "padded" and self.layout.context == 1
+            # the kernel saves its result, unless it computes blocks or the results of several calls are concatenated
+            whole = self.config.batching_in_use == "padded" and self.layout.context == 1
+            kept = whole and not self.blockwise(attention)
             width = share.padded_queries * attention.head_dim
             return [_Input(self.hidden, names.qkv), _Input(width, (), (names.o,), kept=kept)]
         values = _Input(share.queries * latent.value_dim, (), (names.o,), kept=latent.value_dim >= attention.head_dim)
@@ -121,7 +123,7 @@ class AdapterMemory:
     def _values(self, layer: Layer) -> int:
         """Numbers saved of attention and MLP."""
         values = 0
-        for each in self._dense_inputs(layer):
+        for each in (*self._attention_inputs(layer.attention), *self._mlp_inputs(layer)):
             if not each.kept and not self._adapted(each.names):
                 values -= self.tokens * each.size
             columns, others = self._adapted(each.columns), self._adapted(each.others)

@@ -65,9 +65,10 @@ def estimate_memory(
     - head, on the last pipeline rank: for r response tokens the states ``2 b r hidden`` and the logits,
       ``8 r vocabulary / t``, or with ``fused_logprob`` ``(4, in bf16 8) vocabulary / t`` for each of at most
       ``logprob_chunk_tokens`` tokens; with a softcap of the logits ``4 vocabulary / t`` more for each of them;
-    - backward ``4 b n ffn / t``: the gradients of SwiGLU while the layer's saved tensors still exist; or, where larger,
-      three tensors of the scores of one block of queries if the scores have a soft cap; what dropout of the largest
-      adapted input makes is added;
+    - backward ``4 b n ffn / t``: the gradients of SwiGLU while the layer's saved tensors still exist, ``6 b n ffn / t``
+      of the clamped one; or, where larger, three tensors of the scores of one block of queries if the scores have a
+      soft cap, or with sinks six of its keys, repeated for each query head; or what dropout of the largest adapted
+      input of the attention makes, and of the MLP in addition to the gradients of SwiGLU;
     - communication, on NPUs: :func:`~mindspeed_simpo.training.communicators.buffer_bytes`.
 
     Args:

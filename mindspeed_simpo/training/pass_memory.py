@@ -13,7 +13,7 @@ from mindspeed_simpo.device import DeviceName
 from mindspeed_simpo.model.adapters import Adapters
 from mindspeed_simpo.model.blockwise import block_size
 from mindspeed_simpo.model.causal import LARGEST_MASK
-from mindspeed_simpo.model.description import Attention, HeadShare, Layer, ModelDescription
+from mindspeed_simpo.model.description import Attention, ClampedSwiGLU, HeadShare, Layer, ModelDescription
 from mindspeed_simpo.model.naming import Chunk
 from mindspeed_simpo.training.adapter_memory import AdapterMemory
 from mindspeed_simpo.training.latent_memory import latent_attention_bytes
@@ -22,6 +22,10 @@ FP32 = 4
 """Bytes of a number."""
 _SCORES = 3
 """Tensors of the size of a block's scores that exist at the same time where the scores have a soft cap."""
+_WIDER = 6
+"""Tensors of the size of a block's keys, of each query head, that exist at the same time where there are sinks."""
+_CLAMPED = 6
+"""Tensors of the size of its result that exist in the backward of the clamped activation, four in the others'."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,14 @@ class PassMemory:
         """The formulas for layers with adapters."""
         assert self.adapters is not None, "there are adapters"
         return AdapterMemory(
-            self.model, self.config, self.layout, self.adapters, self.tokens, self.hidden, self.expert_rows
+            self.model,
+            self.config,
+            self.layout,
+            self.adapters,
+            self.tokens,
+            self.hidden,
+            self.expert_rows,
+            self.blockwise,
         )
 
     @property
@@ -155,19 +166,20 @@ class PassMemory:
             return False
         longest = self.longest_sequence
         masked = self.device == "cpu" and self.layout.context > 1 and longest > LARGEST_MASK
-        return masked or attention.softcap is not None or (attention.window or longest) < longest
+        varied = attention.softcap is not None or attention.sinks
+        return masked or varied or (attention.window or longest) < longest
 
     def attention_bytes(self, attention: Attention, *, recomputed: bool) -> int:
         """Saved tensors of one layer's attention, between the QKV projection and the output projection.
 
         With q query values and k key values a token: rotated queries and keys, and the output of the QKV projection, of
-        which the values are a view, ``2 q + 3 k``; the result, ``q``, a second time where the results of documents are
-        concatenated; one or more softmax statistics a head, unless the attention is computed in blocks. Context ranks
-        save the gathered keys and values instead, ``2 k`` for each token of all ranks; suffixes save the keys and
-        values of prefix and suffix, ``2 k``. Where query heads share a key-value head, the CPU's kernel takes expanded
-        copies: ``2 q`` in place of ``3 k`` and of each ``2 k``. With context ranks these copies, and in packed rows the
-        gathered keys and values, are those that each chunk attends to (:meth:`seen_by_chunks`). Tensor ranks that share
-        a key-value head also save its gathered keys and values, ``2 k``.
+        which the values are a view, ``2 q + 3 k``; the result, ``q``; unless the attention is computed in blocks, the
+        result a second time where those of documents are concatenated, and one or more softmax statistics a head.
+        Context ranks save the gathered keys and values instead, ``2 k`` for each token of all ranks; suffixes save the
+        keys and values of prefix and suffix, ``2 k``. Where query heads share a key-value head, the CPU's kernel takes
+        expanded copies: ``2 q`` in place of ``3 k`` and of each ``2 k``. With context ranks these copies, and in packed
+        rows the gathered keys and values, are those that each chunk attends to (:meth:`seen_by_chunks`). Tensor ranks
+        that share a key-value head also save its gathered keys and values, ``2 k``.
         """
         if attention.latent is not None:
             return latent_attention_bytes(self, attention, recomputed=recomputed)
@@ -186,7 +198,7 @@ class PassMemory:
             per_token = queries + keys + mixed + queries + queries_again
             return self.width * self.tokens * per_token
         branch_keys = batch.prefixes + batch.branch_tokens if batch.longest_branch else 0
-        values = self.tokens * (2 * queries + (queries if joined else 0))
+        values = self.tokens * (2 * queries + (queries if joined and not blockwise else 0))
         copied = shared and self.device == "cpu" and not blockwise
         if copied:
             seen = self.tokens - batch.branch_tokens + branch_keys
@@ -221,17 +233,23 @@ class PassMemory:
         if layer.experts is not None:
             experts = layer.experts
             rows = self.expert_rows * experts.top_k
-            mlp += int(self.width * rows * (4 * experts.width // self.layout.expert_tensor_ranks))
+            tensors = _CLAMPED if isinstance(experts.activation, ClampedSwiGLU) else 4
+            mlp += int(self.width * rows * (tensors * experts.width // self.layout.expert_tensor_ranks))
+        attention = self.block_bytes(layer.attention) if self.blockwise(layer.attention) else 0
         if self.adapters is not None:
-            mlp += self.adapter_memory.dropping_bytes(layer)
-        attention, share = layer.attention, self.share(layer.attention)
-        if attention.softcap is None or not self.blockwise(attention):
-            return mlp
+            mlp += self.adapter_memory.feed_forward_dropping_bytes(layer)
+            attention = max(attention, self.adapter_memory.attention_dropping_bytes(layer))
+        return max(mlp, attention)
+
+    def block_bytes(self, attention: Attention) -> int:
+        """Peak of the backward of one block of queries: its scores with a soft cap, or with sinks its wider heads."""
         length = min(self.batch.tokens // self.batch.rows, self.config.seq_length)
         rows = self.batch.rows if self.config.batching_in_use == "padded" else 1
         queries = min(block_size(attention.window, attention.softcap), length)
-        keys = min(length, queries + (attention.window or length))
-        return max(mlp, _SCORES * FP32 * rows * share.queries * queries * keys)
+        heads = rows * self.share(attention).queries * min(length, queries + (attention.window or length))
+        if attention.softcap is not None:
+            return _SCORES * FP32 * heads * queries
+        return _WIDER * self.width * heads * attention.head_dim if attention.sinks else 0
 
     def mask_bytes(self) -> int:
         """Masks: one for each window in use and, on CPUs, one for suffixes and for the chunks of context ranks."""

@@ -237,6 +237,8 @@ ADAPTER_MATRIX = (
     *((layout, (), "glm4_moe", _PROJECTIONS, 0.1) for layout in EXPERT_COVERING),
     *((options[0].expert_rows[0], options, "qwen3_moe", _PROJECTIONS, 0.1) for options in OPTIONS_TOGETHER),
     (Layout(tensor=4, sequence_parallel=True), (), "shared key-value heads", _PROJECTIONS, 0.1),
+    (_EXPERT_ROWS[1], (_PACKED, _SELECTIVE), "gpt_oss", _PROJECTIONS[:4]),
+    (_EXPERT_ROWS[1], (_PREFIX_SHARED,), "gpt_oss", _PROJECTIONS[:4], 0.1),
     (Layout(tensor=2), (), "deepseek_v3", _FROM_LATENT),
     (Layout(tensor=2, sequence_parallel=True), (_PACKED,), "deepseek_v3", _FROM_LATENT),
     (Layout(context=2, data=2, distributed_optimizer=True), (_PREFIX_SHARED,), "deepseek_v3", _FROM_LATENT),

@@ -50,6 +50,7 @@ EXPERT_FAMILIES = {
     "mixtral": {"family": "mixtral", "window": 8},
     "glm4_moe": {"family": "glm4_moe", "head_dim": 8},
     "deepseek_v3": {"family": "deepseek_v3", "rope_scaling": "yarn"},
+    "gpt_oss": {"family": "gpt_oss", "head_dim": 8, "rope_scaling": "yarn"},
 }
 """A token chooses two experts, of four where the name does not say otherwise, and three of DeepSeek-V3's eight; in the
 layers of the first model, one has an MLP, and GLM-4.5's and DeepSeek-V3's first."""
@@ -76,7 +77,7 @@ SEED = 2_000_000_007
 LR = 1e-3
 # Adam's first step is lr * g / (|g| + eps): an epsilon far above fp32's noise keeps it from scaling that noise up.
 ADAM = {"adam_eps": 1e-5, "weight_decay": 0.1, "clip_grad": 0.5}
-VOCABULARY = 517
+VOCABULARY, HIDDEN = 517, 48
 _LONGEST = 18
 
 
@@ -138,6 +139,7 @@ def _expert_rows() -> list[Row]:
     """Everything that is claimed with experts."""
     rows = [Row(layout, family=_experts_for(layout)) for layout in EXPERT_MATRIX]
     rows += [Row(layout, (option,), "qwen3_moe") for option in OPTIONS for layout in option.expert_rows]
+    rows += [Row(layout, (option,), "gpt_oss") for option in OPTIONS[-2:] for layout in option.expert_rows]
     packed = [option for option in OPTIONS if option.key == "batching"]
     # values that are narrower than keys go through every form of attention
     rows += [Row(layout, (option,), "deepseek_v3") for option in packed for layout in option.expert_rows[:2]]
@@ -152,6 +154,8 @@ def _quick_expert_rows() -> list[Row]:
     rows = [Row(layout, family="qwen3_moe") for layout in EXPERT_COVERING]
     rows += [Row(EXPERT_COVERING[-1], family="mixtral"), Row(EXPERT_COVERING[2], family="glm4_moe")]
     rows += [Row(EXPERT_COVERING[1], family="deepseek_v3")]
+    # shared prompts in a model with sinks and short windows
+    rows += [Row(EXPERT_COVERING[4], OPTIONS[-1:], "gpt_oss")]
     together = [(options, options[0].expert_rows[0]) for options in OPTIONS_TOGETHER]
     return rows + [Row(layout, options, "qwen3_moe") for options, layout in together]
 
@@ -283,7 +287,7 @@ class Matrix:
         folder = self._folder / f"{shape.family}-{shape.layers}-{shape.heads}-{seed}"
         if not folder.exists():
             make_checkpoint(
-                folder, hidden=48, layers=shape.layers, vocab_size=VOCABULARY, std=0.15, seed=seed, **options
+                folder, hidden=HIDDEN, layers=shape.layers, vocab_size=VOCABULARY, std=0.15, seed=seed, **options
             )
         return folder
 

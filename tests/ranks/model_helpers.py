@@ -12,6 +12,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     Glm4MoeConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -28,6 +29,7 @@ CONFIGS = {
     "gemma3_text": Gemma3TextConfig,
     "glm4": Glm4Config,
     "glm4_moe": Glm4MoeConfig,
+    "gpt_oss": GptOssConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "mixtral": MixtralConfig,
@@ -36,8 +38,9 @@ CONFIGS = {
     "qwen3": Qwen3Config,
     "qwen3_moe": Qwen3MoeConfig,
 }
-HEAD_DIMS = {"qwen3": 32, "gemma2": 24, "gemma3_text": 32, "glm4": 16, "qwen3_moe": 32, "glm4_moe": 16}
+HEAD_DIMS = {"qwen3": 32, "gemma2": 24, "gemma3_text": 32, "glm4": 16, "qwen3_moe": 32, "glm4_moe": 16, "gpt_oss": 32}
 """Of families whose default is not hidden_size / num_attention_heads."""
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 300.0, "original_max_position_embeddings": 64}
 VARIANTS = {
     "gemma2": {"query_pre_attn_scalar": 20, "sliding_window": 7, "attn_logit_softcapping": 2.0}
     | {"final_logit_softcapping": 3.0, "pad_token_id": None},
@@ -52,6 +55,8 @@ VARIANTS = {
     "deepseek_v3": {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "n_shared_experts": 2}
     | {"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "num_key_value_heads": 4, "q_lora_rank": 28}
     | {"kv_lora_rank": 18, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10, "attention_bias": True},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7, "swiglu_limit": 3.0}
+    | {"rope_parameters": YARN | {"truncate": False}},
 }
 """Settings that a small model needs to show what is special to its family; a padding id has no gradient in torch."""
 FROZEN = "e_score_correction_bias"

@@ -23,6 +23,7 @@ MODULES = {
     "mixtral": ["o_proj", "w1", "w2", "w3"],
     "glm4_moe": ["k_proj", "gate_proj", "up_proj", "down_proj"],
     "deepseek_v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 FILE = "adapter_model.safetensors"
@@ -50,7 +51,12 @@ def keys(modules, **others):
 
 @pytest.mark.parametrize(
     ("family", "layout", "dtype"),
-    [("qwen2", (4, 1, 1), "float32"), ("phi3", (2, 2, 1), "bfloat16"), ("glm4", (2, 1, 2), "float32")],
+    [
+        ("qwen2", (4, 1, 1), "float32"),
+        ("phi3", (2, 2, 1), "bfloat16"),
+        ("glm4", (2, 1, 2), "float32"),
+        ("gpt_oss", (4, 1, 1), "float32"),
+    ],
 )
 def test_what_peft_wrote_is_written_back_bit_by_bit(tmp_path, family, layout, dtype):
     folder = make_checkpoint(tmp_path / "base", family)
@@ -105,8 +111,9 @@ def test_adapters_of_experts_are_written_back_and_peft_computes_the_same(tmp_pat
         assert "target_parameters has down_proj, gate_up_proj: peft makes such factors for all experts" in message
 
 
-def test_all_linear_of_latent_attention_is_that_of_peft(tmp_path):
-    folder = hf.make_checkpoint(tmp_path, "deepseek_v3")
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_all_linear_of_attention_is_that_of_peft(tmp_path, family):
+    folder = hf.make_checkpoint(tmp_path, family)
     with hf.quiet_peft():
         model = get_peft_model(
             AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2, target_modules="all-linear")

@@ -69,6 +69,7 @@ EXPERT_LAYOUTS = {
         ("ep4", "etp2_pp2", "qwen3_moe"),
         ("etp2_pp2", "ep2_dp2_sharded", "deepseek_v3"),
         ("ep2_dp2", "one", "glm4_moe"),
+        ("etp2_pp2", "ep2_dp2_sharded", "gpt_oss"),
     ],
 )
 def test_experts_go_on_at_another_layout(tmp_path, written, read, family):

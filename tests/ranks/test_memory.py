@@ -86,6 +86,15 @@ EXPERT_MODELS = {
     "mixtral": {"hidden": 64, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 160},
     "glm4_moe": {"hidden": 96, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 160},
     "deepseek_v3": {"hidden": 96, "layers": 4, "heads": 8, "intermediate": 160},
+    "gpt_oss": {
+        "hidden": 96,
+        "layers": 4,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 32,
+        "intermediate": 160,
+        "window": 32,
+    },
 }
 
 
@@ -161,8 +170,9 @@ def test_adapters(tmp_path, modules):
     check(found[-1:], modes[-1:], PROMISED)
 
 
-def test_dropout_keeps_no_masks_and_no_masked_inputs(tmp_path):
-    folder = make_checkpoint(tmp_path, "qwen3_moe", **EXPERT_MODELS["qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_dropout_keeps_no_masks_and_no_masked_inputs(tmp_path, family):
+    folder = make_checkpoint(tmp_path, family, **EXPERT_MODELS[family])
     pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
     options, modes = {"lora_r": 8, "lora_dropout": 0.1}, [MODES[0], MODES[3], MODES[5], MODES[8]]
     [found] = run_ranks(_counted_on_rank, 1, str(folder), pairs, options, modes)

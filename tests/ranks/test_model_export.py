@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Mxfp4Config
 
+from tests.hf import to_mxfp4
 from tests.ranks.launcher import run_ranks
 from tests.ranks.model_helpers import (
     CHAT_TEMPLATE,
@@ -38,6 +39,7 @@ FAMILIES = {
     "mixtral": {},
     "glm4_moe": {},
     "deepseek_v3": {},
+    "gpt_oss": {},
 }
 
 
@@ -51,7 +53,7 @@ def _export(folder, layout, output, max_shard_bytes=10**9, change=0.0, rounded=F
 
         models = [Float16Module(model.config, model) for model in models]
     with torch.no_grad():
-        for parameter in models[0].parameters():
+        for parameter in models[0].parameters() if change else ():  # -0.0 + 0.0 has other bits
             parameter.add_(change)
     try:
         export_hf(
@@ -112,6 +114,7 @@ EXPERT_LAYOUTS = [
     ("mixtral", (2, 1, 2), {EP: 4, ETP: 1}),
     ("glm4_moe", (2, 2, 1), {EP: 2, ETP: 1}),
     ("deepseek_v3", (2, 2, 1), {EP: 2, ETP: 1}),
+    ("gpt_oss", (2, 1, 2), {EP: 2, ETP: 2}),
 ]
 
 
@@ -131,6 +134,27 @@ def test_each_rank_reads_its_experts(tmp_path):
         halves = {"gate_proj": (24, 64), "up_proj": (24, 64), "down_proj": (64, 24)}
         prefix = "model.layers.0.mlp.experts"
         assert experts == {f"{prefix}.{e}.{part}.weight": shape for e in own for part, shape in halves.items()}
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"), [((1, 1, 1), {}), ((2, 1, 2), {EP: 2, ETP: 2}), ((2, 2, 1), {EP: 2, ETP: 1})]
+)
+def test_weights_in_mxfp4_are_exported_as_transformers_dequantizes_them(tmp_path, layout, options):
+    source = to_mxfp4(make_checkpoint(tmp_path / "source", "gpt_oss", dtype=torch.bfloat16))
+    run_ranks(_export, np.prod(layout), str(source), layout, str(tmp_path / "out"), bf16=True, **options)
+    dequantized = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
+    )
+    expected, written = dequantized.state_dict(), stored_tensors(tmp_path / "out")
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert written[name].dtype == torch.bfloat16
+        assert torch.equal(written[name].view(torch.int16), tensor.to(torch.bfloat16).view(torch.int16)), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values())
 
 
 def test_the_router_bias_keeps_its_dtype(tmp_path):

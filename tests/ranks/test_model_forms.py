@@ -36,6 +36,7 @@ MODELS = {
     "mistral": {"family": "mistral", "sliding_window": 6},
     "dynamic": {"family": "llama", "max_position_embeddings": 16, "rope_parameters": DYNAMIC},
     "longrope": {"family": "phi3", "original_max_position_embeddings": 16, "rope_parameters": LONGROPE},
+    "gpt_oss": {"family": "gpt_oss"},
     "heads": {"family": "llama", "num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 112},
 }
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
@@ -60,6 +61,7 @@ CASES = [
         for model in ("dynamic", "longrope")
         for form in ("padded", "packed", "packed, two_pass, selective", "cp2, split")
     ),
+    *(("gpt_oss", form) for form in ("shared", "cp2", "packed, two_pass, selective")),
     ("heads", "tp2, packed, pp2"),
 ]
 
@@ -82,7 +84,8 @@ def model(tmp_path_factory):
 
 def expected_gradients(folder):
     """Of SimPO's loss with its default settings, in fp64."""
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **eager)
     rotary = copy.deepcopy(whole.model.rotary_emb)
 
     def mean_logprob(prompt, response):

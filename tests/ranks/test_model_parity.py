@@ -8,6 +8,7 @@ from tests.ranks.model_helpers import (
     EP,
     ETP,
     LLAMA3_ROPE,
+    YARN,
     make_checkpoint,
     run_engine,
     transformers_result,
@@ -16,7 +17,6 @@ from tests.ranks.model_helpers import (
 
 pytestmark = pytest.mark.newest_core
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 300.0, "original_max_position_embeddings": 64}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1000.0,
@@ -114,6 +114,9 @@ MODELS = {
         "topk_group": 1,
         "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.4},
     },
+    "gpt_oss": {"family": "gpt_oss"},
+    "gpt_oss-without-biases": {"family": "gpt_oss", "attention_bias": False, "swiglu_alpha": 1.2},
+    "gpt_oss-7-heads": {"family": "gpt_oss", "num_attention_heads": 7, "num_key_value_heads": 1},
     "llama-7-heads": {"family": "llama", "num_attention_heads": 7, "num_key_value_heads": 1} | WIDE,
     "qwen2-14-heads": {"family": "qwen2", "num_attention_heads": 14, "num_key_value_heads": 2} | WIDE,
     "qwen3-6-heads": {"family": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 1, "attention_bias": True},
@@ -142,6 +145,7 @@ LAYOUTS = [
     ("qwen2-14-heads", (4, 1, 1)),
     ("qwen3-6-heads", (4, 1, 1)),
     ("glm4", (4, 1, 1)),
+    ("gpt_oss-7-heads", (2, 1, 1)),
 ]
 
 
@@ -194,6 +198,9 @@ EXPERT_LAYOUTS = [
     ("glm4_moe", (1, 2, 2), {ETP: 2}),
     ("deepseek_v3", (2, 1, 1), {EP: 2, ETP: 1, "sequence_parallel": True}),
     ("deepseek_v3-plain", (2, 2, 1), {}),
+    ("gpt_oss", (2, 2, 1), {"sequence_parallel": True}),
+    ("gpt_oss", (4, 1, 1), {EP: 4, ETP: 1}),
+    ("gpt_oss", (1, 1, 2), {ETP: 2}),
 ]
 
 

@@ -40,6 +40,8 @@ def take_operators():
         ("mistral", {"batching": "prefix_shared", "max_tokens_per_micro_batch": 128}),
         ("llama", {TP: 2, "sequence_parallel": True}),
         ("qwen3_moe", {"data_parallel_size": 2, "expert_model_parallel_size": 2}),
+        ("gpt_oss", {"batching": "prefix_shared", "max_tokens_per_micro_batch": 128, TP: 2}),
+        ("gpt_oss", {}),
         ("qwen3", {PP: 2, "recompute_granularity": "full"}),
     ],
 )

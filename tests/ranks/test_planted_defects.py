@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_simpo.config.layout import Layout
-from tests.ranks.matrix import BALANCED, GRADIENT, LOSS, Cell, Row
+from tests.ranks.matrix import BALANCED, GRADIENT, HIDDEN, LOSS, Cell, Row
 from tests.ranks.parity import worst_error
 
 pytestmark = pytest.mark.newest_core
@@ -149,6 +149,47 @@ def experts_counted_twice_in_the_norm():
     optimizer._norm_groups = norm_groups
 
 
+def sink_of_each_context_rank():
+    """Each context-parallel rank adds the sink to the sum of its own keys, and the sums of the ranks are added."""
+    import math
+
+    from mindspeed_simpo.model.megatron import context
+
+    original = context.CONTEXT_PARALLEL_ATTENTION["gathered"]
+
+    def gathered_attention(*arguments):
+        *others, sinks, group = arguments
+        return original(*others, sinks + math.log(group.size()), group)
+
+    context.CONTEXT_PARALLEL_ATTENTION["gathered"] = gathered_attention
+
+
+def sinks_as_replicated():
+    """The gradients of the sinks are summed over tensor-parallel ranks, as those of the norms."""
+    from mindspeed_simpo.model.megatron.attention import Attention
+
+    original = Attention.__init__
+
+    def initialise(self, *args):
+        original(self, *args)
+        self.sinks.sequence_parallel = True
+
+    Attention.__init__ = initialise
+
+
+def bias_of_each_part_of_an_expert():
+    """Each rank that holds a part of an expert adds the whole bias of the expert's output."""
+    from mindspeed_simpo.model.megatron import experts
+
+    original = experts.grouped_bias
+
+    def grouped_bias(rows, biases, counts):
+        is_output = biases.shape[1] == HIDDEN
+        return original(rows, biases + biases.roll(HIDDEN // 2, 1) if is_output else biases, counts)
+
+    experts.grouped_bias = grouped_bias
+
+
 def replicated_factor_not_summed():
     """Each tensor-parallel rank keeps the gradient of its own shard of the sequence."""
     from mindspeed_simpo.model.megatron.adapters import LowRankFactors
@@ -249,6 +290,32 @@ def test_the_matrix_catches_a_double_count_in_the_norm(matrix):
     assert not cell.holds
     assert cell.gradient < GRADIENT
     assert cell.grad_norm > 1000 * GRADIENT
+
+
+SINKS = {
+    name: Row(layout, family="gpt_oss")
+    for name, layout in {
+        "TP": Layout(tensor=2, sequence_parallel=True),
+        "CP": Layout(context=2),
+        "ETP": Layout(data=2, expert_tensor=2),
+    }.items()
+}
+
+
+@pytest.mark.parametrize(
+    ("defect", "row", "loss_shows_it"),
+    [
+        (sink_of_each_context_rank, SINKS["CP"], True),
+        (sinks_as_replicated, SINKS["TP"], False),
+        (bias_of_each_part_of_an_expert, SINKS["ETP"], True),
+    ],
+)
+def test_the_matrix_catches_defects_of_sinks_and_biases(matrix, defect, row, loss_shows_it):
+    [sound] = matrix.cells(row, [OBJECTIVE])
+    [cell] = matrix.cells(row, [OBJECTIVE], prepare=defect)
+    assert sound.holds
+    assert cell.gradient > 1000 * GRADIENT
+    assert (cell.loss > LOSS) == loss_shows_it
 
 
 ADAPTED = Row(Layout(tensor=2), adapters=("q_proj", "down_proj"))

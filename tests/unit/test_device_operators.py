@@ -1,10 +1,12 @@
 """The element-wise operators of the engine and of the NPU (through a stand-in), against their formulas."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from mindspeed_simpo.device import npu, operators, reduction_dtype
@@ -37,8 +39,8 @@ def compare(ours, formula, inputs, tolerance):
         torch.testing.assert_close(a, b, **tolerance)
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_rms_norm(offset, tolerance):
+@pytest.mark.parametrize(("offset", "rounds_last"), [(0.0, False), (1.0, False), (0.0, True)])
+def test_rms_norm(offset, rounds_last, tolerance):
     def formula(hidden, weight):
         return torch.stack(
             [
@@ -48,7 +50,8 @@ def test_rms_norm(offset, tolerance):
         ).view_as(hidden)
 
     inputs = [random(5, 2, 6), random(6, seed=1)]
-    compare(lambda *inputs: operators.rms_norm(*inputs, 1e-3, offset), formula, inputs, tolerance)
+    norm = partial(operators.rms_norm, eps=1e-3, weight_offset=offset, rounds_last=rounds_last)
+    compare(norm, formula, inputs, tolerance)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -71,6 +74,14 @@ def test_geglu(biased, tolerance):
 
     inputs = [random(5, 2, 6), *([random(6, seed=1)] if biased else [])]
     compare(operators.geglu, formula, inputs, tolerance)
+
+
+def test_clamped_swiglu(tolerance):
+    def formula(gate_up):
+        gate, up = torch.minimum(gate_up[..., :3], torch.tensor(0.5)), torch.clip(gate_up[..., 3:], -0.5, 0.5)
+        return gate / (1 + torch.exp(-1.7 * gate)) * (1 + up)
+
+    compare(lambda gate_up: operators.clamped_swiglu(gate_up, 1.7, 0.5), formula, [random(5, 2, 6)], tolerance)
 
 
 @pytest.mark.parametrize(("rows", "angles"), [(3, 1), (3, 3), (1001, 1), (1001, 1001)])
@@ -110,11 +121,12 @@ def test_a_norm_of_stored_differences_in_bfloat16_is_that_of_transformers_bit_by
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
-def test_a_norm_in_bfloat16_is_that_of_transformers_bit_by_bit():
-    norm = Qwen2RMSNorm(48, eps=1e-6).to(torch.bfloat16)
+@pytest.mark.parametrize(("transformers_norm", "rounds_last"), [(Qwen2RMSNorm, False), (GptOssRMSNorm, True)])
+def test_a_norm_in_bfloat16_is_that_of_transformers_bit_by_bit(transformers_norm, rounds_last):
+    norm = transformers_norm(48, eps=1e-6).to(torch.bfloat16)
     torch.nn.init.normal_(norm.weight, mean=1.0)
     hidden = torch.randn(9, 2, 48).to(torch.bfloat16).requires_grad_()
-    found, wanted = operators.rms_norm(hidden, norm.weight, 1e-6), norm(hidden)
+    found, wanted = operators.rms_norm(hidden, norm.weight, 1e-6, rounds_last=rounds_last), norm(hidden)
     assert torch.equal(found, wanted)
     upstream = torch.randn_like(wanted)
     for a, b in zip(
@@ -132,6 +144,7 @@ def test_what_is_kept_for_the_backward():
         (lambda: operators.rms_norm(vectors, weight, 1e-6), tokens * (hidden + 1)),
         (lambda: operators.swiglu(gate_up), tokens * 2 * ffn),
         (lambda: operators.geglu(gate_up), tokens * 2 * ffn),
+        (lambda: operators.clamped_swiglu(gate_up, 1.7, 7.0), tokens * 2 * ffn),
         (lambda: operators.rotate(heads, angles.cos(), angles.sin()), tokens * 2 * 8),
     ):
         with StoredBytes([weight]) as stored:

@@ -14,7 +14,7 @@ from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.loader import PairLoader
 from mindspeed_simpo.device import npu
-from mindspeed_simpo.device.grouped import grouped_linear
+from mindspeed_simpo.device.grouped import grouped_bias, grouped_linear
 from mindspeed_simpo.errors import ConfigError, ModelError
 from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.naming import pipeline_chunks
@@ -25,7 +25,7 @@ from tests import hf, oracle_model
 from tests.hf import Pairs
 from tests.ranks.model_helpers import gradients_as_stored
 
-FAMILIES = ("qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3")
+FAMILIES = ("qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3", "gpt_oss")
 
 
 @pytest.fixture(params=["own", "npu"])
@@ -47,6 +47,19 @@ def test_grouped_products(counts):
     upstream = torch.randn_like(expected)
     grads = torch.autograd.grad(found, [rows, weights], upstream)
     for ours, theirs in zip(grads, torch.autograd.grad(expected, [rows, weights], upstream), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 4, 1], [0, 0, 0, 0], [5]])
+def test_grouped_biases(counts):
+    rows = torch.randn(sum(counts), 6, requires_grad=True)
+    biases = torch.randn(len(counts), 6, requires_grad=True)
+    found = grouped_bias(rows, biases, torch.tensor(counts))
+    expected = rows + biases[torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))]
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(expected)
+    grads = torch.autograd.grad(found, [rows, biases], upstream)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected, [rows, biases], upstream), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

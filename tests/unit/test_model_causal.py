@@ -11,7 +11,7 @@ from mindspeed_simpo.model.causal import causal_attention
 from scripts.tensor_bytes import PeakBytes, StoredBytes
 
 
-def dense(query, key, value, scale, window=None, softcap=None):
+def dense(query, key, value, *sinks, scale, window=None, softcap=None):
     """One head at a time, one query at a time."""
     queries, rows, heads, _ = query.shape
     keys, shared = key.shape[0], heads // key.shape[2]
@@ -24,7 +24,8 @@ def dense(query, key, value, scale, window=None, softcap=None):
                 scores = scale * key[seen, row, head // shared] @ query[position, row, head]
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
-                context[position, row, head] = torch.softmax(scores, 0) @ value[seen, row, head // shared]
+                weights = torch.softmax(torch.cat([scores, *(each[head, None] for each in sinks)]), 0)[: len(scores)]
+                context[position, row, head] = weights @ value[seen, row, head // shared]
     return context.flatten(2)
 
 
@@ -35,8 +36,10 @@ def problem(queries, keys, heads, groups):
 
 
 def compare(attend, inputs, tolerance, dtype=torch.float64, **variants):
-    context = attend(*(tensor.to(dtype) for tensor in inputs), 0.3, **variants)
-    expected = dense(*inputs, 0.3, **variants)
+    query, key, value, *sinks = (tensor.to(dtype) for tensor in inputs)
+    more = {"sinks": sinks[0]} if sinks else {}
+    context = attend(query, key, value, 0.3, **variants, **more)
+    expected = dense(*inputs, scale=0.3, **variants)
     torch.testing.assert_close(context.double(), expected, **tolerance)
     upstream = torch.randn_like(expected)
     ours = torch.autograd.grad(context, inputs, upstream.to(dtype))
@@ -64,6 +67,40 @@ def test_value_and_gradient(kernel, window, queries, keys, heads, groups, torch_
 def test_a_soft_cap(window, queries, keys, heads, groups):
     inputs = problem(queries, keys, heads, groups)
     compare(causal_attention, inputs, TOLERANCES["any device"], window=window, softcap=0.5)
+
+
+SINKS = torch.tensor([-2.0, 0.3, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (3, 7)])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("kernel", TOLERANCES)
+def test_sinks(kernel, window, queries, keys, groups, torch_npu):  # noqa: ARG001
+    attend = causal_attention if kernel == "any device" else npu.causal_attention
+    inputs = [*problem(queries, keys, 4, groups), SINKS]
+    compare(attend, inputs, TOLERANCES[kernel], DTYPES[kernel], window=window)
+
+
+@pytest.mark.parametrize("window", [None, 3, 5])
+def test_sinks_in_several_blocks_of_queries(monkeypatch, window):
+    monkeypatch.setattr(blockwise, "_SMALLEST_BLOCK", 4)
+    compare(causal_attention, [*problem(9, 17, 4, 2), SINKS], TOLERANCES["any device"], window=window)
+
+
+def test_sinks_beyond_all_scores_leave_nothing(torch_npu):  # noqa: ARG001
+    query, key, value = (tensor.float() for tensor in problem(3, 5, 4, 2))
+    for attend in (causal_attention, npu.causal_attention):
+        assert torch.all(attend(query, key, value, 0.3, sinks=torch.full((4,), 300.0)) == 0)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_a_sink_is_not_rounded_to_bfloat16(scale):
+    """A key alone, with a score of zero: its weight is the sigmoid of minus the sink."""
+    query, value = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), torch.ones(1, 1, 1, 8, dtype=torch.bfloat16)
+    sinks = torch.tensor([3.3333333])
+    found = causal_attention(query, query, value, scale, sinks=sinks)
+    assert torch.equal(found[0, 0, 0], torch.sigmoid(-sinks)[0].bfloat16())
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, 0.5), (2, None), (3, 0.5), (5, None), (9, None)])

@@ -38,13 +38,16 @@ def visible(documents, window=None):
     return seen
 
 
-def dense(query, key, value, documents, scale, window=None, softcap=None):
+def dense(query, key, value, documents, scale, window=None, softcap=None, sinks=None):
     shared = query.shape[2] // key.shape[2]
     key, value = (tensor[:, 0].repeat_interleave(shared, dim=1) for tensor in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query[:, 0], key) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~visible(documents, window), float("-inf")).softmax(-1)
+    scores = scores.masked_fill(~visible(documents, window), float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(query), 1)], dim=-1)
+    weights = scores.softmax(-1)[..., : len(query)]
     return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)[:, None]
 
 
@@ -55,6 +58,25 @@ def fakes(torch_npu, monkeypatch):  # noqa: ARG001
 
 
 KERNELS = {"any device": None, "npu": npu.varlen_attention, "flash": packed.flash_attention}
+
+
+def random(length, heads, groups):
+    sizes = (heads, groups, groups)
+    return [torch.randn(length, 1, size, 8, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+
+def compare(kernel, inputs, documents, *scores):
+    """Value and gradients of ``inputs``: query, key, value and perhaps sinks."""
+    dtype = torch.float32 if kernel == "npu" else torch.float64
+    query, key, value, *sinks = (tensor.to(dtype) for tensor in inputs)
+    context = packed.packed_attention(query, key, value, documents, *scores, *sinks)
+    expected = dense(*inputs[:3], documents, *scores, *inputs[3:])
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if kernel == "npu" else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(context.double(), expected, **tolerance)
+    upstream = torch.randn_like(expected)
+    grads = torch.autograd.grad(context, inputs, upstream.to(dtype)), torch.autograd.grad(expected, inputs, upstream)
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
 
 
 @pytest.mark.parametrize("groups", [4, 2])
@@ -69,18 +91,22 @@ def test_value_and_gradient(kernel, window, softcap, name, groups, fakes):
         fakes.setattr(packed, "varlen_attention", lambda *inputs: KERNELS[kernel](*inputs[:6], **variants))
     documents = DOCUMENTS[name]
     length = sum(documents.wholes) + sum(branch.length for branch in documents.branches)
-    inputs = [
-        torch.randn(length, 1, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, groups, groups)
-    ]
-    dtype = torch.float32 if kernel == "npu" else torch.float64
-    context = packed.packed_attention(*(tensor.to(dtype) for tensor in inputs), documents, 0.3, window, softcap)
-    expected = dense(*inputs, documents, 0.3, window, softcap)
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if kernel == "npu" else {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(context.double(), expected, **tolerance)
-    upstream = torch.randn_like(expected)
-    grads = torch.autograd.grad(context, inputs, upstream.to(dtype)), torch.autograd.grad(expected, inputs, upstream)
-    for ours, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, theirs, **tolerance)
+    inputs = random(length, 4, groups)
+    compare(kernel, inputs, documents, 0.3, window, softcap)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("kernel", ["any device", "npu"])
+def test_sinks(kernel, window, name, fakes):
+    if kernel == "npu":
+        fakes.setattr(
+            packed, "varlen_attention", lambda *inputs: npu.varlen_attention(*inputs[:6], window, sinks=inputs[8])
+        )
+    documents = DOCUMENTS[name]
+    inputs = random(sum(documents.wholes) + sum(branch.length for branch in documents.branches), 4, 2)
+    sinks = torch.tensor([-2.0, 0.3, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    compare(kernel, [*inputs, sinks], documents, 0.3, window, None)
 
 
 def test_more_documents_than_one_call_of_an_npu_takes(fakes):  # noqa: ARG001

@@ -33,9 +33,15 @@ def main():
     results = []
     for algorithm in ("gathered", sys.argv[2]):
         query, key, value = (tensor[mine].clone().requires_grad_() for tensor in whole)
-        output = CONTEXT_PARALLEL_ATTENTION[algorithm](query, key, value, documents, **scores)
+        # MindSpeed's ring has no sinks
+        sinks = torch.arange(heads).sub(1.0).requires_grad_() if sys.argv[2] == "ulysses_cp_algo" else None
+        output = CONTEXT_PARALLEL_ATTENTION[algorithm](query, key, value, documents, sinks=sinks, **scores)
         (output * weight[mine]).sum().backward()
-        results.append((output.detach(), query.grad, key.grad, value.grad))
+        results.append([output.detach(), query.grad, key.grad, value.grad])
+        if sinks is not None:
+            # one rank has all heads of some tokens, or all tokens of some heads
+            torch.distributed.all_reduce(sinks.grad)
+            results[-1].append(sinks.grad)
     for expected, found in zip(*results, strict=True):
         assert expected.shape == found.shape
         error = (expected - found).norm() / expected.norm()

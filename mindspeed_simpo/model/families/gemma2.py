@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mindspeed_simpo.model.description import Attention, Layer, ModelDescription, Norm, TensorNames
+from mindspeed_simpo.model.description import Attention, Layer, ModelDescription, Norm
 from mindspeed_simpo.model.settings import Family, Settings
+from mindspeed_simpo.model.tensor_names import TensorNames
 
 NAMES = TensorNames(
     norm_after_attention="post_attention_layernorm",

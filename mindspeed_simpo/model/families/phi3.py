@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from mindspeed_simpo.model.description import Layer, ModelDescription, TensorNames
+from mindspeed_simpo.model.description import Layer, ModelDescription
 from mindspeed_simpo.model.settings import Family, Settings
+from mindspeed_simpo.model.tensor_names import TensorNames
 
 _NAMES = TensorNames(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
 

@@ -1,4 +1,4 @@
-"""Attention of one layer: projections, query-key norms, rotary embedding, core attention."""
+"""Attention of one layer: projections, query-key norms, rotary embedding, sinks, core attention."""
 
 from __future__ import annotations
 
@@ -76,6 +76,11 @@ class Attention(torch.nn.Module):
         outputs = ranks * self.share.padded_queries * layer.value_dim
         self.linear_proj = row_parallel(outputs, config.hidden_size, config, groups, bias=layer.o_bias)
         self._make_projections(config, groups)
+        self.sinks: torch.nn.Parameter | None = None
+        if layer.sinks:
+            device = torch.cuda.current_device()
+            values = torch.empty(self.share.padded_queries, dtype=config.params_dtype, device=device)
+            self.sinks = torch.nn.Parameter(values)
         over_context = CONTEXT_PARALLEL_ATTENTION[context_parallel_algo]
         self._over_context = over_context if groups.context.size() > 1 else None
 
@@ -101,11 +106,14 @@ class Attention(torch.nn.Module):
             contents: Documents and rotary tables of the rows.
         """
         query, key, value = self._projected(hidden, contents.tables[self.layer.rotation])
-        core = partial(self._core, documents=contents.documents)
+        core, inputs = partial(self._core, documents=contents.documents), [query, key, value]
+        if self.sinks is not None:
+            # the gradients of all blocks and documents are summed in fp32
+            inputs.append(self.sinks[: self.share.queries].float())
         if self.recomputes_core and self.training:
-            context = tensor_parallel.checkpoint(core, False, query, key, value)
+            context = tensor_parallel.checkpoint(core, False, *inputs)
         else:
-            context = core(query, key, value)
+            context = core(*inputs)
         padding = (self.share.padded_queries - self.share.queries) * self.layer.value_dim
         result: tuple[Tensor, Tensor | None] = self.linear_proj(
             torch.nn.functional.pad(context, (0, padding)) if padding else context
@@ -144,10 +152,12 @@ class Attention(torch.nn.Module):
         query: Float[Tensor, "seq row heads dim"],
         key: Float[Tensor, "seq row groups dim"],
         value: Float[Tensor, "seq row groups dim"],
+        sinks: Float[Tensor, " heads"] | None = None,
+        *,
         documents: Documents,
     ) -> Float[Tensor, "seq row width"]:
         layer = self.layer
-        scores = layer.scale, layer.window, layer.softcap
+        scores = layer.scale, layer.window, layer.softcap, sinks
         if self._over_context is not None:
             attended: Tensor = self._over_context(query, key, value, documents, *scores, self.context_group)
             return attended

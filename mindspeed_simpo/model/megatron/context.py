@@ -26,6 +26,7 @@ def gathered_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Float[Tensor, " heads"] | None,
     group: dist.ProcessGroup,
 ) -> Float[Tensor, "seq row width"]:
     """Causal attention of this rank's chunks over all-gathered keys and values; on any device.
@@ -41,16 +42,17 @@ def gathered_attention(
         scale: Factor of the scores.
         window: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
         softcap: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
+        sinks: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
         group: The context-parallel ranks.
     """
-    size = group.size()
+    size, scores = group.size(), (scale, window, softcap, sinks)
     key, value = (gather_along_first(tensor, group) for tensor in (key, value))
     if documents.wholes:
-        return packed.segmented_attention(query, key, value, documents, group.rank(), size, scale, window, softcap)
+        return packed.segmented_attention(query, key, value, documents, group.rank(), size, *scores)
     key, value = (in_sequence_order(tensor, size) for tensor in (key, value))
     length = query.shape[0] // 2
     parts = [
-        causal_attention(part, key[: (chunk + 1) * length], value[: (chunk + 1) * length], scale, window, softcap)
+        causal_attention(part, key[: (chunk + 1) * length], value[: (chunk + 1) * length], *scores)
         for part, chunk in zip(query.chunk(2), chunks_of(group.rank(), size), strict=True)
     ]
     return torch.cat(parts)
@@ -64,6 +66,7 @@ def ulysses_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Float[Tensor, " heads"] | None,
     group: dist.ProcessGroup,
 ) -> Float[Tensor, "seq row width"]:
     """Causal attention by Ulysses: all-to-alls shard heads in place of the sequence and back; Ascend only.
@@ -76,17 +79,20 @@ def ulysses_attention(
         scale: Factor of the scores.
         window: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
         softcap: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
+        sinks: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
         group: The context-parallel ranks.
     """
     size = group.size()
+    own_sinks = None if sinks is None else sinks.chunk(size)[group.rank()]
+    scores = scale, window, softcap, own_sinks
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if documents.wholes:
             query, key, value = (packed.in_row_order(tensor, documents, size) for tensor in (query, key, value))
-            context = packed.packed_attention(query, key, value, documents, scale, window, softcap)
+            context = packed.packed_attention(query, key, value, documents, *scores)
             return packed.in_rank_order(context, documents, size)
         query, key, value = (in_sequence_order(tensor, size) for tensor in (query, key, value))
-        return in_rank_order(causal_attention(query, key, value, scale, window, softcap), size)
+        return in_rank_order(causal_attention(query, key, value, *scores), size)
 
     return npu_context.ulysses_attention(query, key, value, attend, group)
 
@@ -99,6 +105,7 @@ def ring_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Float[Tensor, " heads"] | None,
     group: dist.ProcessGroup,
 ) -> Float[Tensor, "seq row width"]:
     """Causal attention by MindSpeed's ring attention; Ascend only.
@@ -111,11 +118,13 @@ def ring_attention(
         scale: Factor of the scores.
         window: None, or at least the full sequence length; ``config.validation`` refuses shorter windows.
         softcap: None; models with a soft cap are refused on NPUs.
+        sinks: None; ``config.validation`` refuses models with sinks.
         group: The context-parallel ranks.
     """
     assert not documents.wholes, "MindSpeed's ring attention takes no packed row of uneven documents"
     assert window is None or window >= group.size() * query.shape[0], "MindSpeed's ring attention has no sliding window"
     assert softcap is None, "MindSpeed's ring attention has no soft cap"
+    assert sinks is None, "MindSpeed's ring attention has no sinks"
     return npu_context.ring_attention(query, key, value, scale, group)
 
 

@@ -6,6 +6,7 @@ No token is dropped: each expert computes all tokens that choose it, however man
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from mindspeed_simpo.device import operators
-from mindspeed_simpo.device.grouped import grouped_linear
+from mindspeed_simpo.device.grouped import grouped_bias, grouped_linear
 from mindspeed_simpo.model import description
 from mindspeed_simpo.model.balance import Balance
 from mindspeed_simpo.model.megatron.adapters import ExpertAdapters
@@ -26,10 +27,10 @@ from mindspeed_simpo.parallel.collectives import exchange, join_along_first, spl
 
 
 class Router(torch.nn.Module):
-    """``scores(weight x)`` in fp32, the experts with the highest scores, and their weights.
+    """``scores(weight x + bias)`` in fp32, the experts with the highest scores, and their weights.
 
-    The choice has no gradient. The bias ``correction`` is frozen and keeps its fp32 values whatever the dtype of the
-    model.
+    The choice has no gradient. ``bias``, of families that have it, is trained; the bias ``correction`` is frozen and
+    keeps its fp32 values whatever the dtype of the model.
     """
 
     def __init__(self, config: TransformerConfig, experts: description.Experts) -> None:
@@ -38,8 +39,12 @@ class Router(torch.nn.Module):
         device = torch.cuda.current_device()
         shape = experts.number, config.hidden_size
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
-        # with sequence parallelism each tensor-parallel rank routes its own tokens: megatron-core sums the gradients
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias: torch.nn.Parameter | None = None
+        if experts.bias:
+            self.bias = torch.nn.Parameter(torch.empty(shape[0], dtype=config.params_dtype, device=device))
+        for parameter in self.parameters():
+            # with sequence parallelism each tensor-parallel rank routes its own tokens: megatron-core sums gradients
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.correction: torch.nn.Parameter | None = None
         if experts.corrected:
             bias = torch.zeros(experts.number, dtype=torch.float32, device=device)
@@ -61,7 +66,7 @@ class Router(torch.nn.Module):
             tokens: Normalised hidden states.
             balance: The auxiliary loss; None for none.
         """
-        logits = linear(tokens.float(), self.weight.float())
+        logits = linear(tokens.float(), self.weight.float(), None if self.bias is None else self.bias.float())
         scores = logits.softmax(-1) if self.experts.scores == "softmax" else logits.sigmoid()
         choice = scores.detach() if self.correction is None else scores.detach() + self.correction
         if self.experts.groups > 1:
@@ -75,11 +80,21 @@ class Router(torch.nn.Module):
         return weights * self.experts.scale, chosen
 
 
+class ExpertBias(torch.nn.Module):
+    """A bias of one projection of each expert that a rank holds."""
+
+    def __init__(self, number: int, outputs: int, config: TransformerConfig) -> None:
+        super().__init__()
+        # weight decay leaves out parameters of this name
+        self.bias = _stacked((number, outputs), config)
+
+
 class Experts(torch.nn.Module):
     """``sum_e w_e expert_e(x)`` over the experts that the router chooses.
 
     The parameters of all experts of a rank are one tensor for each projection. Without sequence parallelism the
-    tensor-parallel ranks, which have the same tokens, compute an equal part of them each.
+    tensor-parallel ranks, which have the same tokens, compute an equal part of them each. Each of the ranks that divide
+    an expert holds a part of the bias of its output, and adds that part to the part of the output that it computes.
 
     Args:
         config: Configuration of megatron-core.
@@ -95,10 +110,16 @@ class Experts(torch.nn.Module):
         self.split_over = None if config.sequence_parallel else groups.tensor
         width = experts.width // self.tensor_ranks
         self.router = Router(config, experts)
-        self.linear_fc1 = _stacked(self.held, 2 * width, config.hidden_size, config)
-        self.linear_fc2 = _stacked(self.held, config.hidden_size, width, config)
+        self.activation = _activation(experts)
+        self.linear_fc1 = _stacked((self.held, 2 * width, config.hidden_size), config)
+        self.linear_fc2 = _stacked((self.held, config.hidden_size, width), config)
         self.linear_fc1_adapters: ExpertAdapters | None = None
         self.linear_fc2_adapters: ExpertAdapters | None = None
+        self.fc1 = self.fc2 = None
+        self.tensor_rank = shards.rank % self.tensor_ranks
+        if experts.bias:
+            self.fc1 = ExpertBias(self.held, 2 * width, config)
+            self.fc2 = ExpertBias(self.held, -(-config.hidden_size // self.tensor_ranks), config)
 
     def forward(
         self, hidden: Float[Tensor, "held row hidden"], balance: Balance | None
@@ -156,7 +177,16 @@ class Experts(torch.nn.Module):
     ) -> Float[Tensor, "row hidden"]:
         """This rank's experts of consecutive rows."""
         gate_up = _projected(rows, self.linear_fc1, self.linear_fc1_adapters, counts, keys)
-        return _projected(operators.swiglu(gate_up), self.linear_fc2, self.linear_fc2_adapters, counts, keys)
+        if self.fc1 is not None:
+            gate_up = grouped_bias(gate_up, self.fc1.bias, counts)
+        output = _projected(self.activation(gate_up), self.linear_fc2, self.linear_fc2_adapters, counts, keys)
+        if self.fc2 is not None:
+            share = self.fc2.bias.shape[1]
+            first = self.tensor_rank * share
+            # a negative number of zeros leaves out what pads the last rank's share
+            biases = pad(self.fc2.bias, (first, output.shape[1] - first - share))
+            output = grouped_bias(output, biases, counts)
+        return output
 
     def _computed_by_ranks(
         self, rows: Float[Tensor, "row hidden"], counts: Int[Tensor, " expert"], keys: Int[Tensor, "row one"] | None
@@ -185,9 +215,16 @@ def _projected(
     return output if adapters is None or not adapters.active else output + adapters(rows, counts, keys)
 
 
-def _stacked(number: int, outputs: int, inputs: int, config: TransformerConfig) -> torch.nn.Parameter:
-    device = torch.cuda.current_device()
-    weight = torch.nn.Parameter(torch.empty(number, outputs, inputs, dtype=config.params_dtype, device=device))
+def _activation(experts: description.Experts) -> Callable[[Tensor], Tensor]:
+    """Products of the first projection ``[row, 2 width]`` -> ``[row, width]``."""
+    kind = experts.activation
+    if isinstance(kind, description.ClampedSwiGLU):
+        return partial(operators.clamped_swiglu, alpha=kind.alpha, limit=kind.limit)
+    return operators.swiglu
+
+
+def _stacked(shape: tuple[int, ...], config: TransformerConfig) -> torch.nn.Parameter:
+    weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device()))
     # megatron-core then reduces the gradient over the ranks with the same experts
     weight.allreduce = False  # type: ignore[attr-defined]
     return weight

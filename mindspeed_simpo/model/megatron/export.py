@@ -19,7 +19,7 @@ from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.adapter_folder import CONFIG_FILE, write_adapter
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.megatron.weights import gather_hf_tensors, gather_merged, unwrap
-from mindspeed_simpo.model.naming import hf_tensors
+from mindspeed_simpo.model.naming import stored_shapes
 from mindspeed_simpo.model.tokenizer_files import write_tokenizer
 from mindspeed_simpo.model.weight_source import INDEX_FILE, SafetensorsFolder
 from mindspeed_simpo.parallel import Groups
@@ -45,9 +45,9 @@ def export_hf(
     """Write config.json, generation_config.json, safetensors and the tokenizer with its chat template.
 
     A collective of all ranks; only global rank 0 writes. Each weight has its dtype in ``source``, or the dtype of
-    config.json where ``source`` has no weights, so that an export directly after import is bit-identical. Adapters are
-    merged into the weights in fp32. All files are written to a temporary hidden folder beside ``output`` and renamed at
-    the end; an earlier export is replaced.
+    config.json where ``source`` has no weights, so that an export directly after import is bit-identical; weights in
+    MXFP4 are written in bf16. Adapters are merged into the weights in fp32. All files are written to a temporary hidden
+    folder beside ``output`` and renamed at the end; an earlier export is replaced.
 
     Args:
         models: This rank's model chunks, with or without wrappers.
@@ -166,7 +166,7 @@ def _stored_dtypes(source: Path, description: ModelDescription) -> dict[str, tor
     try:
         return SafetensorsFolder(source, description).dtypes
     except ModelError:
-        return dict.fromkeys((tensor.name for tensor in hf_tensors(description)), getattr(torch, description.dtype))
+        return dict.fromkeys(stored_shapes(description), getattr(torch, description.dtype))
 
 
 def _write_weights(
@@ -176,7 +176,7 @@ def _write_weights(
     dtypes: dict[str, torch.dtype],
     max_shard_bytes: int,
 ) -> None:
-    sizes = {t.name: math.prod(t.shape) * dtypes[t.name].itemsize for t in hf_tensors(description)}
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in stored_shapes(description).items()}
     plan = split_state_dict_into_shards_factory(
         sizes,
         get_storage_size=lambda size: size,
@@ -203,6 +203,8 @@ def _write_config(folder: Path, source: Path, description: ModelDescription, dty
     key = "dtype" if "dtype" in config else "torch_dtype"
     config[key] = str(max(set(used), key=used.count)).removeprefix("torch.")
     config["architectures"] = [description.architecture]
+    if description.mxfp4:
+        del config["quantization_config"]
     _write_json(folder / "config.json", config)
     for name in _COPIED:
         if (source / name).is_file():

@@ -68,11 +68,13 @@ class LatentAttention(Attention):
         query: Float[Tensor, "seq row heads dim"],
         key: Float[Tensor, "seq row heads dim"],
         value: Float[Tensor, "seq row heads value_dim"],
+        sinks: Float[Tensor, " heads"] | None = None,
+        *,
         documents: Documents,
     ) -> Float[Tensor, "seq row width"]:
         width = max(self.layer.head_dim, self.layer.value_dim)
         query, key, value = (pad(each, (0, width - each.shape[-1])) for each in (query, key, value))
-        context = super()._core(query, key, value, documents)
+        context = super()._core(query, key, value, sinks, documents=documents)
         if width == self.layer.value_dim:
             return context
         own: Tensor = context.view(*context.shape[:2], -1, width)[..., : self.layer.value_dim].flatten(2)

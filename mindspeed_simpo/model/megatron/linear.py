@@ -32,7 +32,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """``hidden`` normalised over its last axis, in the same dtype."""
-        return operators.rms_norm(hidden, self.weight, self.norm.eps, self.norm.weight_offset)
+        norm = self.norm
+        return operators.rms_norm(hidden, self.weight, norm.eps, norm.weight_offset, rounds_last=norm.rounds_last)
 
 
 class _Adapted(torch.nn.Module):

@@ -17,7 +17,7 @@ from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.hf_config import resolve_model
 from mindspeed_simpo.model.megatron.gpt import PolicyModel
 from mindspeed_simpo.model.naming import Chunk
-from mindspeed_simpo.model.slots import Slot, Span, joined
+from mindspeed_simpo.model.slots import HFTensor, Slot, Span, joined
 from mindspeed_simpo.model.weight_source import RandomWeights, SafetensorsFolder, WeightSource
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.groups import FirstRankFirst, Shards
@@ -115,7 +115,8 @@ def gather_hf_tensors(
     """Yield ``(Hugging Face name, full tensor)`` on global rank 0, tensor by tensor; yield nothing on other ranks.
 
     A collective: every rank must exhaust the iterator. The order is that of the layers. Before each tensor the other
-    ranks wait for rank 0, without the time limit of training, for what rank 0 does with the tensor may take long.
+    ranks wait for rank 0, without the time limit of training, for what rank 0 does with the tensor may take long. A
+    tensor that holds all experts of a layer is put together on rank 0.
 
     Args:
         models: This rank's model chunks, with or without wrappers.
@@ -126,6 +127,30 @@ def gather_hf_tensors(
         slots_of: Function of a chunk of any pipeline rank that returns the slots to gather: of the weights, or
             :meth:`~mindspeed_simpo.model.adapters.Adapters.slots_of` of the adapters.
     """
+    wholes: dict[str, tuple[Tensor, int]] = {}
+    for tensor, values in _gather_tensors(models, description, groups, value, slots_of):
+        place = tensor.place
+        if place is None:
+            yield tensor.name, values
+            continue
+        whole, held = wholes.pop(place.name, (values.new_empty(place.shape), 0))
+        place.view(whole).copy_(values)
+        held += values.numel()
+        if held == whole.numel():
+            yield place.name, whole
+        else:
+            wholes[place.name] = whole, held
+    assert not wholes, f"parts of experts are missing from {sorted(wholes)}"
+
+
+def _gather_tensors(
+    models: Sequence[torch.nn.Module],
+    description: ModelDescription,
+    groups: Groups,
+    value: Callable[[torch.nn.Parameter], Tensor],
+    slots_of: Callable[[Chunk, ModelDescription], Iterable[Slot]],
+) -> Iterator[tuple[HFTensor, Tensor]]:
+    """See :func:`gather_hf_tensors`; of a tensor that holds all experts of a layer, the part of each expert."""
     first_rank = FirstRankFirst()
     own = {model.chunk: model for model in map(unwrap, models)}
     some = next(iter(own.values()))
@@ -148,7 +173,7 @@ def gather_hf_tensors(
             for tensor, whole in zip(slot.tensors, tensors, strict=False):
                 first_rank.wait(tensor.name)
                 if shards.rank == 0 and _move_to_first_pipeline_rank(whole, chunk.pipeline_rank, groups):
-                    yield tensor.name, whole
+                    yield tensor, whole
 
 
 def gather_merged(

@@ -1,4 +1,4 @@
-"""``npu_fusion_attention`` for SBH, BSH, BSND, BNSD and TND, and its gradient for all but the last, in PyTorch."""
+"""``npu_fusion_attention`` for SBH, BSH, BSND, BNSD and TND, and its gradient, in PyTorch."""
 
 import functools
 import math
@@ -177,34 +177,59 @@ def npu_fusion_attention_grad(
     pre_tockens=2147483647,
     next_tockens=2147483647,
     sparse_mode=0,
+    actual_seq_qlen=None,
+    actual_seq_kvlen=None,
+    softmax_layout="",
     **kwargs,
 ):
     """(dq, dk, dv, dpse) with the softmax given by its statistics, which may span more keys than ``key`` holds.
 
+    The statistics have the shape and the order in memory that :func:`npu_fusion_attention` gives them.
+
     Source: ``npu_fusion_attention_grad`` of ``op_plugin/ops/opapi/FlashAttentionKernelNpuOpApi.cpp`` in op-plugin.
     """
-    layout = input_layout.upper()
-    if layout == "TND":
-        raise NotImplementedError("the gradient of TND")
-    window = (pre_tockens, next_tockens)
-    _, sizes = check(query, key, value, head_num, layout, atten_mask, 1.0, sparse_mode, window, (None, None), "")
+    layout, window, ends = input_layout.upper(), (pre_tockens, next_tockens), (actual_seq_qlen, actual_seq_kvlen)
+    _, sizes = check(query, key, value, head_num, layout, atten_mask, 1.0, sparse_mode, window, ends, softmax_layout)
     check_dtypes((query, dy, attention_in))
     check_shapes((dy, key, value), head_num, layout)
     refuse(softmax_max.dtype == softmax_sum.dtype == torch.float32, "fp32 statistics", softmax_max.dtype)
-    q, grad, whole = (_to_heads(t, layout, head_num).float() for t in (query, dy, attention_in))
-    k, v = (_to_heads(t, layout, sizes.heads[1]).float() for t in (key, value))
+    hide, tensors = functools.partial(_hidden, atten_mask, sparse_mode, *window), (query, dy, attention_in, key, value)
+    if layout == "TND":
+        _refuse_backward(sizes.widths[0], dy)
+        statistics = [
+            each if softmax_layout == "TND" else each.view(head_num, -1, MAX_STATISTIC).transpose(0, 1)
+            for each in (softmax_max, softmax_sum)
+        ]
+        grads = [torch.zeros_like(each) for each in (query, key, value)]
+        for queries, keys in zip(*map(_spans, ends), strict=True):
+            spans = (queries, queries, queries, keys, keys, queries, queries)
+            parts = [t[None, span].transpose(1, 2) for t, span in zip((*tensors, *statistics), spans, strict=True)]
+            for grad, span, part in zip(
+                grads, (queries, keys, keys), _gradients(*parts, scale_value, hide), strict=True
+            ):
+                grad[span] = part[0].transpose(0, 1).to(grad.dtype)
+        return *grads, None
+    parts = [
+        _to_heads(t, layout, heads) for t, heads in zip(tensors, (*3 * (head_num,), *sizes.heads[1:]), strict=True)
+    ]
+    grads = _gradients(*parts, softmax_max, softmax_sum, scale_value, hide)
+    return *(_from_heads(t.to(query.dtype), layout) for t in grads), None
+
+
+def _gradients(query, grad, whole, key, value, maximum, total, scale, hide):
+    """Gradients of query, key and value in fp32; all are [B, N, S, D], statistics [B, N, S, 8]."""
+    q, grad, whole, k, v = (t.float() for t in (query, grad, whole, key, value))
     groups = q.shape[1] // k.shape[1]
     k_all, v_all = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-    scores = scale_value * q @ k_all.transpose(-1, -2)
-    hidden = _hidden(atten_mask, sparse_mode, *window, q.shape[2], k.shape[2], q.device)
+    scores = scale * q @ k_all.transpose(-1, -2)
+    hidden = hide(q.shape[2], k.shape[2], q.device)
     if hidden is not None:
         scores = scores.masked_fill(hidden, -math.inf)
-    weights = (scores - softmax_max[..., :1]).exp() / softmax_sum[..., :1]
+    weights = (scores - maximum[..., :1]).exp() / total[..., :1]
     grad_weights = grad @ v_all.transpose(-1, -2)
-    grad_scores = weights * (grad_weights - (grad * whole).sum(-1, keepdim=True)) * scale_value
-    dq = grad_scores @ k_all
+    grad_scores = weights * (grad_weights - (grad * whole).sum(-1, keepdim=True)) * scale
     dk, dv = (
         t.unflatten(1, (-1, groups)).sum(2)
         for t in (grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad)
     )
-    return *(_from_heads(t.to(query.dtype), layout) for t in (dq, dk, dv)), None
+    return grad_scores @ k_all, dk, dv

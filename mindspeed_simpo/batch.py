@@ -218,6 +218,9 @@ class PairBatch:
     """int64 index of the example in the dataset, or ``FILLER_PAIR``."""
     packing: Packing | None = None
     """Set where one row holds all sequences; None where each sequence has its own row."""
+    identities: Int[Tensor, "row seq"] | None = None
+    """int64 identity of each token, the same in every form of batches, see :func:`identities_of`; -1 for padding.
+    They stay in host memory. None where they are not known."""
 
     @property
     def num_pairs(self) -> int:
@@ -241,6 +244,7 @@ class PairBatch:
             lengths=to_device(self.lengths, device),
             pair_ids=to_device(self.pair_ids, device),
             packing=self.packing.to(device) if self.packing is not None else None,
+            identities=self.identities,
         )
 
 
@@ -344,6 +348,17 @@ class LossOutput:
     """Reward of the rejected response, without the margin, detached."""
     metrics: Mapping[str, Float[Tensor, " pair"]] = field(default_factory=dict)
     """Name -> value of the metrics that the objective declares, detached."""
+
+
+def identities_of(pair_id: int, part: int, number: int) -> Int[Tensor, " token"]:
+    """Identities of the first tokens of a part of a pair: the same for a prompt that two sequences have.
+
+    Args:
+        pair_id: Index of the example in the data set.
+        part: 0 for the prompt, 1 for the chosen and 2 for the rejected response.
+        number: Number of tokens, at most ``2 ** 28``.
+    """
+    return ((pair_id * 4 + part) << 28) + torch.arange(number, dtype=torch.int64)
 
 
 def even_halves(chosen: Sequence[int], rejected: Sequence[int]) -> list[int]:

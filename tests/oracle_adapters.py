@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.oracle import AdamW, Pair, grad_norm
-from tests.oracle_model import Params, load, sequence_logprob
+from tests.oracle_model import Added, Params, load, sequence_logprob
 from tests.oracle_objectives import STAGES, Options, Running, Scores, score
 
 _PREFIX = "base_model.model."
@@ -40,6 +42,46 @@ def adapted(params: Params, adapters: Params, scale: float) -> Params:
     return changed
 
 
+class Dropped(Added):
+    """Adapted weights for one sequence, with ``scale B A (mask x) / (1 - rate)`` added to ``W x``."""
+
+    def __init__(self, params: Params, adapters: Params, scale: float, rate: float, token_keys: np.ndarray) -> None:
+        super().__init__(params)
+        self._adapters, self._factor, self._rate, self._keys = adapters, scale / (1 - rate), rate, token_keys
+
+    def added(self, name: str, values: Tensor, tokens: Tensor | None) -> Tensor | float:
+        a = self._adapters.get(f"{name}.lora_A.weight")
+        if a is None:
+            return 0.0
+        keys = self._keys if tokens is None else self._keys[tokens.numpy()]
+        word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+        of_rows = _hashed(keys ^ np.uint64(word))
+        of_features = _hashed(np.arange(values.shape[-1], dtype=np.uint64) ^ _GOLDEN)
+        kept = _hashed(of_rows[:, None] ^ of_features) >= np.uint64(int(self._rate * 2**32))
+        return self._factor * (values * torch.from_numpy(kept)) @ a.T @ self._adapters[f"{name}.lora_B.weight"].T
+
+
+_GOLDEN = np.uint64(0x9E3779B9)
+
+
+def _hashed(words: np.ndarray) -> np.ndarray:
+    """Two rounds of shift and multiplication on numbers of 32 bits."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x7FEB352D)):
+        words = (words ^ words >> np.uint64(shift)) * np.uint64(factor) % np.uint64(2**32)
+    return words ^ words >> np.uint64(15)
+
+
+def _token_keys(seed: int, step: int, pair: int, side: int, prompt: int, response: int) -> np.ndarray:
+    """Of a sequence: each token's number is its pair's, two bits for its part, and 28 for its place in the part."""
+    key = np.array(_GOLDEN)
+    for word in (seed, step):
+        key = _hashed(key ^ np.uint64(word))
+    places = [(pair << 30) + place for place in range(prompt)]
+    places += [(pair << 30) + ((1 + side) << 28) + place for place in range(response)]
+    numbers = np.array(places, dtype=np.uint64)
+    return _hashed(_hashed(numbers % np.uint64(2**32) ^ key) ^ numbers // np.uint64(2**32))
+
+
 def train_step(
     folder: str | Path,
     adapter_folder: str | Path,
@@ -47,8 +89,10 @@ def train_step(
     lr: float,
     options: Options,
     running: Running | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> tuple[float, float, Params, Params]:
-    """One optimizer step on a global batch; the reference is the model without adapters.
+    """The first optimizer step on a global batch; the reference is the model without adapters, and without dropout.
 
     Returns:
         Loss, gradient norm and gradients before the step, and the adapters after it.
@@ -59,15 +103,24 @@ def train_step(
     running = running or Running()
     total = {name: torch.zeros_like(tensor) for name, tensor in adapters.items()}
     losses = []
-    for prompt, *responses in pairs:
-        changed = adapted(params, adapters, scale)
-        sums, counts = zip(*(sequence_logprob(changed, config, prompt, each) for each in responses), strict=True)
+    for number, (prompt, *responses) in enumerate(pairs):
+        unevenness: list[Tensor] = []
+        scored = []
+        for side, response in enumerate(responses):
+            keys = _token_keys(seed, 0, number, side, len(prompt), len(response))
+            changed = Dropped(params, adapters, scale, dropout, keys) if dropout else adapted(params, adapters, scale)
+            scored.append(sequence_logprob(changed, config, prompt, response, unevenness))
+        sums, counts = zip(*scored, strict=True)
         reference = None
         if STAGES[options.stage].needs_reference:
             reference = tuple(sequence_logprob(params, config, prompt, each)[0].item() for each in responses)
         loss, metrics = score(Scores(sums, counts, reference, running.value), options)
+        if options.moe_aux_loss_coeff:  # of both sequences of the pair, half each
+            loss = loss + options.moe_aux_loss_coeff / 2 * torch.stack(unevenness).sum()
         losses.append(metrics["loss"])
-        _accumulate(total, torch.autograd.grad(loss / len(pairs), list(adapters.values())))
+        # an expert that no token of the pair chooses has no gradient
+        parts = torch.autograd.grad(loss / len(pairs), list(adapters.values()), materialize_grads=True)
+        _accumulate(total, parts)
     norm = grad_norm(total)
     # the 1e-6 is megatron-core's and torch's guard against a zero norm
     clip = min(1.0, options.clip_grad / (norm + 1e-6)) if options.clip_grad else 1.0

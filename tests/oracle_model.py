@@ -20,6 +20,15 @@ from torch import Tensor
 Params = dict[str, Tensor]
 Config = Mapping[str, Any]
 
+
+class Added(Params):
+    """Weights whose products get an addend."""
+
+    def added(self, name: str, values: Tensor, tokens: Tensor | None) -> Tensor | float:
+        """What the product of ``values`` with the weight of the projection ``name`` gets; see :func:`_linear`."""
+        raise NotImplementedError
+
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 CLOSE_CHOICE = 2e-6
@@ -202,8 +211,11 @@ def _norm(params: Params, config: Config, name: str | None, values: Tensor) -> T
     return values / (values.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * gain
 
 
-def _linear(params: Params, name: str, values: Tensor) -> Tensor:
+def _linear(params: Params, name: str, values: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """``tokens`` has the numbers of the tokens of ``values``; None for all of them."""
     product = values @ params[f"{name}.weight"].T
+    if isinstance(params, Added):
+        product = product + params.added(name, values, tokens)
     return product + params[f"{name}.bias"] if f"{name}.bias" in params else product
 
 
@@ -293,11 +305,12 @@ def _mlp(params: Params, config: Config, name: str, hidden: Tensor) -> Tensor:
     return _linear(params, f"{name}.down_proj", active * up)
 
 
-def _expert(params: Params, config: Config, name: str, expert: int, hidden: Tensor) -> Tensor:
+def _expert(params: Params, config: Config, name: str, expert: int, hidden: Tensor, tokens: Tensor) -> Tensor:
     if config["model_type"] != "gpt_oss":
         gate, up, down = (f"{name}.{expert}.{part}" for part in _EXPERT_PARTS[config["model_type"] == "mixtral"])
-        gated = _linear(params, gate, hidden)
-        return _linear(params, down, gated * torch.sigmoid(gated) * _linear(params, up, hidden))
+        gated = _linear(params, gate, hidden, tokens)
+        active = gated * torch.sigmoid(gated) * _linear(params, up, hidden, tokens)
+        return _linear(params, down, active, tokens)
     # all experts of a layer are one tensor [expert, in, out], in which gate and up alternate
     both = hidden @ params[f"{name}.gate_up_proj"][expert] + params[f"{name}.gate_up_proj_bias"][expert]
     gate, up = both.unflatten(-1, (-1, 2)).unbind(-1)
@@ -345,7 +358,7 @@ def _experts(params: Params, config: Config, layer: str, hidden: Tensor, unevenn
     mixed = torch.zeros_like(hidden)
     for expert in range(weights.shape[-1]):
         tokens = weights[:, expert].nonzero()[:, 0]
-        output = _expert(params, config, f"{block}.experts", expert, hidden[tokens])
+        output = _expert(params, config, f"{block}.experts", expert, hidden[tokens], tokens)
         mixed = mixed.index_add(0, tokens, weights[tokens, expert, None] * output)
     return mixed + _mlp(params, config, f"{block}.shared_experts", hidden) if glm else mixed
 

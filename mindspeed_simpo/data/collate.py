@@ -6,9 +6,19 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mindspeed_simpo.batch import FILLER_PAIR, IGNORE_INDEX, Branch, Documents, Packing, PairBatch, TokenizedPair
+from mindspeed_simpo.batch import (
+    FILLER_PAIR,
+    IGNORE_INDEX,
+    Branch,
+    Documents,
+    Packing,
+    PairBatch,
+    TokenizedPair,
+    identities_of,
+)
 
 _PADDING_ID = 0
+_NO_IDENTITY = -1
 _CHOSEN, _REJECTED = 0, 1
 
 Collate = Callable[..., PairBatch]
@@ -47,7 +57,15 @@ def collate_padded(
         tokens[row, : len(ids)] = torch.tensor(ids)
         targets[row, : len(ids)] = torch.tensor(wanted)
     numbers = [FILLER_PAIR if pair is None else pair_id for pair, pair_id in zip(pairs, pair_ids, strict=True)]
-    return PairBatch(tokens, targets, _lengths(pairs), torch.tensor(numbers, dtype=torch.int64))
+    identities = torch.full((len(rows), length), _NO_IDENTITY, dtype=torch.int64)
+    for row, (side, number) in enumerate(
+        (side, number) for side in (_CHOSEN, _REJECTED) for number in range(len(pairs))
+    ):
+        pair = pairs[number]
+        if pair is not None:
+            identities[row, : len(rows[row][0])] = _identities(pair, numbers[number], side)
+    number_of = torch.tensor(numbers, dtype=torch.int64)
+    return PairBatch(tokens, targets, _lengths(pairs), number_of, identities=identities)
 
 
 def collate_packed(
@@ -75,7 +93,7 @@ def collate_packed(
         for number, pair in enumerate(kept):
             if pair is not None:
                 sequence, targets = _sequence(pair, side)
-                row.put(sequence, number, {side: targets})
+                row.put(sequence, number, {side: targets}, _identities(pair, ids[number], side))
     row.pad()
     return row.batch(kept, ids)
 
@@ -108,11 +126,19 @@ def collate_prefix_shared(
         prompt = len(pair.prompt_ids)
         first_rejected = [IGNORE_INDEX] * (prompt - 1) + pair.rejected_targets[: min(prompt, 1)]
         sequence, chosen_targets = _sequence(pair, _CHOSEN)
-        starts.append(row.put(sequence, number, {_CHOSEN: chosen_targets, _REJECTED: first_rejected}))
+        targets = {_CHOSEN: chosen_targets, _REJECTED: first_rejected}
+        starts.append(row.put(sequence, number, targets, _identities(pair, ids[number], _CHOSEN)))
     row.pad()
     for (number, pair), start in zip(real, starts, strict=True):
         targets = {_REJECTED: [*pair.rejected_targets[1:], IGNORE_INDEX]}
-        row.put(pair.rejected_ids, number, targets, prefix=(start, len(pair.prompt_ids)))
+        prompt = len(pair.prompt_ids)
+        row.put(
+            pair.rejected_ids,
+            number,
+            targets,
+            _identities(pair, ids[number], _REJECTED)[prompt:],
+            prefix=(start, prompt),
+        )
     return row.batch(kept, ids)
 
 
@@ -134,12 +160,18 @@ class _Row:
         self._targets = torch.full((2, length), IGNORE_INDEX, dtype=torch.int64)
         self._positions = torch.zeros(length, dtype=torch.int64)
         self._pair_of = torch.zeros(length, dtype=torch.int64)
+        self._identities = torch.full((1, length), _NO_IDENTITY, dtype=torch.int64)
         self._wholes: list[int] = []
         self._branches: list[Branch] = []
         self._end = 0
 
     def put(
-        self, ids: list[int], pair: int, targets: dict[int, list[int]], prefix: tuple[int, int] | None = None
+        self,
+        ids: list[int],
+        pair: int,
+        targets: dict[int, list[int]],
+        identities: torch.Tensor | None = None,
+        prefix: tuple[int, int] | None = None,
     ) -> int:
         """Write a document, or a branch whose prefix is the ``(start, length)`` given.
 
@@ -147,6 +179,7 @@ class _Row:
             ids: Of the tokens to write.
             pair: Index of the pair in the micro-batch.
             targets: By side, from the first token that is written.
+            identities: Of the tokens; ``None`` for padding.
             prefix: First token and number of tokens of the prefix, or ``None`` for a document.
 
         Returns:
@@ -162,6 +195,8 @@ class _Row:
         self._tokens[0, start : self._end] = torch.tensor(ids)
         self._positions[start : self._end] = torch.arange(first, first + len(ids))
         self._pair_of[start : self._end] = pair
+        if identities is not None:
+            self._identities[0, start : self._end] = identities
         for side, wanted in targets.items():
             self._targets[side, start : start + len(wanted)] = torch.tensor(wanted, dtype=torch.int64)
         return start
@@ -180,6 +215,7 @@ class _Row:
             lengths=_lengths(pairs),
             pair_ids=torch.tensor(pair_ids, dtype=torch.int64),
             packing=Packing(documents, self._positions, self._pair_of, len(pairs)),
+            identities=self._identities,
         )
 
 
@@ -190,6 +226,12 @@ def _sequence(pair: TokenizedPair, side: int) -> tuple[list[int], list[int]]:
     )
     labels = [IGNORE_INDEX] * len(pair.prompt_ids) + wanted
     return [*pair.prompt_ids, *ids], [*labels[1:], IGNORE_INDEX]
+
+
+def _identities(pair: TokenizedPair, pair_id: int, side: int) -> torch.Tensor:
+    """Identities of the tokens of prompt and answer."""
+    prompt, *answers = pair.lengths
+    return torch.cat([identities_of(pair_id, 0, prompt), identities_of(pair_id, 1 + side, answers[side])])
 
 
 def _lengths(pairs: Sequence[TokenizedPair | None]) -> torch.Tensor:

@@ -33,7 +33,6 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "alpha_pattern": (None, {}),
     "exclude_modules": (None, []),
     "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
 }
 """Keys of peft that change what an adapter is -> the values of the adapters here."""
 _SHOWN = 3
@@ -54,7 +53,7 @@ class AdapterFolder:
 
     def __init__(self, folder: Path, adapters: Adapters, model: ModelDescription) -> None:
         self.folder = folder
-        _check_config(folder, adapters, projections(model))
+        _check_config(folder, adapters, model)
         try:
             self._file: Any = safe_open(folder / WEIGHTS_FILE, framework="pt", device="cpu")
         except FileNotFoundError:
@@ -91,13 +90,19 @@ class AdapterFolder:
                 )
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], adapters: Adapters, base: str) -> None:
+def write_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], adapters: Adapters, model: ModelDescription, base: str
+) -> None:
     """Write the two files that peft reads.
+
+    Where projections of experts have adapters, peft with transformers 5 takes their names out of ``target_modules``, so
+    that ``target_parameters`` names the weights of other projections that are called alike.
 
     Args:
         folder: An existing folder.
         tensors: Every factor, by the names of :meth:`~mindspeed_simpo.model.adapters.Adapters.hf_tensors`.
-        adapters: Their rank, scale and modules.
+        adapters: Their rank, scale, modules and dropout; peft has none of experts' projections.
+        model: Description of the model that they belong to.
         base: ``base_model_name_or_path``.
     """
     named = {_PREFIX + name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -110,7 +115,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], adapters: Adapter
         "inference_mode": True,
         "r": adapters.r,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": 0.0 if adapters.adapt_experts(model) else adapters.dropout,
         "target_modules": list(adapters.modules),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -118,6 +123,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], adapters: Adapter
         "use_dora": False,
         "init_lora_weights": True,
         "modules_to_save": None,
+        "target_parameters": adapters.beside_experts(model) or None,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -127,7 +133,7 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
 
 
-def _check_config(folder: Path, adapters: Adapters, known: tuple[str, ...]) -> None:
+def _check_config(folder: Path, adapters: Adapters, model: ModelDescription) -> None:
     path = folder / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -136,6 +142,11 @@ def _check_config(folder: Path, adapters: Adapters, known: tuple[str, ...]) -> N
         raise ModelError(f"lora_load: {path} cannot be read ({error}): give a folder that peft wrote") from None
     if kind != "LORA":
         raise ModelError(f"{path}: peft_type is {kind}; only LORA adapters can be trained on")
+    if joined := sorted(set(config.get("target_parameters") or ()) - set(adapters.beside_experts(model))):
+        raise ModelError(
+            f"{path}: target_parameters has {', '.join(joined)}: peft makes such factors for all experts at once, and "
+            "one A for what each expert has two of; adapters here have A and B for each projection of each expert"
+        )
     for key, plain in _PLAIN.items():
         if config.get(key, plain[0]) not in plain:
             raise ModelError(f"{path}: {key} is {config[key]}; adapters here have {key} {plain[0]}")
@@ -146,7 +157,7 @@ def _check_config(folder: Path, adapters: Adapters, known: tuple[str, ...]) -> N
         if found != ours:
             option = key if key.startswith("lora") else f"lora_{key}"
             raise ModelError(f"{path}: {key} is {found}; the configuration has {ours:g}: set {option}: {found}")
-    modules = known if targets == ALL_LINEAR else targets if isinstance(targets, list) else [str(targets)]
+    modules = projections(model) if targets == ALL_LINEAR else targets if isinstance(targets, list) else [str(targets)]
     if tuple(sorted(modules)) != adapters.modules:
         raise ModelError(
             f"{path}: target_modules is {', '.join(sorted(modules))}; the configuration has "

@@ -16,7 +16,7 @@ from mindspeed_simpo.config.options import AdapterOptions
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
-from mindspeed_simpo.model.slots import HFTensor, Slot, Span
+from mindspeed_simpo.model.slots import HFTensor, Slot, Span, stack
 from mindspeed_simpo.model.weight_source import SeededTensors
 
 ALL_LINEAR = "all-linear"
@@ -24,9 +24,10 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class AdaptedTensor:
-    """One Hugging Face projection with an adapter, and the slots of the factors A and B."""
+    """One Hugging Face projection with an adapter, or that of each expert of a layer, and the slots of A and B."""
 
     weight: HFTensor
+    """The projection; of experts, that of the first."""
     module: str
     """Last part of the projection's Hugging Face name, such as ``q_proj``."""
     a: Slot
@@ -44,6 +45,8 @@ class Adapters:
     alpha: float
     modules: tuple[str, ...]
     """Last parts of Hugging Face names, sorted."""
+    dropout: float = 0.0
+    """Probability of a zero among the inputs of A in training."""
 
     @classmethod
     def of(cls, options: AdapterOptions, model: ModelDescription) -> Adapters | None:
@@ -54,15 +57,9 @@ class Adapters:
         """
         if not options.lora_r:
             return None
-        known, of_experts = projections(model), projections(model, of_experts=True)
-        wanted = options.lora_target_modules
+        known, wanted = projections(model), options.lora_target_modules
         names = [wanted] if isinstance(wanted, str) else wanted
         for name in names:
-            if of_experts and (name in of_experts or name == ALL_LINEAR):
-                raise ConfigError(
-                    f"lora_target_modules: {name} includes the projections of experts ({', '.join(of_experts)}), which "
-                    f"have no adapters here: name others, of {', '.join(known)}"
-                )
             if name not in (*known, ALL_LINEAR):
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
                 hint = f"did you mean {nearest[0]}? " if nearest else ""
@@ -71,7 +68,8 @@ class Adapters:
                     f"Known are {', '.join(known)}, and {ALL_LINEAR} for all of them"
                 )
         modules = known if ALL_LINEAR in names else tuple(sorted(set(names)))
-        return cls(options.lora_r, options.lora_alpha_in_use, modules)
+        _check_fused(modules, model)
+        return cls(options.lora_r, options.lora_alpha_in_use, modules, options.lora_dropout)
 
     @property
     def scale(self) -> float:
@@ -80,12 +78,14 @@ class Adapters:
 
     def adapted(self, slot: Slot) -> list[AdaptedTensor]:
         """The projections of a weight's slot that have adapters, in the order of the slot's tensors."""
+        if slot.of_experts:
+            return self._adapted_experts(slot)
         found = []
         for tensor in slot.tensors:
             path = tensor.name.removesuffix(".weight")
-            module = path.rsplit(".", 1)[-1]
+            module = module_of(tensor)
             if _is_projection(slot, tensor) and module in self.modules:
-                parameter = f"{slot.parameter.removesuffix('.weight')}.adapters.{module}"
+                parameter = f"{place_of(slot)}.{module}"
                 found.append(AdaptedTensor(tensor, module, *self._factors(slot, tensor, path, parameter)))
         return found
 
@@ -105,30 +105,74 @@ class Adapters:
         (whole,) = pipeline_chunks(model, 1)
         return [tensor for slot in self.slots_of(whole, model) for tensor in slot.tensors]
 
-    def count(self, model: ModelDescription, chunks: Iterable[Chunk], tensor_ranks: int = 1) -> int:
-        """Number of parameters of the adapters of some chunks on the first of ``tensor_ranks`` ranks."""
+    def adapt_experts(self, model: ModelDescription) -> bool:
+        """Whether projections of experts have adapters."""
+        (whole,) = pipeline_chunks(model, 1)
+        return any(slot.of_experts and self.adapted(slot) for slot in whole.slots(model))
+
+    def beside_experts(self, model: ModelDescription) -> list[str]:
+        """Names within a layer, sorted, of the adapted weights that are not of experts and are called as theirs are."""
+        (whole,) = pipeline_chunks(model, 1)
+        found = [(slot.of_experts, tensor.weight) for slot in whole.slots(model) for tensor in self.adapted(slot)]
+        of_experts = {module_of(weight) for is_of_experts, weight in found if is_of_experts}
+        return sorted(
+            {w.name.split(".", 3)[-1] for is_expert, w in found if not is_expert and module_of(w) in of_experts}
+        )
+
+    def count(
+        self, model: ModelDescription, chunks: Iterable[Chunk], tensor_ranks: int = 1, *, experts: bool | None = None
+    ) -> int:
+        """Number of parameters of the adapters of some chunks on the first rank.
+
+        The arguments are those of :func:`~mindspeed_simpo.training.memory.count_parameters`.
+        """
         slots = chain.from_iterable(self.slots_of(chunk, model) for chunk in chunks)
-        return sum(math.prod(slot.shape(0, tensor_ranks)) for slot in slots)
+        return sum(math.prod(slot.shape(0, tensor_ranks)) for slot in slots if experts in (None, slot.of_experts))
+
+    def _adapted_experts(self, slot: Slot) -> list[AdaptedTensor]:
+        found = []
+        for projection in zip(*map(self.adapted, slot.stacked), strict=True):
+            first, parameter = projection[0], f"{place_of(slot)}.{projection[0].module}"
+            a = stack(f"{parameter}.lora_A", [each.a for each in projection], slot.tensor_ranks)
+            b = stack(f"{parameter}.lora_B", [each.b for each in projection], slot.tensor_ranks)
+            found.append(AdaptedTensor(first.weight, first.module, a, b))
+        return found
 
     def _factors(self, slot: Slot, weight: HFTensor, path: str, parameter: str) -> tuple[Slot, Slot]:
         outputs, inputs = weight.shape
-        column_parallel = weight.axis == 0
-        a = HFTensor(f"{path}.lora_A.weight", (self.r, inputs), axis=None if column_parallel else 1)
-        b = HFTensor(f"{path}.lora_B.weight", (outputs, self.r), axis=0 if column_parallel else None, initial=0.0)
+        a_name, b_name = (f"{path}.lora_{factor}.weight" for factor in "AB")
+        a = HFTensor(a_name, (self.r, inputs), axis=1 if weight.axis == 1 else None, is_fp32=True)
+        b = HFTensor(b_name, (outputs, self.r), axis=0 if weight.axis == 0 else None, is_fp32=True, initial=0.0)
         return _factor(slot, weight, a, f"{parameter}.lora_A"), _factor(slot, weight, b, f"{parameter}.lora_B")
 
 
-def projections(model: ModelDescription, *, of_experts: bool = False) -> tuple[str, ...]:
-    """Last parts of the Hugging Face names of all projections of experts, or of all that can have adapters, sorted.
-
-    A name that experts have too cannot have adapters: in the files of peft it would stand for both.
-    """
+def projections(model: ModelDescription) -> tuple[str, ...]:
+    """Last parts of the Hugging Face names of all projections that can have adapters, sorted."""
     (whole,) = pipeline_chunks(model, 1)
-    names: dict[bool, set[str]] = {True: set(), False: set()}
+    tensors = [tensor for slot in whole.slots(model) for tensor in slot.tensors if _is_projection(slot, tensor)]
+    return tuple(sorted(set(map(module_of, tensors))))
+
+
+def module_of(weight: HFTensor) -> str:
+    """Last part of the Hugging Face name of a projection, given its weight."""
+    return weight.name.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def place_of(slot: Slot) -> str:
+    """Name of the module that has the adapters of a weight."""
+    return f"{slot.parameter}_adapters" if slot.of_experts else f"{slot.parameter.removesuffix('.weight')}.adapters"
+
+
+def _check_fused(modules: Sequence[str], model: ModelDescription) -> None:
+    (whole,) = pipeline_chunks(model, 1)
     for slot in whole.slots(model):
-        projections = [tensor for tensor in slot.tensors if _is_projection(slot, tensor)]
-        names[slot.of_experts] |= {tensor.name.rsplit(".", 2)[-2] for tensor in projections}
-    return tuple(sorted(names[True] if of_experts else names[False] - names[True]))
+        names = list(map(module_of, slot.stacked[0].tensors)) if slot.of_experts else []
+        absent = [name for name in names if name not in modules]
+        if 0 < len(absent) < len(names):
+            raise ConfigError(
+                f"lora_target_modules: {absent[0]} is missing: transformers stores the {' and '.join(names)} of an "
+                "expert as one, and peft adapts both or neither"
+            )
 
 
 class InitialAdapters(SeededTensors):
@@ -141,8 +185,11 @@ class InitialAdapters(SeededTensors):
 
 
 def _is_projection(slot: Slot, tensor: HFTensor) -> bool:
-    """Whether the tensor is the weight of a sharded projection, and not an embedding or an output layer."""
-    return len(tensor.shape) == 2 and tensor.axis is not None and not slot.pads_vocabulary
+    """Whether the tensor is the weight of a projection that can have an adapter.
+
+    Embeddings, output layers and routers are none, and what is stored with that of other experts has none.
+    """
+    return len(tensor.shape) == 2 and tensor.place is None and not (slot.pads_vocabulary or slot.scores_experts)
 
 
 def _factor(slot: Slot, weight: HFTensor, factor: HFTensor, parameter: str) -> Slot:

@@ -20,7 +20,8 @@ def expert_slots(model: ModelDescription, experts: Experts, hf: str, prefix: str
         tensor_ranks: Number of ranks that divide each expert.
     """
     names = model.names
-    yield Slot(f"{prefix}router.weight", (HFTensor(f"{hf}{names.router}", (experts.number, model.hidden_size)),))
+    router = HFTensor(f"{hf}{names.router}", (experts.number, model.hidden_size))
+    yield Slot(f"{prefix}router.weight", (router,), scores_experts=True)
     if experts.corrected:
         correction = HFTensor(f"{hf}{names.correction}", (experts.number,), is_fp32=True, initial=0.0)
         yield Slot(f"{prefix}router.correction", (correction,))

@@ -95,6 +95,8 @@ class Slot:
     kind: SlotKind = "base"
     replica: bool = False
     """Whether another pipeline rank holds the same tensor: true for a tied output layer apart from the embedding."""
+    scores_experts: bool = False
+    """Whether the parameter is the weight of a router."""
     pads_vocabulary: bool = False
     """Whether padding extends the parameter where the tensor-parallel size does not divide the vocabulary."""
     stacked: tuple[Slot, ...] = ()
@@ -112,6 +114,10 @@ class Slot:
     def axis(self) -> int | None:
         """Axis of a Hugging Face tensor that the ranks shard; None where every rank has a copy."""
         return self.tensors[0].axis
+
+    def is_copy(self, rank: int) -> bool:
+        """Whether the part of rank ``rank`` is also that of a rank before it, because the ranks do not shard it."""
+        return self.axis is None and (rank % self.tensor_ranks if self.of_experts else rank) > 0
 
     def blocks(self, rank: int, size: int) -> list[tuple[Span, ...]]:
         """The spans, in order and without empty ones, of each block of the parameter of rank ``rank`` of ``size``.
@@ -170,7 +176,7 @@ def stack(parameter: str, experts: Sequence[Slot], tensor_ranks: int) -> Slot:
         tensor_ranks: Number of ranks that divide each expert.
     """
     tensors = tuple(tensor for expert in experts for tensor in expert.tensors)
-    return Slot(parameter, tensors, stacked=tuple(experts), tensor_ranks=tensor_ranks)
+    return Slot(parameter, tensors, kind=experts[0].kind, stacked=tuple(experts), tensor_ranks=tensor_ranks)
 
 
 def evenly(whole: Sequence[Span], rank: int, size: int) -> Sequence[Span]:

@@ -56,8 +56,13 @@ class Groups:
     """The ranks that hold a layer's experts, among the tensor-, context- and data-parallel ranks of this pipeline rank:
     the expert-tensor- and expert-parallel ranks together, of which the former vary fastest, hold the parts. None in the
     plug-in."""
-    expert_tensor_ranks: int = 1
-    """Number of ranks that divide each expert."""
+    expert_tensor: dist.ProcessGroup | None = None
+    """The ranks that divide each expert of this rank; None in the plug-in."""
+
+    @property
+    def expert_tensor_ranks(self) -> int:
+        """Number of ranks that divide each expert."""
+        return 1 if self.expert_tensor is None else self.expert_tensor.size()
 
     def shards(self, *, experts: bool) -> Shards:
         """The ranks of this pipeline rank that hold a parameter.
@@ -135,7 +140,7 @@ def initialize(layout: Layout, device: Device, timeout_minutes: float = 10.0) ->
             parallel_state.get_expert_data_parallel_rank(),
             parallel_state.get_expert_data_parallel_world_size(),
         ),
-        expert_tensor_ranks=layout.expert_tensor_ranks,
+        expert_tensor=parallel_state.get_expert_tensor_parallel_group(),
     )
 
 

@@ -52,7 +52,8 @@ def estimate_memory(
       context ranks with ``use_distributed_optimizer``;
     - of the parameters of experts a rank holds ``1 / (e x)``, with e expert and x expert-tensor ranks, and their
       optimizer state is divided by the ranks that hold the same ones;
-    - with adapters, gradients and optimizer of the adapters alone, and parameters of both;
+    - with adapters, gradients and optimizer of the adapters alone, and parameters of both; adapters are fp32, and have
+      no other fp32 parameters;
     - activations ``n (layers a + b hidden) s``: n tokens of a pass on this context rank, s passes in flight
       (``pipeline ranks - pipeline rank``; with virtual pipeline ranks the number of warm-up passes of megatron-core's
       interleaved schedule, at most all passes), and a the bytes that one layer saves for a token:
@@ -66,7 +67,8 @@ def estimate_memory(
       ``logprob_chunk_tokens`` tokens; with a softcap of the logits ``4 vocabulary / t`` more for each of them;
     - backward ``4 b n ffn / t``: the gradients of SwiGLU while the layer's saved tensors still exist, ``6 b n ffn / t``
       of the clamped one; or, where larger, three tensors of the scores of one block of queries if the scores have a
-      soft cap, or with sinks six of its keys, repeated for each query head;
+      soft cap, or with sinks six of its keys, repeated for each query head; or what dropout of the largest adapted
+      input of the attention makes, and of the MLP in addition to the gradients of SwiGLU;
     - communication, on NPUs: :func:`~mindspeed_simpo.training.communicators.buffer_bytes`.
 
     Args:
@@ -108,17 +110,19 @@ def _estimate(run: PassMemory, chunks: Sequence[Chunk]) -> MemoryEstimate:
     expert_ranks, copies = layout.expert * layout.expert_tensor_ranks, layout.data * layout.context
     dense = count_parameters(run.model, chunks, layout.tensor, experts=False)
     of_experts = count_parameters(run.model, chunks, expert_ranks, experts=True)
-    count = trained = dense + of_experts
-    held = dense // copies + of_experts * expert_ranks // (copies * layout.tensor) if sharded else count
+    parameters, has_main = run.width * (dense + of_experts), run.config.bf16_in_use
     if run.adapters is not None:
-        trained = run.adapters.count(run.model, chunks, layout.tensor)
-        count, held = count + trained, trained // copies if sharded else trained
+        dense = run.adapters.count(run.model, chunks, layout.tensor, experts=False)
+        of_experts = run.adapters.count(run.model, chunks, expert_ranks, experts=True)
+        parameters, has_main = parameters + FP32 * (dense + of_experts), False
+    trained = dense + of_experts
+    held = dense // copies + of_experts * expert_ranks // (copies * layout.tensor) if sharded else trained
     place = chunks[0].pipeline_rank
     return MemoryEstimate(
         pipeline_rank=place,
-        parameters=run.width * count,
+        parameters=parameters,
         gradients=FP32 * trained,
-        optimizer=(12 if run.config.bf16_in_use else 8) * held,
+        optimizer=(12 if has_main else 8) * held,
         activations=run.activation_bytes(chunks) + run.mask_bytes(),
         head=run.head_bytes() if chunks[-1].has_head else 0,
         backward=max(run.backward_bytes(layer) for chunk in chunks for layer in chunk.layers(run.model)),

@@ -144,11 +144,10 @@ def _is_of_experts(part: Any) -> bool:
 
 
 def _norm_groups(
-    optimizer: Any, models: Sequence[torch.nn.Module], *, sharded: bool
+    models: Sequence[torch.nn.Module], *, sharded: bool
 ) -> tuple[tuple[bool, dist.ProcessGroup | None], ...]:
     """See :attr:`MegatronStepper.norm_groups`."""
-    # every rank has parameters that are not of experts, and megatron-core puts these first
-    dense = _parts(optimizer)[0].get_grad_stats_parallel_group()
+    dense = None if sharded else parallel_state.get_model_parallel_group()
     if not unwrap(models[0]).description.has_experts:
         return ((False, dense),)
     of_experts = dense if sharded else parallel_state.get_expert_tensor_model_pipeline_parallel_group()
@@ -189,7 +188,7 @@ def build_stepper(
         use_gloo_process_groups=not device.is_cpu,
     )
     scheduler = learning_rate_schedule(optimizer, training, train_iters)
-    norm_groups = _norm_groups(optimizer, models, sharded=parallel.use_distributed_optimizer)
+    norm_groups = _norm_groups(models, sharded=parallel.use_distributed_optimizer)
     return MegatronStepper(models, optimizer, scheduler, training.clip_grad, device.reduction_dtype, norm_groups)
 
 

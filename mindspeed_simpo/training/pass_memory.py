@@ -15,6 +15,7 @@ from mindspeed_simpo.model.blockwise import block_size
 from mindspeed_simpo.model.causal import LARGEST_MASK
 from mindspeed_simpo.model.description import Attention, ClampedSwiGLU, HeadShare, Layer, ModelDescription
 from mindspeed_simpo.model.naming import Chunk
+from mindspeed_simpo.training.adapter_memory import AdapterMemory
 from mindspeed_simpo.training.latent_memory import latent_attention_bytes
 
 FP32 = 4
@@ -41,6 +42,21 @@ class PassMemory:
     def adapters(self) -> Adapters | None:
         """The configured adapters."""
         return Adapters.of(self.config, self.model)
+
+    @functools.cached_property
+    def adapter_memory(self) -> AdapterMemory:
+        """The formulas for layers with adapters."""
+        assert self.adapters is not None, "there are adapters"
+        return AdapterMemory(
+            self.model,
+            self.config,
+            self.layout,
+            self.adapters,
+            self.tokens,
+            self.hidden,
+            self.expert_rows,
+            self.blockwise,
+        )
 
     @property
     def width(self) -> int:
@@ -102,7 +118,7 @@ class PassMemory:
         norms_after = sum(norm is not None for norm in (layer.norm_after_attention, layer.norm_after_mlp))
         whole += norms_after * residual + (2 + norms_after) * FP32 * self.tokens
         if self.adapters is not None:
-            whole += self.adapter_bytes(layer, self.adapters)
+            whole += self.adapter_memory.bytes_of(layer)
         return whole + self.attention_bytes(layer.attention, recomputed=False)
 
     def mlp_bytes(self, layer: Layer) -> int:
@@ -132,26 +148,6 @@ class PassMemory:
         places = rows * 8 * (5 if several else 2)
         wide = FP32 * self.tokens * hidden if self.config.bf16_in_use else 0
         return int(self.width * (values + weighted) + routing + places + wide)
-
-    def adapter_bytes(self, layer: Layer, adapters: Adapters) -> int:
-        """Saved tensors of one layer with adapters, less those of a layer whose weights are trained.
-
-        A frozen projection without an adapter does not save its input; with one it saves ``r`` values a token too, and
-        the factors A of several projections with one input are concatenated.
-        """
-        names, hidden, tensor = self.model.names, self.model.hidden_size, self.layout.tensor
-        groups = (names.qkv, (names.o,), names.gate_up, (names.down,))
-        qkv, o, gate_up, down = (sum(name.rsplit(".")[-1] in adapters.modules for name in group) for group in groups)
-        attention = self.share(layer.attention).padded_queries * layer.attention.head_dim
-        joined = self.config.batching_in_use != "padded" or self.layout.context > 1
-        inputs = [(qkv, self.hidden), (o, attention if joined else 0)]
-        if layer.mlp is not None:
-            inputs += [(gate_up, self.hidden), (down, layer.mlp.width // tensor)]
-        unsaved = sum(size for adapted, size in inputs if not adapted)
-        shards = tensor if self.config.sequence_parallel else 1
-        inner = self.tokens * (qkv + gate_up) + self.tokens // shards * (o + down)
-        stacked = hidden * sum(number for number in (qkv, gate_up) if number > 1)
-        return self.width * (adapters.r * (inner + stacked) - self.tokens * unsaved)
 
     def share(self, attention: Attention) -> HeadShare:
         """Heads of the first tensor-parallel rank."""
@@ -239,7 +235,11 @@ class PassMemory:
             rows = self.expert_rows * experts.top_k
             tensors = _CLAMPED if isinstance(experts.activation, ClampedSwiGLU) else 4
             mlp += int(self.width * rows * (tensors * experts.width // self.layout.expert_tensor_ranks))
-        return max(mlp, self.block_bytes(layer.attention)) if self.blockwise(layer.attention) else mlp
+        attention = self.block_bytes(layer.attention) if self.blockwise(layer.attention) else 0
+        if self.adapters is not None:
+            mlp += self.adapter_memory.feed_forward_dropping_bytes(layer)
+            attention = max(attention, self.adapter_memory.attention_dropping_bytes(layer))
+        return max(mlp, attention)
 
     def block_bytes(self, attention: Attention) -> int:
         """Peak of the backward of one block of queries: its scores with a soft cap, or with sinks its wider heads."""

@@ -94,7 +94,7 @@ def build_schedule(
     """The pair schedule with the configured objective and head.
 
     Args:
-        config: The objective's keys, ``pair_schedule`` and the options of the head.
+        config: The objective's keys, ``pair_schedule``, the options of the head, and the seed of dropout.
         backend: Runs the model.
         groups: Process groups of the layout that the models were built with.
         device: The device of the models.
@@ -124,6 +124,7 @@ def build_schedule(
         config.sequence_multiple,
         step_reference,
         config.moe_aux_loss_coeff,
+        config.seed if config.lora_dropout else None,
     )
 
 

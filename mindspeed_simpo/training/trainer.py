@@ -205,7 +205,7 @@ class Run:
         num_pairs = self.order.num_pairs(self.consumed_pairs)
         micro_batches = self.train_loader.train_step(self.consumed_pairs)
         self.stepper.zero_grad()
-        scored = self.schedule.forward_backward(micro_batches, num_pairs)
+        scored = self.schedule.forward_backward(micro_batches, num_pairs, self.step)
         sums = session.metric_sums.reduce(session.metric_sums.local(scored))
         squared_norm = self.stepper.squared_norm()
         if not self._is_finite(sums[0], squared_norm.squeeze(), logged=logged):

@@ -182,26 +182,79 @@ OPTIONS_TOGETHER: tuple[tuple[Option, ...], ...] = (
 _FULL, _SELECTIVE = OPTIONS[4:6]
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _SOME = ("down_proj", "up_proj", "v_proj")
+_OF_MLPS = ("gate_proj", "up_proj", "down_proj")
+_OF_MIXTRAL = ("w1", "w2", "w3")
 _FROM_LATENT = ("kv_b_proj", "o_proj", "q_b_proj")
+_LATENT = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj", *_OF_MLPS)
+_TO_LATENT = ("kv_a_proj_with_mqa", "q_a_proj")
 
-ADAPTER_COVERING: tuple[tuple[Layout, tuple[Option, ...], str, tuple[str, ...]], ...] = (
+AdapterRow = (
+    tuple[Layout, tuple[Option, ...], str, tuple[str, ...]]
+    | tuple[Layout, tuple[Option, ...], str, tuple[str, ...], float]
+)
+
+ADAPTER_COVERING: tuple[AdapterRow, ...] = (
     (Layout(tensor=2, sequence_parallel=True), (_PACKED, *OPTIONS[1:5]), "qwen2", _PROJECTIONS),
     (Layout(tensor=2, pipeline=2), (_PREFIX_SHARED, OPTIONS[2], _FULL), "qwen3", _SOME),
     (Layout(context=2, data=2, distributed_optimizer=True), (OPTIONS[1], _SELECTIVE), "qwen2", _PROJECTIONS),
     (Layout(pipeline=2, virtual_pipeline=True), (OPTIONS[0],), "qwen2", _SOME),
     (Layout(tensor=4, sequence_parallel=True), (), "shared key-value heads", _PROJECTIONS),
     (Layout(2, 2, 2, 1, sequence_parallel=True), (_FULL,), "phi3", ("gate_up_proj", "o_proj", "qkv_proj")),
+    (
+        Layout(tensor=2, data=2, sequence_parallel=True, expert=2, expert_tensor=2),
+        (_PACKED, OPTIONS[2], _FULL),
+        "mixtral",
+        ("o_proj", *_OF_MIXTRAL),
+    ),
+    (
+        Layout(pipeline=2, data=2, distributed_optimizer=True, expert_tensor=2),
+        (_PREFIX_SHARED,),
+        "glm4_moe",
+        _OF_MLPS,
+    ),
+    (
+        Layout(tensor=2, context=2, sequence_parallel=True, expert=2),
+        (_PREFIX_SHARED, _FULL),
+        "qwen3_moe",
+        _PROJECTIONS,
+        0.25,
+    ),
 )
-"""Rows with adapters in continuous integration: (layout, options, family, adapted modules)."""
+"""Rows with adapters in continuous integration: (layout, options, family, adapted modules, dropout if any)."""
 
 ADAPTER_MATRIX = (
     *ADAPTER_COVERING,
     *((layout, (), "qwen2", _PROJECTIONS) for layout in COVERING),
     *((layout, options, "qwen2", _PROJECTIONS) for options in OPTIONS_TOGETHER for layout in options[0].rows),
     *((layout, (option,), "qwen2", _SOME) for option in OPTIONS for layout in option.rows[-2:]),
+    *((layout, (), "qwen3_moe", _PROJECTIONS) for layout in EXPERT_COVERING),
+    *((layout, (), "mixtral", _OF_MIXTRAL) for layout in EXPERT_COVERING),
+    *((layout, (), "glm4_moe", _OF_MLPS) for layout in EXPERT_COVERING),
+    *((options[0].expert_rows[0], options, "qwen3_moe", _PROJECTIONS) for options in OPTIONS_TOGETHER),
+    *((layout, (option,), "qwen3_moe", _OF_MLPS) for option in OPTIONS for layout in option.expert_rows[-2:]),
+    *((layout, (), "qwen2", _PROJECTIONS, 0.1) for layout in COVERING[-4:]),
+    *((options[0].rows[-1], options, "qwen3", _PROJECTIONS, 0.1) for options in OPTIONS_TOGETHER),
+    *((layout, (), "glm4_moe", _PROJECTIONS, 0.1) for layout in EXPERT_COVERING),
+    *((options[0].expert_rows[0], options, "qwen3_moe", _PROJECTIONS, 0.1) for options in OPTIONS_TOGETHER),
+    (Layout(tensor=4, sequence_parallel=True), (), "shared key-value heads", _PROJECTIONS, 0.1),
     (_EXPERT_ROWS[1], (_PACKED, _SELECTIVE), "gpt_oss", _PROJECTIONS[:4]),
+    (_EXPERT_ROWS[1], (_PREFIX_SHARED,), "gpt_oss", _PROJECTIONS[:4], 0.1),
     (Layout(tensor=2), (), "deepseek_v3", _FROM_LATENT),
     (Layout(tensor=2, sequence_parallel=True), (_PACKED,), "deepseek_v3", _FROM_LATENT),
     (Layout(context=2, data=2, distributed_optimizer=True), (_PREFIX_SHARED,), "deepseek_v3", _FROM_LATENT),
+    (
+        Layout(tensor=2, sequence_parallel=True, expert=2, expert_tensor=1),
+        (_PREFIX_SHARED,),
+        "deepseek_v3",
+        _LATENT,
+        0.1,
+    ),
+    (Layout(tensor=2), (_FULL,), "deepseek_v3", _TO_LATENT),
+    (Layout(tensor=2, pipeline=2, sequence_parallel=True, expert=2, expert_tensor=1), (), "deepseek_v3", _LATENT),
+    (Layout(context=2, data=2, distributed_optimizer=True), (_PREFIX_SHARED,), "deepseek_v3", _LATENT),
+    (Layout(tensor=2), (), "deepseek_v3", _LATENT, 0.1),
+    # a pipeline rank whose adapters are all of experts, beside one that has none of them
+    (Layout(pipeline=4), (), "qwen3_moe", _OF_MLPS),
+    (Layout(tensor=2, pipeline=4, distributed_optimizer=True), (), "qwen3_moe", _OF_MLPS),
 )
 """All rows with adapters."""

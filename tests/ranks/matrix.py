@@ -71,6 +71,9 @@ OF_ADAPTERS = ("sigmoid + ftx", "dpo", "alphadpo")
 """And on the rows with adapters: one without a reference, and those whose reference is the model without adapters."""
 ADAPTER_RANK, ADAPTER_ALPHA = 3, 12.0
 
+SEED = 2_000_000_007
+"""Of the masks of dropout."""
+
 LR = 1e-3
 # Adam's first step is lr * g / (|g| + eps): an epsilon far above fp32's noise keeps it from scaling that noise up.
 ADAM = {"adam_eps": 1e-5, "weight_decay": 0.1, "clip_grad": 0.5}
@@ -87,11 +90,15 @@ class Row:
     family: str = "qwen2"
     adapters: tuple[str, ...] = ()
     """Adapted modules; none where all weights are trained."""
+    dropout: float = 0.0
+    """Of the adapters' inputs."""
 
     def __str__(self) -> str:
         parts = [str(self.layout), *map(str, self.options)]
         if self.adapters:
             parts.append(f"adapters {' '.join(self.adapters)}")
+        if self.dropout:
+            parts.append(f"dropout {self.dropout}")
         return ", ".join([*parts, self.family] if self.family != "qwen2" else parts)
 
 
@@ -167,7 +174,7 @@ def objectives_of(row: Row) -> tuple[str, ...]:
     Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
     """
     if row.adapters:
-        return OF_ADAPTERS
+        return (*OF_ADAPTERS, *BALANCED) if row.family in EXPERT_FAMILIES else OF_ADAPTERS
     if row.family in EXPERT_FAMILIES:
         return OF_EXPERTS
     covering = row.layout in COVERING or bool(row.options)
@@ -185,7 +192,7 @@ def quick_objectives(row: Row) -> tuple[str, ...]:
     Every objective reaches the model through the same two sums of each pair, so layouts and objectives are separable.
     """
     if row.adapters:
-        return OF_ADAPTERS
+        return (OF_ADAPTERS[0], *OF_EXPERTS[3:]) if row.family in EXPERT_FAMILIES else OF_ADAPTERS
     if row.family in EXPERT_FAMILIES:
         return OF_EXPERTS[1:]
     if row.family != "qwen2" or megatron_version().startswith("0.12."):
@@ -257,13 +264,13 @@ class Matrix:
         if row.adapters:
             folder = self._adapters(shape, row.adapters)
             keys |= {"lora_r": ADAPTER_RANK, "lora_alpha": ADAPTER_ALPHA, "lora_load": str(folder)}
-            keys["lora_target_modules"] = list(row.adapters)
+            keys |= {"lora_target_modules": list(row.adapters), "lora_dropout": row.dropout, "seed": SEED}
         for option in row.options:
             keys |= {option.key: option.value, **option.companions}
         batches = [global_batch(shape.pairs)]
         results = engine_runs(self._checkpoint(shape), batches, runs, prepare, timeout_s=900, **keys)
         return [
-            _compare(row, objective, result, *self._expected(shape, objective, row.adapters))
+            _compare(row, objective, result, *self._expected(shape, objective, row.adapters, row.dropout))
             for objective, result in zip(objectives, results, strict=True)
         ]
 
@@ -301,13 +308,14 @@ class Matrix:
             make_adapter(folder, base, modules, r=ADAPTER_RANK, alpha=ADAPTER_ALPHA)
         return folder
 
-    def _by_oracle(self, shape: _Shape, objective: str, adapters: tuple[str, ...]):
+    def _by_oracle(self, shape: _Shape, objective: str, adapters: tuple[str, ...], dropout: float):
         """Loss, gradient norm, gradients and updated parameters."""
         options = oracle.Options(**FORMS[objective], **ADAM)
         pairs = [pair for pair in global_batch(shape.pairs) if pair]
         if adapters:
             folders = self._checkpoint(shape), self._adapters(shape, adapters)
-            return oracle_adapters.train_step(*folders, pairs, LR, options, oracle.Running(STATISTICS))
+            statistics = oracle.Running(STATISTICS)
+            return oracle_adapters.train_step(*folders, pairs, LR, options, statistics, dropout, SEED)
         folder, reference = self._checkpoint(shape), self._make_checkpoint(shape, seed=1)
         grads = oracle.gradients(folder, pairs, options, reference, oracle.Running(STATISTICS))
         [(loss, grad_norm)], params = oracle.train(

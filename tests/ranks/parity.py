@@ -150,8 +150,10 @@ def _train(batches, run, config, groups, device):
     result = {"losses": [], "grad_norms": [], "adam": type(first.optimizer).__module__}
     for step, pairs in enumerate(batches):
         stepper.zero_grad()
-        micro_batches = _micro_batches(pairs, step * len(pairs), config, groups)
-        scored = schedule.forward_backward(micro_batches, sum(pair is not None for pair in pairs))
+        # the sums under the reference model are those of the batches of this run alone
+        before_batch = (step if run.references is not None else first_step + step) * len(pairs)
+        micro_batches = _micro_batches(pairs, before_batch, config, groups)
+        scored = schedule.forward_backward(micro_batches, sum(pair is not None for pair in pairs), first_step + step)
         sums = metric_sums.reduce(metric_sums.local(scored))
         if step == 0:
             _complete_sharded_gradients(wrapped, config)

@@ -164,9 +164,45 @@ def test_adapters(tmp_path, modules):
     folder = make_checkpoint(tmp_path, "qwen2", **MODELS["qwen2"])
     pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
     options = {"lora_r": 8, "lora_target_modules": ADAPTERS[modules]}
-    modes = [*MODES[:4], MODES[5], MODES[7]]
+    modes = [*MODES[:4], MODES[5], *MODES[7:]]
     [found] = run_ranks(_counted_on_rank, 1, str(folder), pairs, options, modes)
-    check(found, modes)
+    check(found[:-1], modes[:-1])
+    check(found[-1:], modes[-1:], PROMISED)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_dropout_keeps_no_masks_and_no_masked_inputs(tmp_path, family):
+    folder = make_checkpoint(tmp_path, family, **EXPERT_MODELS[family])
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    options, modes = {"lora_r": 8, "lora_dropout": 0.1}, [MODES[0], MODES[3], MODES[5], MODES[8]]
+    [found] = run_ranks(_counted_on_rank, 1, str(folder), pairs, options, modes)
+    check(found, modes, PROMISED)
+
+
+@pytest.mark.parametrize("modules", [["v_proj"], ["gate_proj", "up_proj"], "all-linear"], ids=str)
+def test_adapters_of_experts(tmp_path, modules):
+    folder = make_checkpoint(tmp_path, "glm4_moe", **EXPERT_MODELS["glm4_moe"])
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    options, modes = {"lora_r": 8, "lora_target_modules": modules}, [MODES[0], MODES[3], MODES[5], MODES[8]]
+    [found] = run_ranks(_counted_on_rank, 1, str(folder), pairs, options, modes)
+    check(found, modes, PROMISED)
+
+
+LATENT_LAYOUT = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+LATENT_LAYOUT |= {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "modules", [["q_a_proj", "kv_a_proj_with_mqa"], ["q_b_proj", "kv_b_proj"], "all-linear"], ids=str
+)
+def test_adapters_of_latent_attention(tmp_path, modules, ranks):
+    folder = make_checkpoint(tmp_path, "deepseek_v3", **EXPERT_MODELS["deepseek_v3"])
+    pairs = make_token_pairs(PAIRS, 500, seed=5, max_prompt=100, max_response=100)
+    options, modes = {"lora_r": 32, "lora_target_modules": modules}, [MODES[0], MODES[3], MODES[8]]
+    layout = LATENT_LAYOUT if ranks > 1 else {}
+    for found in run_ranks(_counted_on_rank, ranks, str(folder), pairs, options | layout, modes):
+        check(found, modes)
 
 
 def _held_on_rank(folder, options):
@@ -184,22 +220,31 @@ def _held_on_rank(folder, options):
     spec, models, stepper = build(config, groups, device, 1)
     stepper.squared_norm()
     stepper.update(torch.zeros(1))
-    buffers = [buffer for model in models for buffer in model.buffers]
+    buffers = [buffer for model in models for buffer in (*model.buffers, *model.expert_parallel_buffers)]
     gradients = sum(buffer.grad_data.numel() * 4 for buffer in buffers)
     parameters = sum(each.numel() * each.itemsize for model in models for each in model.parameters())
     optimizers = getattr(stepper.optimizer, "chained_optimizers", [stepper.optimizer])
     states = [state for each in optimizers for state in each.optimizer.state.values()]
     held = sum(state[kind].numel() * 4 for state in states for kind in ("exp_avg", "exp_avg_sq"))
+    assert not any("float16" in str(state["exp_avg"].dtype) for state in states)
     layout = make_layout(config, dist.get_world_size())
     largest = LargestPass(PassShape(tokens=8, rows=2, scored=4), (8,), 1)
     estimate = estimate_memory(spec, config, layout, largest, "cpu")[groups.pipeline.rank()]
     return (parameters, gradients, held), (estimate.parameters, estimate.gradients, estimate.optimizer)
 
 
-@pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (2, True)])
-def test_frozen_weights_have_no_gradient_and_no_state(tmp_path, ranks, sharded):
-    folder = make_checkpoint(tmp_path, "qwen2", **MODELS["qwen2"])
-    options = {"lora_r": 8, "use_distributed_optimizer": sharded, "global_batch_size": 8}
+@pytest.mark.parametrize(
+    ("ranks", "family", "keys"),
+    [
+        (1, "qwen2", {}),
+        (2, "qwen2", {"use_distributed_optimizer": True}),
+        (1, "qwen2", {"bf16": True}),
+        (4, "qwen3_moe", {"use_distributed_optimizer": True, "expert_tensor_parallel_size": 2}),
+    ],
+)
+def test_frozen_weights_have_no_gradient_and_no_state(tmp_path, ranks, family, keys):
+    folder = make_checkpoint(tmp_path, family, **(MODELS | EXPERT_MODELS)[family])
+    options = {"lora_r": 8, "global_batch_size": 8, **keys}
     for counted, estimated in run_ranks(_held_on_rank, ranks, str(folder), options):
         assert counted[0] == estimated[0]
         assert counted[1:] == pytest.approx(estimated[1:], rel=0.02)  # buffers are padded

@@ -101,8 +101,8 @@ def loss_divided_by_context_ranks():
 
     original = PairSchedule.forward_backward
 
-    def forward_backward(self, micro_batches, num_pairs):
-        return original(self, micro_batches, num_pairs * self.groups.context.size())
+    def forward_backward(self, micro_batches, num_pairs, step):
+        return original(self, micro_batches, num_pairs * self.groups.context.size(), step)
 
     PairSchedule.forward_backward = forward_backward
 
@@ -204,10 +204,25 @@ def replicated_factor_not_summed():
 
 
 def own_rows_of_b_alone():
-    """A replicated A gets the gradient of the outputs that its own rank holds."""
+    """A replicated A gets the gradient of the outputs that its own rank holds; of experts' a replicated B too."""
     from mindspeed_simpo.model.megatron import adapters
 
     adapters.copy_to = lambda value, group: value  # noqa: ARG005
+
+
+def copied_factors_counted_in_the_norm():
+    """The gradient of a factor that each expert-tensor rank has counts once for each of them."""
+    from mindspeed_simpo.model.slots import Slot
+
+    Slot.is_copy = lambda self, rank: False  # noqa: ARG005
+
+
+def features_counted_by_rank():
+    """A rank numbers the input features that it holds from zero, so that ranks share the masks of dropout."""
+    from mindspeed_simpo.model.megatron import adapters
+
+    original = adapters.feature_keys
+    adapters.feature_keys = lambda features: original(torch.arange(len(features)))
 
 
 def reference_with_adapters():
@@ -304,15 +319,26 @@ def test_the_matrix_catches_defects_of_sinks_and_biases(matrix, defect, row, los
 
 
 ADAPTED = Row(Layout(tensor=2), adapters=("q_proj", "down_proj"))
+ADAPTED_EXPERTS = Row(Layout(data=2, expert_tensor=2), family="mixtral", adapters=("q_proj", "w2"))
+DROPPED = dataclasses.replace(ADAPTED, dropout=0.25)
 ADAPTED_SEQUENCE = dataclasses.replace(ADAPTED, layout=Layout(tensor=2, sequence_parallel=True))
+
+ADAPTED_LATENT = Row(
+    Layout(tensor=2, sequence_parallel=True, expert_tensor=1),
+    family="deepseek_v3",
+    adapters=("kv_a_proj_with_mqa", "q_a_proj"),
+)
 
 
 @pytest.mark.parametrize(
     ("defect", "row", "objective", "loss_shows_it"),
     [
         (replicated_factor_not_summed, ADAPTED_SEQUENCE, OBJECTIVE, False),
+        (replicated_factor_not_summed, ADAPTED_LATENT, OBJECTIVE, False),
         (own_rows_of_b_alone, ADAPTED, OBJECTIVE, False),
+        (own_rows_of_b_alone, ADAPTED_EXPERTS, OBJECTIVE, False),
         (reference_with_adapters, ADAPTED, "dpo", True),
+        (features_counted_by_rank, DROPPED, OBJECTIVE, True),
     ],
 )
 def test_the_matrix_catches_defects_of_adapters(matrix, defect, row, objective, loss_shows_it):
@@ -321,6 +347,13 @@ def test_the_matrix_catches_defects_of_adapters(matrix, defect, row, objective, 
     assert sound.holds
     assert cell.gradient > 1000 * GRADIENT
     assert (cell.loss > LOSS) == loss_shows_it
+
+
+def test_the_matrix_catches_copies_of_factors_in_the_norm(matrix):
+    [cell] = matrix.cells(ADAPTED_EXPERTS, [OBJECTIVE], prepare=copied_factors_counted_in_the_norm)
+    assert not cell.holds
+    assert cell.gradient < GRADIENT
+    assert cell.grad_norm > 1000 * GRADIENT
 
 
 @pytest.mark.parametrize("row", [TENSOR, CONTEXT, EXPERTS], ids=str)

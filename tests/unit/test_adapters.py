@@ -29,7 +29,8 @@ def model(tmp_path_factory):
     [
         ({"lora_alpha": 8}, ["lora_alpha", "set lora_r"]),
         ({"lora_load": "x", "lora_target_modules": ["q_proj"]}, ["lora_target_modules, lora_load", "or remove them"]),
-        ({"lora_r": 4, "lora_dropout": 0.1}, ["lora_dropout (0.1) is not supported", "set lora_dropout: 0"]),
+        ({"lora_dropout": 0.1}, ["lora_dropout", "set lora_r"]),
+        ({"lora_r": 4, "lora_dropout": 1}, ["lora_dropout"]),
         ({"lora_r": 4, "lora_target_modules": []}, ["at least one name"]),
         ({"lora_r": -1}, ["lora_r"]),
         ({"lora_r": 4, "lora_alpha": 0}, ["lora_alpha"]),
@@ -54,6 +55,48 @@ def test_modules_are_those_of_the_model(model, tmp_path):
     assert some.modules == ("q_proj", "v_proj")
     fused = read_description(str(make_checkpoint(tmp_path, "phi3")))
     assert projections(fused) == ("down_proj", "gate_up_proj", "o_proj", "qkv_proj")
+
+
+def test_projections_of_experts_are_adapted_with_those_of_their_name(tmp_path):
+    model = read_description(str(make_checkpoint(tmp_path, "glm4_moe", head_dim=16)))
+    assert projections(model) == ALL
+    adapters = Adapters.of(config(lora_r=2, lora_target_modules=["gate_proj", "up_proj"]), model)
+    names = {tensor.name.removesuffix(".lora_A.weight") for tensor in adapters.hf_tensors(model)}
+    places = ["0.mlp", "1.mlp.shared_experts", *(f"1.mlp.experts.{number}" for number in range(4))]
+    for module in adapters.modules:
+        assert {f"model.layers.{place}.{module}" for place in places} <= names
+    beside = ["mlp.gate_proj.weight", "mlp.shared_experts.gate_proj.weight"]
+    assert adapters.beside_experts(model) == sorted(beside + [name.replace("gate", "up") for name in beside])
+    latent = read_description(str(make_checkpoint(tmp_path / "latent", "deepseek_v3")))
+    assert projections(latent) == (
+        *("down_proj", "gate_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj", "up_proj"),
+    )
+    with pytest.raises(ConfigError, match="up_proj is missing: transformers stores the gate_proj and up_proj of an"):
+        Adapters.of(config(lora_r=2, lora_target_modules=["gate_proj"]), model)
+
+
+@pytest.mark.parametrize("expert_ranks", [1, 2])
+def test_the_ranks_of_experts_hold_each_factor_once(tmp_path, expert_ranks):
+    """Two expert-tensor ranks: one factor of each projection is divided, and the ranks have copies of the other."""
+    model = read_description(str(make_checkpoint(tmp_path, "mixtral", layers=1)))
+    adapters = Adapters.of(config(lora_r=3, lora_target_modules=["w1", "w2", "w3"]), model)
+    [whole] = pipeline_chunks(model, 1, expert_tensor_ranks=2)
+    slots, size = list(adapters.slots_of(whole, model)), 2 * expert_ranks
+    assert [slot.parameter.split("experts.")[1] for slot in slots] == [
+        f"{place}_adapters.{module}.lora_{factor}"
+        for place, modules in (("linear_fc1", ("w1", "w3")), ("linear_fc2", ("w2",)))
+        for module in modules
+        for factor in "AB"
+    ]
+    for slot in slots:
+        held = [(rank, span) for rank in range(size) if not slot.is_copy(rank) for span in slot.spans(rank, size)]
+        assert len(held) == (4 if slot.axis is None else 8)
+        for tensor in slot.tensors:
+            covered = sorted(e for _, span in held if span.tensor == tensor for e in range(span.start, span.stop))
+            assert covered == list(range(tensor.shape[slot.axis or 0]))
+        assert slot.shape(0, size)[0] == 4 // expert_ranks
+    assert adapters.count(model, [whole], size) == sum(math.prod(slot.shape(0, size)) for slot in slots)
+    assert adapters.count(model, [whole], experts=False) == 0
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,9 @@ def test_experts_have_no_adapters(folder):
     from mindspeed_simpo.model.adapters import Adapters
 
     description = read_description(str(folder))
-    for names in (["gate_proj"], "all-linear"):
-        config = Config(model_name_or_path="-", data_path="-", lora_r=4, lora_target_modules=names)
-        with pytest.raises(ConfigError, match="projections of experts"):
-            Adapters.of(config, description)
+    options = {"model_name_or_path": "-", "data_path": "-", "lora_r": 4}
+    adapters = Adapters.of(Config(**options), description)
+    assert adapters.modules == ("k_proj", "o_proj", "q_proj", "v_proj")
+    assert not adapters.adapt_experts(description)
+    with pytest.raises(ConfigError, match="gpt_oss has no projection 'gate_proj' that can have an adapter"):
+        Adapters.of(Config(**options, lora_target_modules=["gate_proj"]), description)

@@ -48,8 +48,8 @@ class AdapterOptions(Options):
         ge=0,
         lt=1,
         effect="result",
-        description="Dropout of the adapters' inputs. Only 0 is supported: no mask is the same for a prompt that two "
-        "responses share and for its two copies, so the result would depend on batching and layout.",
+        description="Dropout of the adapters' inputs in training. The masks follow from seed, step, pair and token: "
+        "every layout and form of batches has the same.",
     )
     lora_target_modules: str | list[str] = option(
         "all-linear",
@@ -82,12 +82,6 @@ class AdapterOptions(Options):
             raise ValueError(
                 f"{', '.join(without_rank)}: there are no adapters without a rank: set lora_r, such as 16, or remove "
                 f"{'it' if len(without_rank) == 1 else 'them'}"
-            )
-        if self.lora_dropout:
-            raise ValueError(
-                f"lora_dropout ({self.lora_dropout}) is not supported: a prompt that two responses share would have "
-                "one mask and its two copies would have two, so that the result would depend on batching and layout: "
-                "set lora_dropout: 0"
             )
         return self
 

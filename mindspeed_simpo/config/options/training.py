@@ -83,7 +83,11 @@ class TrainingOptions(Options):
         1e-8, gt=0, effect="result", description="Adam's epsilon, added to the square root of the second moment."
     )
     seed: int = option(
-        42, ge=1, lt=2**31, effect="result", description="Seed of the data order and of random initial weights."
+        42,
+        ge=1,
+        lt=2**31,
+        effect="result",
+        description="Seed of the data order, of random initial weights and of the masks of dropout.",
     )
     bf16: bool | None = option(
         None,

@@ -20,6 +20,7 @@ from mindspeed_simpo.model import description
 from mindspeed_simpo.model.balance import Balance
 from mindspeed_simpo.model.causal import causal_attention
 from mindspeed_simpo.model.context import CONTEXT_PARALLEL_ATTENTION
+from mindspeed_simpo.model.dropout import TokenKeys
 from mindspeed_simpo.model.megatron.linear import RMSNorm, column_parallel, row_parallel
 from mindspeed_simpo.model.packed import packed_attention
 from mindspeed_simpo.model.rotary import RotationTables
@@ -37,6 +38,8 @@ class RowContents:
     """Cosines and sines of each distinct rotation of the layers."""
     balance: Balance | None = None
     """The auxiliary loss of the routers; None for none."""
+    token_keys: TokenKeys | None = None
+    """Keys of the tokens for dropout; None without dropout."""
 
 
 class Attention(torch.nn.Module):

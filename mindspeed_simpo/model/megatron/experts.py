@@ -20,6 +20,7 @@ from mindspeed_simpo.device import operators
 from mindspeed_simpo.device.grouped import grouped_bias, grouped_linear
 from mindspeed_simpo.model import description
 from mindspeed_simpo.model.balance import Balance
+from mindspeed_simpo.model.megatron.adapters import ExpertAdapters
 from mindspeed_simpo.model.routes import routes_of, take, within_groups
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import exchange, join_along_first, split_along_first
@@ -112,6 +113,8 @@ class Experts(torch.nn.Module):
         self.activation = _activation(experts)
         self.linear_fc1 = _stacked((self.held, 2 * width, config.hidden_size), config)
         self.linear_fc2 = _stacked((self.held, config.hidden_size, width), config)
+        self.linear_fc1_adapters: ExpertAdapters | None = None
+        self.linear_fc2_adapters: ExpertAdapters | None = None
         self.fc1 = self.fc2 = None
         self.tensor_rank = shards.rank % self.tensor_ranks
         if experts.bias:
@@ -129,13 +132,20 @@ class Experts(torch.nn.Module):
         """
         tokens = hidden.reshape(-1, hidden.shape[-1])
         weights, chosen = self.router(tokens, balance)
-        number = len(tokens)
+        number, keys = len(tokens), self._token_keys()
         if self.split_over is not None and self.split_over.size() > 1:
             tokens, weights, chosen = (self._own_part(each) for each in (tokens, weights, chosen))
-        mixed = self._mixed(tokens, weights, chosen)
+            keys = keys if keys is None else self._own_part(keys)
+        mixed = self._mixed(tokens, weights, chosen, keys)
         if self.split_over is not None:
             mixed = join_along_first(mixed, self.split_over)[:number]
         return mixed.view(hidden.shape)
+
+    def _token_keys(self) -> Int[Tensor, "token one"] | None:
+        """Keys of the tokens for dropout of the adapters' inputs; None without dropout."""
+        adapters = (self.linear_fc1_adapters, self.linear_fc2_adapters)
+        keys = [each.token_keys for each in adapters if each is not None and each.active]
+        return None if not keys or keys[0] is None else keys[0].held[:, None]
 
     def _own_part(self, values: Tensor) -> Tensor:
         """This tensor-parallel rank's part of values of each token, of equally many tokens on each rank."""
@@ -144,27 +154,32 @@ class Experts(torch.nn.Module):
         return split_along_first(pad(values, (0, 0, 0, padding)), self.split_over)
 
     def _mixed(
-        self, tokens: Float[Tensor, "token hidden"], weights: Float[Tensor, "token k"], chosen: Int[Tensor, "token k"]
+        self,
+        tokens: Float[Tensor, "token hidden"],
+        weights: Float[Tensor, "token k"],
+        chosen: Int[Tensor, "token k"],
+        keys: Int[Tensor, "token one"] | None,
     ) -> Float[Tensor, "token hidden"]:
         routes = routes_of(chosen, self.number, self.held, self.tensor_ranks)
         rows = take(tokens, routes.token, routes.place)
+        row_keys = None if keys is None else keys[routes.token]
         if self.group.size() == 1:
-            computed = self._computed(rows, routes.counts)
+            computed = self._computed(rows, routes.counts, row_keys)
         else:
-            computed = self._computed_by_ranks(rows, routes.counts)
+            computed = self._computed_by_ranks(rows, routes.counts, row_keys)
         # [token, expert, rank that computed a part of the expert]
         parts = take(computed, routes.place.flatten(), routes.copy[:, None])
         outputs = parts.view(*chosen.shape, self.tensor_ranks, -1).sum(2)
         return torch.bmm(weights.to(outputs.dtype)[:, None], outputs)[:, 0]
 
     def _computed(
-        self, rows: Float[Tensor, "row hidden"], counts: Int[Tensor, " expert"]
+        self, rows: Float[Tensor, "row hidden"], counts: Int[Tensor, " expert"], keys: Int[Tensor, "row one"] | None
     ) -> Float[Tensor, "row hidden"]:
         """This rank's experts of consecutive rows."""
-        gate_up = grouped_linear(rows, self.linear_fc1, counts)
+        gate_up = _projected(rows, self.linear_fc1, self.linear_fc1_adapters, counts, keys)
         if self.fc1 is not None:
             gate_up = grouped_bias(gate_up, self.fc1.bias, counts)
-        output = grouped_linear(self.activation(gate_up), self.linear_fc2, counts)
+        output = _projected(self.activation(gate_up), self.linear_fc2, self.linear_fc2_adapters, counts, keys)
         if self.fc2 is not None:
             share = self.fc2.bias.shape[1]
             first = self.tensor_rank * share
@@ -174,7 +189,7 @@ class Experts(torch.nn.Module):
         return output
 
     def _computed_by_ranks(
-        self, rows: Float[Tensor, "row hidden"], counts: Int[Tensor, " expert"]
+        self, rows: Float[Tensor, "row hidden"], counts: Int[Tensor, " expert"], keys: Int[Tensor, "row one"] | None
     ) -> Float[Tensor, "row hidden"]:
         """The experts of all ranks; the sizes of the messages force a host synchronisation."""
         all_counts = counts.new_empty(self.group.size(), len(counts))
@@ -188,8 +203,16 @@ class Experts(torch.nn.Module):
         expert = torch.arange(self.held, device=rows.device).repeat(self.group.size())
         order = expert.repeat_interleave(own.flatten(), output_size=len(arrived)).argsort(stable=True)
         back = order.argsort()
-        computed = self._computed(take(arrived, order, back[:, None]), own.sum(0))
+        keys = keys if keys is None else exchange(keys, sent, received, self.group)[order]
+        computed = self._computed(take(arrived, order, back[:, None]), own.sum(0), keys)
         return exchange(take(computed, back, order[:, None]), received, sent, self.group)
+
+
+def _projected(
+    rows: Tensor, weights: Tensor, adapters: ExpertAdapters | None, counts: Tensor, keys: Tensor | None
+) -> Tensor:
+    output = grouped_linear(rows, weights, counts)
+    return output if adapters is None or not adapters.active else output + adapters(rows, counts, keys)
 
 
 def _activation(experts: description.Experts) -> Callable[[Tensor], Tensor]:

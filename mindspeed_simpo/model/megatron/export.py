@@ -81,7 +81,7 @@ def export_adapters(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str | None = None,
 ) -> None:
-    """Write the adapters as a folder for peft, in their own dtype, with the tokenizer and its chat template.
+    """Write the adapters as a folder for peft, in fp32, with the tokenizer and its chat template.
 
     A collective of all ranks; see :func:`export_hf`.
 
@@ -103,7 +103,7 @@ def export_adapters(
     tensors = gather_hf_tensors(models, description, groups, slots_of=adapters.slots_of)
 
     def write(folder: Path) -> None:
-        write_adapter(folder, dict(tensors), adapters, base)
+        write_adapter(folder, dict(tensors), adapters, description, base)
         write_tokenizer(source, folder, tokenizer, chat_template)
 
     write_on_first_rank(output, tensors, write)

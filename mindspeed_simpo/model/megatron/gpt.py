@@ -22,6 +22,7 @@ from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.adapters import Adapters
 from mindspeed_simpo.model.balance import Balance
 from mindspeed_simpo.model.description import ModelDescription, Rotation
+from mindspeed_simpo.model.dropout import TokenKeys
 from mindspeed_simpo.model.megatron.adapters import attach
 from mindspeed_simpo.model.megatron.attention import RowContents
 from mindspeed_simpo.model.megatron.layers import block_spec, transformer_config
@@ -109,8 +110,10 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         # initialises itself
         for slot in self.model_slots:
             parameter = self.get_parameter(slot.parameter)
-            if slot.axis is not None and not hasattr(parameter, "tensor_model_parallel"):
-                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=slot.axis, stride=1)
+            if slot.of_experts and slot.is_copy(self._groups.shards(experts=True).rank):
+                parameter.shared = True  # its first copy may lie on another tensor-parallel rank than the first
+            elif (slot.of_experts or slot.axis is not None) and not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=slot.axis or 0, stride=1)
 
     @property
     def model_slots(self) -> list[Slot]:
@@ -131,6 +134,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         documents: Documents = UNPACKED,
         lengths: Int[Tensor, " row"] | None = None,
         members: SequenceMembers | None = None,
+        token_keys: Int[Tensor, "row seq"] | None = None,
     ) -> Tensor:
         """Hidden states of this chunk, or after the last layer the output of the head or the logits.
 
@@ -145,6 +149,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
             lengths: int64 length in tokens, over all context-parallel ranks and without padding, of each padded row;
                 required for rotations that depend on the length.
             members: Sequences of the tokens, for the auxiliary loss of the routers; None without it.
+            token_keys: Keys of the tokens, for dropout of the adapters' inputs; None without it.
 
         Returns:
             ``[seq, row, hidden]`` hidden states from chunks without the head. From the chunk with the head, the result
@@ -168,7 +173,9 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
-            attention_bias=RowContents(documents, self._tables(position_ids, lengths), self._balance(members)),
+            attention_bias=RowContents(
+                documents, self._tables(position_ids, lengths), self._balance(members), self._keys(token_keys)
+            ),
         )
         if not self.post_process:
             return hidden  # type: ignore[no-any-return]
@@ -184,6 +191,15 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
             of_token = of_token.chunk(self._groups.tensor.size(), dim=1)[self._groups.tensor.rank()]
         several = [group for group in groups if group.size() > 1]
         return Balance(of_token.flatten(1), members.lengths, members.weight, several)
+
+    def _keys(self, keys: Int[Tensor, "row seq"] | None) -> TokenKeys | None:
+        """The keys in the order of the hidden states."""
+        if keys is None:
+            return None
+        whole = held = keys.t()
+        if self.config.sequence_parallel:
+            held = whole.chunk(self._groups.tensor.size())[self._groups.tensor.rank()]
+        return TokenKeys(whole.flatten(), held.flatten())
 
     def _tables(self, position_ids: Tensor, lengths: Tensor | None) -> dict[Rotation, RotationTables]:
         tables = {}

@@ -18,6 +18,7 @@ from mindspeed_simpo.config.options import ContextParallelAlgo
 from mindspeed_simpo.device import Device, operators
 from mindspeed_simpo.model import description
 from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.megatron.adapters import dropping
 from mindspeed_simpo.model.megatron.attention import Attention, RowContents
 from mindspeed_simpo.model.megatron.experts import Experts
 from mindspeed_simpo.model.megatron.latent import LatentAttention
@@ -95,13 +96,14 @@ class DecoderLayer(torch.nn.Module):
             (self.input_layernorm, self.self_attention, (attention_bias,), self.post_attention_layernorm),
             (self.pre_mlp_layernorm, self._feed_forward, (attention_bias,), self.post_mlp_layernorm),
         )
-        for norm_before, block, arguments, norm_after in blocks:
-            result, bias = block(norm_before(hidden_states), *arguments)
-            if bias is not None:
-                result = result + bias
-            if norm_after is not None:
-                result = norm_after(result)
-            hidden_states = hidden_states + result
+        with dropping(self, attention_bias.token_keys):
+            for norm_before, block, arguments, norm_after in blocks:
+                result, bias = block(norm_before(hidden_states), *arguments)
+                if bias is not None:
+                    result = result + bias
+                if norm_after is not None:
+                    result = norm_after(result)
+                hidden_states = hidden_states + result
         return hidden_states, None
 
     def _feed_forward(self, normed: Tensor, contents: RowContents) -> tuple[Tensor, Tensor | None]:

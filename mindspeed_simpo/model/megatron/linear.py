@@ -37,7 +37,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class _Adapted(torch.nn.Module):
-    """A sharded projection whose output includes the product of its adapters, where it has any."""
+    """A projection whose output includes the product of its adapters, where it has any."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

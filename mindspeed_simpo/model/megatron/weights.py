@@ -202,7 +202,7 @@ def unwrap(model: torch.nn.Module) -> PolicyModel:
 
 def _gather_shards(slot: Slot, parameter: Tensor, shards: Shards) -> list[Tensor]:
     """The full tensors of a slot on the first rank of the shards; an empty list on the other ranks."""
-    if slot.axis is None:
+    if slot.axis is None and not slot.of_experts:
         return [parameter] if shards.rank == 0 else []
     parameter = parameter.contiguous()
     # all_gather, because HCCL has no gather
@@ -214,7 +214,7 @@ def _gather_shards(slot: Slot, parameter: Tensor, shards: Shards) -> list[Tensor
     for rank, part in enumerate(parts):
         for span, piece in chain.from_iterable(slot.split(part, rank, shards.size)):
             if span.tensor is not None:
-                wholes[span.tensor.name].narrow(slot.axis, span.start, span.length).copy_(piece)
+                wholes[span.tensor.name].narrow(slot.axis or 0, span.start, span.length).copy_(piece)
     return list(wholes.values())
 
 

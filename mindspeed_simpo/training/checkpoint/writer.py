@@ -157,7 +157,7 @@ def copied_shard(models: Sequence[torch.nn.Module], stepper: Stepper, groups: Gr
     found: dict[str, Tensor] = {}
     for slot, parameter in named_slots(models):
         shards = groups.shards(experts=slot.of_experts)
-        if slot.replica or (slot.axis is None and shards.rank > 0):
+        if slot.replica or slot.is_copy(shards.rank):
             continue
         shard = optimizer_shard(stepper.optimizer, parameter)
         if shard is None:

@@ -38,12 +38,12 @@ class FsdpEngine:
         """See :class:`~mindspeed_simpo.training.schedule.passes.Engine`."""
         return self.policy.without_adapters()
 
-    def run(self, passes: Sequence[Pass], *, split: bool, forward_only: bool) -> list[Any]:
+    def run(self, passes: Sequence[Pass], *, split: bool, forward_only: bool, dropout_key: int | None) -> list[Any]:
         """See :class:`~mindspeed_simpo.training.schedule.passes.Engine`."""
         causal = self.policy.causal
         assert isinstance(causal, FSDPModule)
         # response tokens are searched on the host: nonzero() on the device forces a host synchronisation
-        steps = [(each.shards(self.groups, split=split), each.loss) for each in passes]
+        steps = [(each.shards(self.groups, split=split, dropout_key=dropout_key), each.loss) for each in passes]
         records = []
         for number, (parts, loss_of_pass) in enumerate(steps):
             last = number == len(steps) - 1

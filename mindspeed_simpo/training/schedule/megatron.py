@@ -37,14 +37,14 @@ class MegatronEngine:
         """See :class:`~mindspeed_simpo.training.schedule.passes.Engine`."""
         return without_adapters(self.models)
 
-    def run(self, passes: Sequence[Pass], *, split: bool, forward_only: bool) -> list[Any]:
+    def run(self, passes: Sequence[Pass], *, split: bool, forward_only: bool, dropout_key: int | None) -> list[Any]:
         """See :class:`~mindspeed_simpo.training.schedule.passes.Engine`."""
         if len(self.models) > 1:
             # the interleaved schedule sends tensors of one shape
             longest = max(each.rows.tokens.shape[1] for each in passes)
             passes = [dataclasses.replace(each, rows=each.rows.padded_to(longest)) for each in passes]
         # response tokens are searched on the host: nonzero() on the device forces a host synchronisation
-        steps = [(each.shards(self.groups, split=split), each.loss) for each in passes]
+        steps = [(each.shards(self.groups, split=split, dropout_key=dropout_key), each.loss) for each in passes]
         with known_receive_shapes([self._sent_shape(each.rows) for each in passes]):
             return get_forward_backward_func()(  # type: ignore[no-any-return]
                 forward_step_func=partial(self._forward_step, len(passes)),
@@ -87,6 +87,7 @@ class MegatronEngine:
             lengths=rows.lengths,
             head=head,
             members=rows.members,
+            token_keys=rows.token_keys,
         )
         return output
 

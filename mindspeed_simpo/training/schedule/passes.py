@@ -26,17 +26,23 @@ class Pass:
     sequence_weight: float = 0.0
     """Factor of the auxiliary loss of each sequence; 0 where it is off, and in passes without gradients."""
 
-    def shards(self, groups: Groups, *, split: bool) -> list[RowShard]:
-        """This context-parallel rank's inputs: of one forward, or with ``split`` of one for each half of the rows."""
+    def shards(self, groups: Groups, *, split: bool, dropout_key: int | None) -> list[RowShard]:
+        """This context-parallel rank's inputs: of one forward, or with ``split`` of one for each half of the rows.
+
+        Args:
+            groups: Process groups of the layout.
+            split: Whether the two halves of the rows are apart.
+            dropout_key: Key of the step for the masks of dropout; None drops nothing.
+        """
         context = groups.context
         parts = self.rows.halves() if split else (self.rows,)
-        return [part.shard_of(context.rank(), context.size(), self.sequence_weight) for part in parts]
+        return [part.shard_of(context.rank(), context.size(), self.sequence_weight, dropout_key) for part in parts]
 
 
 class Engine(Protocol):
     """Runs a model on the rows of passes."""
 
-    def run(self, passes: Sequence[Pass], *, split: bool, forward_only: bool) -> list[Any]:
+    def run(self, passes: Sequence[Pass], *, split: bool, forward_only: bool, dropout_key: int | None) -> list[Any]:
         """Forward and, with gradients, backward of all passes; the gradients are then reduced over all ranks.
 
         The reduction takes the mean over the data-parallel ranks.
@@ -45,6 +51,7 @@ class Engine(Protocol):
             passes: Of one optimizer step.
             split: Whether the halves of the rows are two forwards with one backward.
             forward_only: Whether no gradient is wanted.
+            dropout_key: Key of the step for the masks of dropout; None drops nothing.
 
         Returns:
             The records of the passes; empty except on the last pipeline rank.

@@ -19,6 +19,7 @@ from mindspeed_simpo.batch import (
     even_halves,
     to_device,
 )
+from mindspeed_simpo.model.dropout import token_keys
 from mindspeed_simpo.parallel.context import positions_of
 
 
@@ -37,13 +38,16 @@ class RowShard:
     """int64 tokens of each full padded row without its padding; None for a packed row."""
     members: SequenceMembers | None = None
     """None where no loss of whole sequences is asked for."""
+    token_keys: Int[Tensor, "row local"] | None = None
+    """Keys of the tokens for dropout, see :func:`~mindspeed_simpo.model.dropout.token_keys`; None without dropout."""
 
     def to(self, device: torch.device) -> RowShard:
         """A copy with the tensors on ``device``."""
         tokens, position_ids = to_device(self.tokens, device), to_device(self.position_ids, device)
         lengths = to_device(self.lengths, device) if self.lengths is not None else None
         members = self.members.to(device) if self.members is not None else None
-        return RowShard(tokens, position_ids, self.documents, self.scored.to(device), lengths, members)
+        token_keys = to_device(self.token_keys, device) if self.token_keys is not None else None
+        return RowShard(tokens, position_ids, self.documents, self.scored.to(device), lengths, members, token_keys)
 
 
 @dataclass(frozen=True)
@@ -55,19 +59,25 @@ class Rows:
     packing: Packing | None = None
     lengths: Int[Tensor, " row"] | None = None
     """int64 tokens of each padded row without its padding; None for a packed row."""
+    identities: Int[Tensor, "row seq"] | None = None
+    """As in :class:`~mindspeed_simpo.batch.PairBatch`."""
 
     @classmethod
     def of(cls, batch: PairBatch) -> Rows:
         """The rows of all sequences of ``batch``: chosen, then rejected."""
-        return cls(batch.tokens, batch.targets, batch.packing, batch.lengths if batch.packing is None else None)
+        lengths = batch.lengths if batch.packing is None else None
+        return cls(batch.tokens, batch.targets, batch.packing, lengths, batch.identities)
 
-    def shard_of(self, context_rank: int, context_size: int, sequence_weight: float = 0.0) -> RowShard:
+    def shard_of(
+        self, context_rank: int, context_size: int, sequence_weight: float = 0.0, dropout_key: int | None = None
+    ) -> RowShard:
         """The slice on one context-parallel rank.
 
         Args:
             context_rank: The rank.
             context_size: Number of context-parallel ranks; divides each document into ``2 * context_size`` chunks.
             sequence_weight: Factor of a loss of each sequence; 0 for none.
+            dropout_key: Key of the step; None without dropout.
         """
         documents = self.packing.documents if self.packing is not None else UNPACKED
         lengths = documents.lengths or (self.tokens.shape[1],)
@@ -80,7 +90,12 @@ class Rows:
             scored=ScoredTokens.of(self.targets[:, local], packing),
             lengths=self.lengths,
             members=self._members(local, sequence_weight) if sequence_weight else None,
+            token_keys=None if dropout_key is None else token_keys(self._known_identities()[:, local], dropout_key),
         )
+
+    def _known_identities(self) -> Int[Tensor, "row seq"]:
+        assert self.identities is not None, "dropout needs the identities of the tokens"
+        return self.identities
 
     def _members(self, held: Int[Tensor, " held"], weight: float) -> SequenceMembers:
         of_token = torch.full((2, *self.tokens.shape), -1, dtype=torch.int64)
@@ -116,8 +131,9 @@ class Rows:
         """The chosen rows and the rejected rows; for padded rows only."""
         assert self.packing is None, "packed rows are divided by two_pass_halves"
         assert self.lengths is not None, "padded rows have lengths"
-        parts = zip(self.tokens.chunk(2), self.targets.chunk(2), self.lengths.chunk(2), strict=True)
-        chosen, rejected = (Rows(tokens, targets, lengths=lengths) for tokens, targets, lengths in parts)
+        identities = (None, None) if self.identities is None else self.identities.chunk(2)
+        parts = zip(self.tokens.chunk(2), self.targets.chunk(2), self.lengths.chunk(2), identities, strict=True)
+        chosen, rejected = (Rows(tokens, targets, None, *others) for tokens, targets, *others in parts)
         return chosen, rejected
 
     def two_pass_halves(self, lengths: Int[Tensor, " sequence"], multiple_of: int) -> tuple[Half, Half]:
@@ -153,12 +169,14 @@ class Rows:
         side = torch.tensor([sequence // number for sequence in sequences]).repeat_interleave(torch.tensor(wholes))
         documents = Documents(tuple(length for length in wholes if length))
         packing = Packing(documents, self.packing.positions[kept], self.packing.pair_of[kept], number)
-        rows = Rows(self.tokens[:, kept], self.targets[side, kept][None], packing)
+        identities = None if self.identities is None else self.identities[:, kept]
+        rows = Rows(self.tokens[:, kept], self.targets[side, kept][None], packing, identities=identities)
         return Half(rows.padded_to(_rounded(len(kept), multiple_of)), torch.tensor(sequences))
 
     def trimmed_to(self, length: int) -> Rows:
         """The first ``length`` positions of padded rows."""
-        return Rows(self.tokens[:, :length], self.targets[:, :length], lengths=self.lengths)
+        identities = None if self.identities is None else self.identities[:, :length]
+        return Rows(self.tokens[:, :length], self.targets[:, :length], lengths=self.lengths, identities=identities)
 
     def padded_to(self, length: int) -> Rows:
         """The rows, padded further to ``length`` positions; the padding of a packed row is a document."""
@@ -168,6 +186,7 @@ class Rows:
             torch.nn.functional.pad(self.targets, (0, missing), value=IGNORE_INDEX),
             self.packing.with_padding(missing) if self.packing is not None else None,
             self.lengths,
+            None if self.identities is None else torch.nn.functional.pad(self.identities, (0, missing), value=-1),
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from mindspeed_simpo.batch import PairBatch, to_device
 from mindspeed_simpo.loss.reference import StepReference
 from mindspeed_simpo.loss.scoring import PairScorer, ScoredBatch, TwoPassLoss
+from mindspeed_simpo.model.dropout import step_key
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.training.schedule.passes import Engine, Pass
 from mindspeed_simpo.training.schedule.rows import Rows
@@ -36,7 +37,7 @@ class PairSchedule:
       half without a graph gives its sums; then follow forward, loss and backward of the first half, and forward and
       backward of the second half. ``two_pass`` stores half the activations and computes one more forward of half the
       rows. To megatron-core each half is a micro-batch, so gradient accumulation, pipelining and gradient
-      synchronisation need no change. Without dropout both forwards of the second half are equal.
+      synchronisation need no change. Both forwards of the second half are equal, also with dropout.
     """
 
     engine: Engine
@@ -51,13 +52,16 @@ class PairSchedule:
     where the reference is another one, or there is none."""
     aux_loss_coeff: float = 0.0
     """Factor of the auxiliary loss of the routers, see :mod:`mindspeed_simpo.model.balance`."""
+    dropout_seed: int | None = None
+    """Seed of the masks of the adapters' inputs; None without dropout."""
 
-    def forward_backward(self, micro_batches: Sequence[PairBatch], num_pairs: int) -> list[ScoredBatch]:
+    def forward_backward(self, micro_batches: Sequence[PairBatch], num_pairs: int, step: int = 0) -> list[ScoredBatch]:
         """Accumulate the gradient of the global batch's mean loss in ``main_grad``, reduced over all ranks.
 
         Args:
             micro_batches: This rank's micro-batches of the global batch, in host memory.
             num_pairs: Pairs of the global batch, over all ranks.
+            step: Number of the optimizer step, from 0, on which the masks of dropout depend.
 
         Returns:
             The detached records of the micro-batches; empty except on the last pipeline rank.
@@ -68,10 +72,11 @@ class PairSchedule:
         self._score_reference(micro_batches)
         # DDP divides the gradient by the data-parallel size
         weight = self.groups.data.size() / num_pairs
+        key = None if self.dropout_seed is None else step_key(self.dropout_seed, step)
         if self.pair_schedule == "two_pass":
-            return self._two_pass(micro_batches, weight)
+            return self._two_pass(micro_batches, weight, key)
         passes = self._joint_passes(micro_batches, weight)
-        return self._run([self._with_balance(each, weight) for each in passes], forward_only=False)
+        return self._run([self._with_balance(each, weight) for each in passes], forward_only=False, dropout_key=key)
 
     @torch.no_grad()
     def forward(self, micro_batches: Sequence[PairBatch]) -> list[ScoredBatch]:
@@ -98,11 +103,14 @@ class PairSchedule:
         loss, scored = self.scorer(batch.to(self.device), *logprobs.chunk(2))
         return loss * weight, scored
 
-    def _two_pass(self, micro_batches: Sequence[PairBatch], weight: float) -> list[ScoredBatch]:
+    def _two_pass(
+        self, micro_batches: Sequence[PairBatch], weight: float, dropout_key: int | None
+    ) -> list[ScoredBatch]:
         halves = [Rows.of(batch).two_pass_halves(batch.lengths, self.sequence_multiple) for batch in micro_batches]
         with torch.no_grad():
             # the schedule returns an empty list except on the last pipeline rank
-            second_sums = self._run([Pass(second.rows, _record) for _, second in halves], forward_only=True)
+            seconds = [Pass(second.rows, _record) for _, second in halves]
+            second_sums = self._run(seconds, forward_only=True, dropout_key=dropout_key)
         passes = []
         for index, (batch, (first, second)) in enumerate(zip(micro_batches, halves, strict=True)):
             order = to_device(torch.cat([first.sequences, second.sequences]), self.device)
@@ -110,7 +118,7 @@ class PairSchedule:
             loss = TwoPassLoss(partial(self._gradients, batch), weight, order, sums)
             halves_of_batch = Pass(first.rows, loss.first_half), Pass(second.rows, loss.second_half)
             passes += [self._with_balance(each, weight) for each in halves_of_batch]
-        return self._run(passes, forward_only=False)[::2]
+        return self._run(passes, forward_only=False, dropout_key=dropout_key)[::2]
 
     def _with_balance(self, each: Pass, weight: float) -> Pass:
         """The pass with the auxiliary loss, a mean over the two sequences of all pairs."""
@@ -123,9 +131,9 @@ class PairSchedule:
     ) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"], ScoredBatch]:
         return self.scorer.gradients(batch.to(self.device), chosen, rejected)
 
-    def _run(self, passes: Sequence[Pass], *, forward_only: bool) -> list[Any]:
+    def _run(self, passes: Sequence[Pass], *, forward_only: bool, dropout_key: int | None = None) -> list[Any]:
         split = self.pair_schedule == "split" and not forward_only
-        return self.engine.run(passes, split=split, forward_only=forward_only)
+        return self.engine.run(passes, split=split, forward_only=forward_only, dropout_key=dropout_key)
 
 
 def _record(logprobs: Float[Tensor, " sequence"]) -> tuple[Tensor, Float[Tensor, " sequence"]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable
 class Stepper(Protocol):
     """An optimizer with clipping by the global gradient norm, and the learning-rate schedule."""
 

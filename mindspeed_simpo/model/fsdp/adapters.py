@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -10,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mindspeed_simpo.config.options import AdapterOptions
 from mindspeed_simpo.errors import ConfigError, ModelError
+from mindspeed_simpo.model.adapters import ALL_LINEAR
 from mindspeed_simpo.model.export_folder import write_on_first_rank
 from mindspeed_simpo.model.tokenizer_files import write_tokenizer
 
@@ -25,20 +29,48 @@ def add_adapters(causal: PreTrainedModel, options: AdapterOptions) -> PeftModel:
         ConfigError: where the model has none of the modules.
         ModelError: where ``lora_load`` cannot be read or has another rank, scale or modules.
     """
-    modules = options.lora_target_modules
     wanted = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha_in_use,  # type: ignore[arg-type]
-        target_modules=modules if isinstance(modules, str) else list(modules),
+        target_modules=_modules(causal, options.lora_target_modules),
         task_type="CAUSAL_LM",
     )
-    try:
+    with warnings.catch_warnings():
+        # peft asks models for what newer versions of transformers call otherwise
+        warnings.simplefilter("ignore", FutureWarning)
         adapted = get_peft_model(causal, wanted)
-    except ValueError as error:
-        raise ConfigError(f"lora_target_modules: {' '.join(str(error).split())}") from None
     if options.lora_load is not None:
         _load(adapted, options.lora_load)
     return adapted
+
+
+def _modules(causal: PreTrainedModel, names: str | list[str]) -> list[str]:
+    """The linear layers to adapt: by the last parts of their names, or one by one where the model has experts.
+
+    peft takes such a part also as the name of a projection of experts, which transformers holds in one parameter of
+    three axes: those have no adapters here.
+    """
+    output: Any = causal.get_output_embeddings
+    linear = [
+        name for name, part in causal.named_modules() if isinstance(part, torch.nn.Linear) and part is not output()
+    ]
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    wanted = [names] if isinstance(names, str) else names
+    for name in wanted:
+        if name not in (ALL_LINEAR, *known):
+            near = difflib.get_close_matches(name, known, 1, 0)
+            raise ConfigError(
+                f"lora_target_modules: {type(causal).__name__} has no linear layer {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    chosen = known if ALL_LINEAR in wanted else sorted(set(wanted))
+    if all(parameter.dim() < 3 for parameter in causal.parameters()):
+        return chosen
+    return [name for name in linear if name.rpartition(".")[2] in chosen]
+
+
+def _last_parts(modules: Any) -> set[str]:
+    return {modules} if isinstance(modules, str) else {name.rpartition(".")[2] for name in modules or ()}
 
 
 def _load(adapted: PeftModel, folder: str) -> None:
@@ -48,8 +80,10 @@ def _load(adapted: PeftModel, folder: str) -> None:
         raise ModelError(f"lora_load: {folder} is not a folder that peft reads: {error}") from None
     own = adapted.peft_config["default"]
     for name in ("r", "lora_alpha", "target_modules"):
-        theirs, ours = getattr(stored, name, None), getattr(own, name)
-        if (set(theirs) if isinstance(theirs, list) else theirs) != ours:
+        theirs, ours = (getattr(each, name, None) for each in (stored, own))
+        if name == "target_modules":
+            theirs, ours = _last_parts(theirs), _last_parts(ours)
+        if theirs != ours:
             raise ModelError(f"lora_load: {folder} has {name} {theirs}, and the run has {ours}")
     found = adapted.load_adapter(folder, "default", is_trainable=True)
     if found.unexpected_keys:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import logging
 
 from mindspeed_simpo.batch import UNPACKED, Documents
 from mindspeed_simpo.errors import ModelError
@@ -166,7 +167,8 @@ def _no_mask(*_args: Any, mask_function: Callable[..., Tensor] | None = None, **
 
 
 def register() -> None:
-    """Make the attention known to transformers under :data:`NAME`, with masks of None."""
+    """Make the attention known to transformers under :data:`NAME`, with masks of None; show no bars of its own."""
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _no_mask)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -139,12 +141,11 @@ def shard(model: PreTrainedModel, sharding: Sharding) -> None:
 
 
 def recompute(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Have the backward compute the named layers again, and no others."""
-    enable: Any = model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "preserve_rng_state": False})
-    for name, part in model.named_modules():
-        if isinstance(part, GradientCheckpointingLayer):
-            part.gradient_checkpointing = name in names
+    """Have the backward compute the named layers again."""
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def local_part(tensor: Tensor) -> Tensor:

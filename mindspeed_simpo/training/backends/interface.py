@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +16,7 @@ from mindspeed_simpo.training.schedule.passes import Engine
 from mindspeed_simpo.training.stepper import Stepper
 
 
+@runtime_checkable
 class Described(Protocol):
     """The part of a model's description that training reads."""
 
@@ -28,6 +29,7 @@ class Described(Protocol):
         """Soft cap of the logits; None for none."""
 
 
+@runtime_checkable
 class Backend(Protocol):
     """A model on this rank, and how it is run, updated and exported. All methods are collectives of the world."""
 

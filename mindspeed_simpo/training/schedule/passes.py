@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -39,6 +39,7 @@ class Pass:
         return [part.shard_of(context.rank(), context.size(), self.sequence_weight, dropout_key) for part in parts]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs a model on the rows of passes."""
 

@@ -1,0 +1,130 @@
+"""``backend: fsdp`` against the model of transformers in fp64, one row at a time: loss and every gradient."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.hf import make_token_pairs
+from tests.oracle_objectives import Options
+from tests.ranks.fsdp_models import FAMILIES, PADDED_ONLY, VOCABULARY, by_transformers, fsdp_steps, make_model
+from tests.ranks.parity import worst_error
+
+pytestmark = pytest.mark.newest_core
+GRADIENT = 1e-5
+PACKED = [family for family in FAMILIES if family not in PADDED_ONLY]
+
+
+def check(found, expected):
+    loss, grads = expected
+    assert found["losses"][0] == pytest.approx(loss, rel=1e-6)
+    # some parameters have no gradient: of experts that no token chose, or of keys' biases, which softmax cancels
+    zero = [name for name, grad in grads.items() if grad.norm() < 1e-9]
+    for name in zero:
+        assert found["grads"][name].norm() < 1e-6, name
+    kept = {name: grad for name, grad in grads.items() if name not in zero}
+    error, name = worst_error({name: found["grads"][name] for name in kept}, kept)
+    assert error < GRADIENT, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family(tmp_path, family):
+    folder = make_model(tmp_path / "model", family)
+    pairs = make_token_pairs(8, VOCABULARY)
+    expected = by_transformers(folder, pairs, Options())
+    forms = ["padded"] if family in PADDED_ONLY else ["padded", "packed", "prefix_shared"]
+    for form in forms:
+        found = fsdp_steps(folder, [pairs], batching=form, fused_logprob=form != "packed")
+        assert found["batching"] == form
+        check(found, expected)
+    check(fsdp_steps(folder, [pairs], ranks=2, batching=forms[-1], fused_logprob=True), expected)
+
+
+LAYOUTS = {
+    "cp2": (2, {"context_parallel_size": 2}),
+    "copies of shards": (4, {"fsdp_shard_size": 2}),
+    "cp2 dp2": (4, {"context_parallel_size": 2, "fsdp_shard_size": 4}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", ["padded", "packed", "prefix_shared"])
+def test_layouts(tmp_path, layout, form):
+    folder = make_model(tmp_path / "model", "qwen3")
+    pairs = make_token_pairs(8, VOCABULARY)
+    ranks, options = LAYOUTS[layout]
+    check(fsdp_steps(folder, [pairs], ranks, batching=form, **options), by_transformers(folder, pairs, Options()))
+
+
+SCHEDULES = {
+    "two_pass, packed": {"pair_schedule": "two_pass", "batching": "packed"},
+    "split": {"pair_schedule": "split"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+    "selective": {"recompute_granularity": "selective", "batching": "prefix_shared"},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules(tmp_path, name):
+    folder = make_model(tmp_path / "model", "gemma2")
+    pairs = make_token_pairs(8, VOCABULARY)
+    expected = by_transformers(folder, pairs, Options())
+    check(fsdp_steps(folder, [pairs], **SCHEDULES[name]), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_the_backends_train_alike(tmp_path, family):
+    from tests.hf import make_checkpoint
+    from tests.ranks.parity import engine_steps
+
+    folder = make_checkpoint(tmp_path / "model", family, vocab_size=VOCABULARY)
+    # the embedding of transformers gives the row of a padding id no gradient, whatever stands in the text
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": None}), encoding="utf-8")
+    batches = [make_token_pairs(4, VOCABULARY, seed=seed) for seed in range(3)]
+    training = {"lr": 1e-3, "adam_eps": 1e-5, "weight_decay": 0.1, "clip_grad": 0.5, "lr_decay_style": "constant"}
+    ours = engine_steps(folder, batches, **training)
+    theirs = fsdp_steps(folder, batches, ranks=2, **training)
+    assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-5)
+    assert theirs["norms"] == pytest.approx(ours["grad_norms"], rel=1e-5)
+    shared = {name: value.double() for name, value in ours["params"].items() if name in theirs["params"]}
+    assert "model.layers.0.self_attn.q_proj.weight" in shared
+    error, name = worst_error({name: theirs["params"][name] for name in shared}, shared)
+    assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_adapters(tmp_path, ranks):
+    from peft import LoraConfig, get_peft_model
+
+    folder = make_model(tmp_path / "model", "llama")
+    torch.manual_seed(0)
+    wanted = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, to peft
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), wanted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    pairs = make_token_pairs(8, VOCABULARY)
+    keys = {"lora_r": 3, "lora_alpha": 6, "lora_target_modules": ["q_proj", "down_proj"]}
+    expected = by_transformers(folder, pairs, Options(), tmp_path / "adapter")
+    for form in ("padded", "prefix_shared"):
+        found = fsdp_steps(folder, [pairs], ranks, batching=form, lora_load=str(tmp_path / "adapter"), **keys)
+        assert found["grads"].keys() == expected[1].keys()
+        check(found, expected)
+
+
+@pytest.mark.parametrize("adapters", [{}, {"lora_r": 4}], ids=["all weights", "adapters"])
+def test_a_checkpoint_goes_on_with_other_ranks(tmp_path, adapters):
+    folder = make_model(tmp_path / "model", "mixtral")
+    batches = [make_token_pairs(8, VOCABULARY, seed=seed) for seed in range(3)]
+    training = {"lr": 1e-3, "adam_eps": 1e-5, **adapters}
+    whole = fsdp_steps(folder, batches, **training)
+    fsdp_steps(folder, batches[:2], ranks=2, save=str(tmp_path), **training)
+    for ranks in (1, 4):
+        rest = fsdp_steps(folder, batches[2:], ranks=ranks, load=str(tmp_path / "iter_0000002"), **training)
+        assert rest["losses"] == pytest.approx(whole["losses"][2:], rel=1e-6)
+        error, name = worst_error(rest["params"], {name: value.double() for name, value in whole["params"].items()})
+        assert error < 1e-5, name

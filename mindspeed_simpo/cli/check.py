@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -36,6 +37,9 @@ from mindspeed_simpo.model.naming import pipeline_chunks
 from mindspeed_simpo.model.weight_source import SafetensorsFolder
 from mindspeed_simpo.objectives import OBJECTIVES
 from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, estimate_memory
+
+if TYPE_CHECKING:
+    from mindspeed_simpo.model.fsdp.description import TransformersModel
 
 INSPECTED_PAIRS = 2000
 """Largest number of pairs of each part, evenly spaced, whose token ids are inspected."""
@@ -88,7 +92,9 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
         findings.warnings += run_length_warnings(config, len(parts["train"]))
     findings.warnings += token_budget_warnings(config, parts)
     findings.warnings += setting_warnings(config)
-    if spec is not None:
+    if spec is not None and not isinstance(spec, ModelDescription):
+        _sharded().print_layout(console, config, make_layout(config, world_size), spec)
+    elif spec is not None:
         layout = make_layout(config, world_size)
         estimates = estimate_memory(spec, config, layout, _largest(config, layout, parts), device)
         _print_layout(console, config, layout, spec, estimates)
@@ -187,7 +193,16 @@ def _inspected(dataset: PairDataset) -> list[TokenizedPair]:
     return [dataset[index] for index in range(0, len(dataset), -(-len(dataset) // INSPECTED_PAIRS))]
 
 
-def _model(config: Config, world_size: int, device: str) -> ModelDescription:
+def _sharded() -> ModuleType:
+    """What only ``backend: fsdp`` needs, which imports the model classes of transformers."""
+    from mindspeed_simpo.cli import check_sharded
+
+    return check_sharded
+
+
+def _model(config: Config, world_size: int, device: str) -> ModelDescription | TransformersModel:
+    if config.backend == "fsdp":
+        return _sharded().described(config, world_size, device)  # type: ignore[no-any-return]
     spec = read_description(config.model_name_or_path)
     make_layout(resolve(config, spec, device), world_size, spec, device)
     if config.init_from == "weights":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,6 +11,10 @@ from torch import Tensor
 @runtime_checkable
 class Stepper(Protocol):
     """An optimizer with clipping by the global gradient norm, and the learning-rate schedule."""
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer, whose state a checkpoint holds."""
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""

@@ -76,10 +76,10 @@ def make_model(folder, family, seed=0, **settings):
     return folder
 
 
-def by_transformers(folder, pairs, options: Options, adapter=None):
-    """Loss and gradients of the model of transformers in fp64, one row at a time."""
+def by_transformers(folder, pairs, options: Options, adapter=None, dtype=torch.float64):
+    """Loss and gradients of the model of transformers, one row at a time."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     )
     if adapter is not None:
         from peft import PeftModel
@@ -87,7 +87,7 @@ def by_transformers(folder, pairs, options: Options, adapter=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, to peft
             model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-        model.to(torch.float64)
+        model.to(dtype)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     losses = []
     for prompt, *responses in pairs:

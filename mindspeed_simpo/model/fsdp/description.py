@@ -27,6 +27,11 @@ class TransformersModel:
     vocab_size: int
     layer_names: tuple[str, ...]
     logits: Logits
+    parameters: int
+    largest_layer: int
+    """Parameters of the largest layer."""
+    beside_layers: int
+    """Parameters of the root: embedding, last norm and output layer."""
     settings: dict[str, Any] = dataclasses.field(hash=False)
     """What ``config.json`` says, with the defaults of transformers."""
 
@@ -82,11 +87,17 @@ def describe(model_name_or_path: str) -> TransformersModel:
         raise ModelError(
             f"{folder / 'config.json'}: the weights are quantized (quantization_config); use the unquantized checkpoint"
         )
+    names = layer_names(model)
+    sizes = [sum(parameter.numel() for parameter in model.get_submodule(name).parameters()) for name in names]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return TransformersModel(
         family=model.config.model_type,
         architecture=type(model).__name__,
         vocab_size=text.vocab_size,
-        layer_names=tuple(layer_names(model)),
+        layer_names=tuple(names),
         logits=logits_of(model),
+        parameters=parameters,
+        largest_layer=max(sizes),
+        beside_layers=parameters - sum(sizes),
         settings=model.config.to_dict(),
     )

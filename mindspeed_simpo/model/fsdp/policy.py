@@ -104,6 +104,14 @@ class Policy(torch.nn.Module):
         with self.adapted.disable_adapter():
             yield
 
+    def stored_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """What a checkpoint holds: the adapters' factors, by their names in peft, or all where there are none."""
+        for name, parameter in self.causal.named_parameters():
+            if self.adapted is None:
+                yield name, parameter
+            elif parameter.requires_grad:
+                yield "base_model.model." + name.replace(".default", ""), parameter
+
     def weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The model's own parameters, without adapters, by their names in transformers."""
         for name, parameter in self.causal.named_parameters():

@@ -41,7 +41,8 @@ def find_abilities(policy: Policy, vocab_size: int, seq_length: int, layers: int
     Raises:
         ModelError: where the model wants an attention pattern that is neither causal nor a sliding window.
     """
-    kind, training = type(policy.causal).__name__, policy.training
+    # FSDP2 puts its name before that of the class
+    kind, training = type(policy.causal).__name__.removeprefix("FSDP"), policy.training
     policy.eval()
     try:
         with recording(Seen()) as seen:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from mindspeed_simpo.model.fsdp.policy import Policy
 from mindspeed_simpo.training.checkpoint.shards import MOMENTS, PARAMETER, name_of
-from mindspeed_simpo.training.fsdp.stepper import ShardStepper
+
+
+@runtime_checkable
+class NamesParameters(Protocol):
+    """A model whose parameters a checkpoint stores by names of its own: that of ``backend: fsdp``."""
+
+    def stored_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The parameters that a checkpoint holds, with their names."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +39,14 @@ class HeldPart:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def held_parts(policy: Policy, rank: int) -> Iterator[HeldPart]:
+def held_parts(model: NamesParameters, rank: int) -> Iterator[HeldPart]:
     """This rank's parts of the stored parameters: of all of them, or of the adapters where there are any.
 
     Args:
-        policy: The model.
+        model: The model.
         rank: Rank of the world.
     """
-    for name, parameter in stored_parameters(policy):
+    for name, parameter in model.stored_parameters():
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
             shape, offsets = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
@@ -53,28 +59,17 @@ def held_parts(policy: Policy, rank: int) -> Iterator[HeldPart]:
             yield HeldPart(name, parameter, offsets, tuple(parameter.shape), writes=rank == 0)
 
 
-def stored_parameters(policy: Policy) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters that a checkpoint holds: the adapters' factors, or all where there are no adapters."""
-    found = dict(policy.causal.named_parameters())
-    adapted = any(".lora_" in name for name in found)
-    for name, parameter in found.items():
-        if not adapted:
-            yield name, parameter
-        elif parameter.requires_grad:
-            yield "base_model.model." + name.replace(".default", ""), parameter
-
-
-def copied_parts(policy: Policy, stepper: ShardStepper, rank: int) -> dict[str, Tensor]:
+def copied_parts(model: NamesParameters, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, Tensor]:
     """What a rank writes: ``{name: part}`` of the parameters and Adam's moments, copied to host memory.
 
     Args:
-        policy: The model.
-        stepper: Its optimizer.
+        model: The model.
+        optimizer: Its optimizer.
         rank: Rank of the world.
     """
     found = {}
-    for part in held_parts(policy, rank):
-        state = stepper.optimizer.state.get(part.parameter, {})
+    for part in held_parts(model, rank):
+        state = optimizer.state.get(part.parameter, {})
         if not part.writes or 0 in part.shape:
             continue
         found[name_of(PARAMETER, part.name, part.offsets)] = _copy(part.local(part.parameter))
@@ -93,22 +88,24 @@ Read = Callable[[str, str, tuple[int, ...], Tensor], None]
 
 
 @torch.no_grad()
-def load_parts(read: Read, policy: Policy, stepper: ShardStepper | None, num_updates: int, rank: int) -> None:
-    """Load this rank's parts, and with a stepper the state of the optimizer.
+def load_parts(
+    read: Read, model: NamesParameters, optimizer: torch.optim.Optimizer | None, num_updates: int, rank: int
+) -> None:
+    """Load this rank's parts, and with an optimizer its state.
 
     Args:
         read: Copies stored values into a tensor.
-        policy: The model.
-        stepper: Its optimizer; None loads only the parameters.
+        model: The model.
+        optimizer: Its optimizer; None loads only the parameters.
         num_updates: Number of the checkpoint's updates.
         rank: Rank of the world.
     """
-    for part in held_parts(policy, rank):
+    for part in held_parts(model, rank):
         read(PARAMETER, part.name, part.offsets, part.local(part.parameter).data)
-        if stepper is None or not part.parameter.requires_grad:
+        if optimizer is None or not part.parameter.requires_grad:
             continue
         state: dict[str, Any] = {"step": torch.tensor(float(num_updates))}
         for kind in MOMENTS:
             state[kind] = torch.zeros_like(part.parameter)
             read(kind, part.name, part.offsets, part.local(state[kind]))
-        stepper.optimizer.state[part.parameter] = state
+        optimizer.state[part.parameter] = state

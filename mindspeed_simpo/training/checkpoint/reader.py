@@ -18,16 +18,13 @@ from torch import Tensor
 
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import CheckpointError
-from mindspeed_simpo.model.fsdp.policy import Policy
 from mindspeed_simpo.model.pieces import pieces_of
 from mindspeed_simpo.model.slots import Slot
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.training.checkpoint.folder import rank_file, read_state
-from mindspeed_simpo.training.checkpoint.parts import load_parts
+from mindspeed_simpo.training.checkpoint.parts import NamesParameters, load_parts
 from mindspeed_simpo.training.checkpoint.shards import MOMENTS, PARAMETER, named_slots, optimizer_shard
-from mindspeed_simpo.training.fsdp.stepper import ShardStepper
-from mindspeed_simpo.training.optimizer import MegatronStepper
 from mindspeed_simpo.training.stepper import Stepper
 
 
@@ -49,13 +46,14 @@ def load(
     with fail_together(groups.control), _read_errors(folder):
         stored = StoredPieces(folder)
         step = read_state(folder).step
-        if isinstance(models[0], Policy):
-            assert stepper is None or isinstance(stepper, ShardStepper)
-            load_parts(stored.read, models[0], stepper, step, groups.world.rank())
+        own_names = isinstance(models[0], NamesParameters)
+        if isinstance(models[0], NamesParameters):
+            optimizer = stepper.optimizer if stepper is not None else None
+            load_parts(stored.read, models[0], optimizer, step, groups.world.rank())
         else:
             _load_parameters(stored, models, groups)
         if stepper is not None:
-            if isinstance(stepper, MegatronStepper):
+            if not own_names:
                 _load_optimizer(stored, models, stepper.optimizer, groups, step)
             stepper.resume_schedule_at(step)
             if stored.ranks == groups.world.size():

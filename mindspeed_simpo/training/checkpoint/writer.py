@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import CheckpointError
-from mindspeed_simpo.model.fsdp.policy import Policy
 from mindspeed_simpo.model.pieces import pieces_of
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import fail_together, of_all_ranks
@@ -36,7 +35,7 @@ from mindspeed_simpo.training.checkpoint.folder import (
     record_of,
     remove,
 )
-from mindspeed_simpo.training.checkpoint.parts import copied_parts
+from mindspeed_simpo.training.checkpoint.parts import NamesParameters, copied_parts
 from mindspeed_simpo.training.checkpoint.shards import (
     MOMENTS,
     PARAMETER,
@@ -45,8 +44,6 @@ from mindspeed_simpo.training.checkpoint.shards import (
     optimizer_shard,
     written_range,
 )
-from mindspeed_simpo.training.fsdp.stepper import ShardStepper
-from mindspeed_simpo.training.optimizer import MegatronStepper
 from mindspeed_simpo.training.stepper import Stepper
 
 logger = logging.getLogger(__name__)
@@ -150,10 +147,8 @@ def copied_shard(models: Sequence[torch.nn.Module], stepper: Stepper, groups: Gr
         stepper: The optimizer.
         groups: Process groups of the layout.
     """
-    if isinstance(models[0], Policy):
-        assert isinstance(stepper, ShardStepper)
-        return copied_parts(models[0], stepper, groups.world.rank())
-    assert isinstance(stepper, MegatronStepper)
+    if isinstance(models[0], NamesParameters):
+        return copied_parts(models[0], stepper.optimizer, groups.world.rank())
     found: dict[str, Tensor] = {}
     for slot, parameter in named_slots(models):
         shards = groups.shards(experts=slot.of_experts)

@@ -1,0 +1,47 @@
+"""Estimate of the memory of a rank with ``backend: fsdp``, from shapes alone and without activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.model.fsdp.description import TransformersModel
+
+FP32, BF16 = 4, 2
+
+
+@dataclass(frozen=True)
+class ShardedState:
+    """Bytes on one rank."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    """Whole parameters of the root and of two layers, of which the second is gathered while the first computes, and
+    with several micro-batches a step the whole gradients, which are reduced at the end of the step."""
+
+
+def sharded_state(model: TransformersModel, config: Config, world: int, micro_batches: int) -> ShardedState:
+    """Parameters, gradients, Adam's moments, and what FSDP2 gathers.
+
+    With P parameters over s ranks, b bytes of the compute dtype: parameters ``4 P / s`` (with adapters ``b P / s``),
+    gradients ``4 P / s``, optimizer ``8 P / s``, gathered ``b (root + 2 layers)`` and with several micro-batches
+    ``b P`` more. Adapters are not counted.
+
+    Args:
+        model: The description.
+        config: Precision, adapters and ``fsdp_shard_size``.
+        world: Number of ranks.
+        micro_batches: Number of a rank's micro-batches of a step.
+    """
+    shards = config.fsdp_shard_size or world
+    width = BF16 if config.bf16_in_use else FP32
+    frozen, held = config.lora_r > 0, -(-model.parameters // shards)
+    gathered = width * (model.beside_layers + 2 * model.largest_layer)
+    return ShardedState(
+        parameters=(width if frozen else FP32) * held,
+        gradients=0 if frozen else FP32 * held,
+        optimizer=0 if frozen else 2 * FP32 * held,
+        gathered=gathered + (width * model.parameters if micro_batches > 1 and not frozen else 0),
+    )

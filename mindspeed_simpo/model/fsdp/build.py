@@ -88,7 +88,7 @@ def load_model(folder: Path, sharding: Sharding) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.base_model_fsdp_plan = {}
-        loaded: Any = _without_plan(AutoModelForCausalLM._model_mapping[type(config)]).from_pretrained(
+        loaded: Any = _loadable(AutoModelForCausalLM._model_mapping[type(config)]).from_pretrained(
             folder,
             config=config,
             dtype=sharding.stored_dtype,
@@ -109,9 +109,19 @@ def load_model(folder: Path, sharding: Sharding) -> PreTrainedModel:
     return model
 
 
-def _without_plan(model_class: Any) -> Any:
-    """The class without a plan of its own for FSDP2: its output weight belongs to the root, where the head reads it."""
-    return type(model_class.__name__, (model_class,), {"_fsdp_plan": {}, "__module__": model_class.__module__})
+def _loadable(model_class: Any) -> Any:
+    """The class as FSDP2 can shard it while it is loaded.
+
+    It has no plan of its own, so that the output weight belongs to the root, where the head reads it. Weights are tied
+    before they are sharded: FSDP2 would hold those that are tied later twice.
+    """
+
+    def distribute(cls: Any, model: Any, *others: Any) -> Any:
+        model.tie_weights()
+        return model_class.maybe_distribute_model.__func__(cls, model, *others)
+
+    changes = {"_fsdp_plan": {}, "maybe_distribute_model": classmethod(distribute)}
+    return type(model_class.__name__, (model_class,), {"__module__": model_class.__module__, **changes})
 
 
 def random_model(folder: Path, sharding: Sharding, seed: int) -> PreTrainedModel:

@@ -28,14 +28,14 @@ class Communicators(NamedTuple):
 def communicators(model: ModelDescription, config: Config, layout: Layout, pipeline_rank: int) -> Communicators:
     """Communicators of a rank in a training step.
 
-    Collectives need the groups of ``_ALWAYS``; without the distributed optimizer, whose gradient norm is summed over the
-    world, that of the ranks with the parts of the model; those of the tensor and context ranks, on the last pipeline
-    rank, whose head uses it, also a group of one tensor rank; one for each number of ranks that share a key-value head;
-    and on the first and last pipeline rank one for a tied embedding. Without virtual pipeline ranks the messages of the
-    pipeline are batches in its group. With them each message is a call of its own, and a pipeline of two ranks uses two
-    groups; the messages in the ring of context ranks are calls of their own, too. A rank with experts needs the groups
-    of the ranks with the same experts and, where there are several, of those with the others; and without the
-    distributed optimizer the gradient norm of experts has a group of its own.
+    Collectives need the groups of ``_ALWAYS``; without the distributed optimizer, whose gradient norm is summed over
+    the world, that of the ranks with the parts of the model; those of the tensor and context ranks, on the last
+    pipeline rank, whose head uses it, also a group of one tensor rank; one for each number of ranks that share a
+    key-value head; and on the first and last pipeline rank one for a tied embedding. Without virtual pipeline ranks the
+    messages of the pipeline are batches in its group. With them each message is a call of its own, and a pipeline of
+    two ranks uses two groups; the messages in the ring of context ranks are calls of their own, too. A rank with
+    experts needs the groups of the ranks with the same experts and, where there are several, of those with the others;
+    and without the distributed optimizer the gradient norm of experts has a group of its own.
 
     Args:
         model: The description.

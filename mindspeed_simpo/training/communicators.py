@@ -10,8 +10,8 @@ from mindspeed_simpo.device import npu_environment
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.naming import pipeline_chunks
 
-_ALWAYS = 3
-"""The groups of the world, of the data and context ranks, and of the ranks that share the gradient norm."""
+_ALWAYS = 2
+"""The groups of the world, and of the data and context ranks."""
 
 
 class Communicators(NamedTuple):
@@ -28,13 +28,14 @@ class Communicators(NamedTuple):
 def communicators(model: ModelDescription, config: Config, layout: Layout, pipeline_rank: int) -> Communicators:
     """Communicators of a rank in a training step.
 
-    Collectives need the groups of ``_ALWAYS``; those of the tensor and context ranks, on the last pipeline rank, whose
-    head uses it, also a group of one tensor rank; one for each number of ranks that share a key-value head; and on the
-    first and last pipeline rank one for a tied embedding. Without virtual pipeline ranks the messages of the pipeline
-    are batches in its group. With them each message is a call of its own, and a pipeline of two ranks uses two groups;
-    the messages in the ring of context ranks are calls of their own, too. A rank with experts needs the groups of the
-    ranks with the same experts and, where there are several, of those with the others; and without the distributed
-    optimizer the gradient norm of experts has a group of its own.
+    Collectives need the groups of ``_ALWAYS``; without the distributed optimizer, whose gradient norm is summed over
+    the world, that of the ranks with the parts of the model; those of the tensor and context ranks, on the last
+    pipeline rank, whose head uses it, also a group of one tensor rank; one for each number of ranks that share a
+    key-value head; and on the first and last pipeline rank one for a tied embedding. Without virtual pipeline ranks the
+    messages of the pipeline are batches in its group. With them each message is a call of its own, and a pipeline of
+    two ranks uses two groups; the messages in the ring of context ranks are calls of their own, too. A rank with
+    experts needs the groups of the ranks with the same experts and, where there are several, of those with the others;
+    and without the distributed optimizer the gradient norm of experts has a group of its own.
 
     Args:
         model: The description.
@@ -53,6 +54,7 @@ def communicators(model: ModelDescription, config: Config, layout: Layout, pipel
     ring = config.context_parallel_algo == "megatron_cp_algo"
     return Communicators(
         collective=_ALWAYS
+        + (not layout.distributed_optimizer)
         + (layout.tensor > 1 or is_last)
         + (layout.context > 1)
         + len(shared)

@@ -48,11 +48,15 @@ all)
     # tests of one process and tests that wait leave a core idle: lint and the tests of the ranks run beside them
     others=$(mktemp)
     trap 'kill $(jobs -p) 2>/dev/null; rm -f "$others"' EXIT
-    python -m pytest tests --ignore=tests/ranks >"$others" 2>&1 &
+    (
+        other_status=0
+        python -m pytest tests --ignore=tests/ranks || other_status=1
+        core012 || other_status=1
+        exit $other_status
+    ) >"$others" 2>&1 &
     pid=$!
     lint || status=1
     python -m pytest tests/ranks || status=1
-    core012 || status=1
     wait $pid || status=1
     cat "$others"
     exit $status

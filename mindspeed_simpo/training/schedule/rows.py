@@ -127,10 +127,13 @@ class Rows:
         """The chosen rows and the rejected rows; for padded rows only."""
         assert self.packing is None, "packed rows are divided by two_pass_halves"
         assert self.lengths is not None, "padded rows have lengths"
-        tensors = (self.tokens, self.targets, self.identities, self.lengths)
-        parts = zip(*(tensor.chunk(2) for tensor in tensors), strict=True)
-        chosen, rejected = (Rows(*of_rows, None, lengths) for *of_rows, lengths in parts)
-        return chosen, rejected
+        tensors = self.tokens, self.targets, self.identities, self.lengths
+        chosen, rejected = zip(*(tensor.chunk(2) for tensor in tensors), strict=True)
+        return self._padded(*chosen), self._padded(*rejected)
+
+    @classmethod
+    def _padded(cls, tokens: Tensor, targets: Tensor, identities: Tensor, lengths: Tensor) -> Rows:
+        return cls(tokens, targets, identities, lengths=lengths)
 
     def two_pass_halves(self, lengths: Int[Tensor, " sequence"], multiple_of: int) -> tuple[Half, Half]:
         """Two halves for ``two_pass``, one sequence of each pair in each, trimmed to the longest row of the half.

@@ -198,14 +198,15 @@ def test_dropout_goes_on_at_another_layout_and_form_of_batches(tmp_path, batchin
     folder = hf.make_checkpoint(tmp_path / "base", "qwen2", vocab_size=301)
     pairs = hf.make_token_pairs(16, vocab_size=301)
     batches = [pairs[:8], pairs[8:]]
-    options = keys(["q_proj", "v_proj", "down_proj"], **TRAINING, lora_dropout=0.3)
+    # an epsilon far above the noise of fp32 keeps Adam from scaling that noise up
+    options = keys(["q_proj", "v_proj", "down_proj"], **TRAINING | {"adam_eps": 1e-2}, lora_dropout=0.3)
     whole = engine_steps(folder, batches * 2, **options)
     plain = engine_steps(folder, batches[:1], **options | {"lora_dropout": 0.0})
     first = engine_steps(folder, batches, save=tmp_path, **options, **LAYOUTS["tp2_pp2"], batching=batching)
     second = engine_steps(folder, batches, load=tmp_path / "iter_0000002", **options, **LAYOUTS["cp2_dp2_sharded"])
     assert first["losses"] + second["losses"] == pytest.approx(whole["losses"], rel=1e-6)
     error, name = worst_error(second["params"], {name: tensor.double() for name, tensor in whole["params"].items()})
-    assert error < 1e-4, name
+    assert error < 1e-5, name
     # the product of new factors is zero with and without dropout; their gradients are not the same
     assert plain["losses"] == pytest.approx(whole["losses"][:1], rel=1e-6)
     name = next(name for name in plain["grads"] if "lora_B" in name)

@@ -50,12 +50,13 @@ def head_of(name: str, shape: dict[str, int]) -> Any:
 
 
 def _our_head(*, fused: bool, shape: dict[str, int]) -> Any:
-    from mindspeed_simpo.batch import LossInputs, ScoredTokens
+    from mindspeed_simpo.batch import ScoredTokens
     from mindspeed_simpo.config.config import Config
     from mindspeed_simpo.config.layout import Layout
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.loss.head import ResponseHead
     from mindspeed_simpo.loss.pair_loss import PairLoss
+    from mindspeed_simpo.losses import LossInputs
     from mindspeed_simpo.parallel import initialize
 
     groups = initialize(Layout(), open_device("cpu"))

@@ -31,19 +31,8 @@ from transformers.utils import logging as transformers_logging
 
 from scripts.machine import processor
 from tests.objectives import OBJECTIVES
-from tests.ranks.matrix import (
-    GRADIENT,
-    LOSS,
-    PARAMETER,
-    Cell,
-    Matrix,
-    Row,
-    all_rows,
-    megatron_version,
-    objectives_of,
-    quick_objectives,
-    quick_rows,
-)
+from tests.ranks.matrix import GRADIENT, LOSS, PARAMETER, Cell, Matrix
+from tests.ranks.matrix_rows import Row, all_rows, megatron_version, objectives_of, quick_objectives, quick_rows
 
 DOCS = Path(__file__).parent.parent / "docs" / "numerics.md"
 MEASURES = ("loss", "grad_norm", "gradient", "parameter")

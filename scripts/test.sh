@@ -47,7 +47,7 @@ all)
     status=0
     # tests of one process and tests that wait leave a core idle: lint and the tests of the ranks run beside them
     others=$(mktemp)
-    trap 'kill $(jobs -p) 2>/dev/null; rm -f "$others"' EXIT
+    set -m # a process group of its own, which is ended as a whole
     (
         other_status=0
         python -m pytest tests --ignore=tests/ranks || other_status=1
@@ -55,6 +55,8 @@ all)
         exit $other_status
     ) >"$others" 2>&1 &
     pid=$!
+    set +m
+    trap 'kill -- -$pid 2>/dev/null; rm -f "$others"' EXIT
     lint || status=1
     python -m pytest tests/ranks || status=1
     wait $pid || status=1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.oracle_rotary import FULL, SLIDING, Config, head_dim, rotate, rotation
+
 Params = dict[str, Tensor]
-Config = Mapping[str, Any]
 
 
 class Added(Params):
@@ -28,8 +29,6 @@ class Added(Params):
         """What the product of ``values`` with the weight of the projection ``name`` gets; see :func:`_linear`."""
         raise NotImplementedError
 
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 CLOSE_CHOICE = 2e-6
 """Lead of the last chosen expert that the rounding of fp32 could turn round."""
@@ -73,10 +72,6 @@ def _is_gemma(config: Config) -> bool:
     return config["model_type"].startswith("gemma")
 
 
-def _head_dim(config: Config) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-
-
 def layer_types(config: Config) -> list[str]:
     """``full_attention`` or ``sliding_attention``, layer by layer."""
     family, layers = config["model_type"], range(config["num_hidden_layers"])
@@ -95,113 +90,6 @@ def layer_types(config: Config) -> list[str]:
         return [SLIDING if i >= config.get("max_window_layers", 28) else FULL for i in layers]
     pattern = {"gemma2": 2, "gemma3_text": config.get("sliding_window_pattern", 6)}[family]
     return [SLIDING if (i + 1) % pattern else FULL for i in layers]
-
-
-def _rotary_options(config: Config, layer_type: str) -> dict[str, Any]:
-    """``rope_theta``, ``rope_type`` and what the type takes, for the layers of one type."""
-    family, written = config["model_type"], config.get("rope_parameters")
-    if written:
-        rope = dict(written.get(layer_type) or written)
-    elif family == "gemma3_text" and layer_type == SLIDING:
-        rope = {"rope_theta": config.get("rope_local_base_freq", 1e4)}
-    else:
-        theta = config.get("rope_theta", 1e6 if family == "gemma3_text" else 1e4)
-        rope = {"rope_theta": theta, **(config.get("rope_scaling") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    # Phi-3's first checkpoints call it "su" or "yarn"
-    rope["rope_type"] = "longrope" if family == "phi3" and kind in ("su", "yarn") else kind
-    rope.setdefault(
-        "partial_rotary_factor", config.get("partial_rotary_factor", 0.5 if family.startswith("glm4") else 1.0)
-    )
-    longest = config["max_position_embeddings"]
-    inside = rope.get("original_max_position_embeddings", 4096 if family == "phi3" else longest)
-    rope["original_max_position_embeddings"] = config.get("original_max_position_embeddings", inside)
-    rope["max_position_embeddings"] = longest
-    return rope
-
-
-def _yarn(rope: Mapping[str, Any], frequencies: Tensor, dim: int) -> tuple[Tensor, float]:
-    # arXiv:2309.00071: a pair of dimensions that turns beta_fast times or more in the original context keeps its
-    # frequency, one that turns beta_slow times or fewer gets a factor-th of it, with a linear ramp over pairs between
-    factor, original = rope["factor"], rope["original_max_position_embeddings"]
-
-    def pair_that_turns(times: float) -> float:
-        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
-
-    first, last = pair_that_turns(rope.get("beta_fast") or 32), pair_that_turns(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dim - 1)
-    width = (last - first) or 0.001
-    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - first) / width).clamp(0, 1)
-
-    def magnitude(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
-
-    attention = rope.get("attention_factor")
-    if attention is None and rope.get("mscale") and rope.get("mscale_all_dim"):
-        attention = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
-    return frequencies * (1 - ramp + ramp / factor), magnitude(1.0) if attention is None else attention
-
-
-def _longrope(rope: Mapping[str, Any], frequencies: Tensor, length: int) -> tuple[Tensor, float]:
-    # arXiv:2402.13753: every pair of dimensions has its own divisor, one set for sequences within the original
-    # context and one for longer ones; attention is scaled alike in both
-    original = rope["original_max_position_embeddings"]
-    divisors = rope["long_factor" if length > original else "short_factor"]
-    factor = rope.get("factor") or rope["max_position_embeddings"] / original
-    attention = rope.get("attention_factor")
-    if attention is None:
-        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return frequencies / torch.tensor(divisors, dtype=torch.float64), attention
-
-
-def _llama3(rope: Mapping[str, Any], frequencies: Tensor) -> Tensor:
-    # wavelengths that the original context saw at least high_freq_factor times stay, those that it saw fewer than
-    # low_freq_factor times are stretched by factor, and between them the frequency is interpolated
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
-    kept = kept.clamp(0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / rope["factor"]
-
-
-def _rotation(config: Config, layer_type: str, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of each position's angles, times the attention factor, each [length, rotated dims / 2]."""
-    rope = _rotary_options(config, layer_type)
-    dim, theta, kind = int(_head_dim(config) * rope["partial_rotary_factor"]), rope["rope_theta"], rope["rope_type"]
-    dim = config.get("qk_rope_head_dim", dim)
-    if kind == "dynamic":
-        # "NTK": a sequence longer than the model's context raises the base until the slowest pair fits
-        context = rope["max_position_embeddings"]
-        theta *= (rope["factor"] * max(length, context) / context - (rope["factor"] - 1)) ** (dim / (dim - 2))
-    frequencies, attention = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim), 1.0
-    if kind == "linear":
-        frequencies = frequencies / rope["factor"]
-    elif kind == "llama3":
-        frequencies = _llama3(rope, frequencies)
-    elif kind == "yarn":
-        frequencies, attention = _yarn(rope, frequencies, dim)
-    elif kind == "longrope":
-        frequencies, attention = _longrope(rope, frequencies, length)
-    elif kind not in ("default", "dynamic"):
-        raise ValueError(f"rope_type {kind!r}")
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-    return attention * angles.cos(), attention * angles.sin()
-
-
-def _rotate(heads: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Turn pairs among the first dimensions of each head by its position's angle; ``heads`` [seq, head, dim].
-
-    The pairs are (i, i + rotated / 2), or (2 i, 2 i + 1) where ``interleaved``; dimensions beyond them stay.
-    """
-    cos, sin = (part[:, None] for part in rotation)
-    half = cos.shape[-1]
-    turned, kept = heads[..., : 2 * half], heads[..., 2 * half :]
-    pairs = turned.unflatten(-1, (half, 2)) if interleaved else turned.unflatten(-1, (2, half)).transpose(-1, -2)
-    first, second = pairs.unbind(-1)
-    pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    turned = pairs.flatten(-2) if interleaved else pairs.transpose(-1, -2).flatten(-2)
-    return torch.cat((turned, kept), dim=-1)
 
 
 def _norm(params: Params, config: Config, name: str | None, values: Tensor) -> Tensor:
@@ -225,7 +113,7 @@ def _softcap(values: Tensor, cap: float | None) -> Tensor:
 
 def _query_key_value(params: Params, config: Config, name: str, hidden: Tensor) -> list[Tensor]:
     """Each [seq, heads, head_dim]; rows of a fused tensor are all queries, all keys, all values."""
-    dim = _head_dim(config)
+    dim = head_dim(config)
     if f"{name}.qkv_proj.weight" in params:
         queries = config["num_attention_heads"] * dim
         keys = (config.get("num_key_value_heads") or config["num_attention_heads"]) * dim
@@ -251,7 +139,7 @@ def _latent_attention(
     else:
         query = _linear(params, f"{name}.q_proj", hidden)
     compressed = _linear(params, f"{name}.kv_a_proj_with_mqa", hidden)
-    shared_key = _rotate(compressed[:, None, rank:], rotation, interleaved)[:, 0]
+    shared_key = rotate(compressed[:, None, rank:], rotation, interleaved)[:, 0]
     key_value = _linear(params, f"{name}.kv_b_proj", norm("kv_a_layernorm", compressed[:, :rank]))
     scale = (plain + turned) ** -0.5
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -261,7 +149,7 @@ def _latent_attention(
     for head in range(config["num_attention_heads"]):
         own = query[:, head * (plain + turned) : (head + 1) * (plain + turned)]
         key, value = key_value[:, head * (plain + wide) : (head + 1) * (plain + wide)].split([plain, wide], dim=-1)
-        rotated = _rotate(own[:, None, plain:], rotation, interleaved)[:, 0]
+        rotated = rotate(own[:, None, plain:], rotation, interleaved)[:, 0]
         scores = (own[:, :plain] @ key.T + rotated @ shared_key.T) * scale
         outputs.append(scores.masked_fill(future, -math.inf).softmax(-1) @ value)
     return _linear(params, f"{name}.o_proj", torch.cat(outputs, dim=-1))
@@ -275,7 +163,7 @@ def _attention(
     query, key, value = _query_key_value(params, config, name, hidden)
     if f"{name}.q_norm.weight" in params:
         query, key = _norm(params, config, f"{name}.q_norm", query), _norm(params, config, f"{name}.k_norm", key)
-    query, key = (_rotate(part, rotation, interleaved=config["model_type"] == "glm4") for part in (query, key))
+    query, key = (rotate(part, rotation, interleaved=config["model_type"] == "glm4") for part in (query, key))
     shared_by = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(shared_by, dim=1) for part in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(config.get("query_pre_attn_scalar", query.shape[-1]))
@@ -378,7 +266,7 @@ def logits(
     """
     unevenness = [] if unevenness is None else unevenness
     ids, types = torch.as_tensor(tokens), layer_types(config)
-    rotations = {layer_type: _rotation(config, layer_type, len(ids)) for layer_type in set(types)}
+    rotations = {layer_type: rotation(config, layer_type, len(ids)) for layer_type in set(types)}
     before_attention, after_attention, before_mlp, after_mlp = _NORMS.get(config["model_type"], _PRE_NORMS)
 
     def norm(layer: str, name: str | None, values: Tensor) -> Tensor:

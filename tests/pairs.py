@@ -2,8 +2,8 @@
 
 import torch
 
-from mindspeed_simpo.batch import LossInputs, RunningStatistics
 from mindspeed_simpo.loss.pair_loss import PairLoss
+from mindspeed_simpo.losses import LossInputs, RunningStatistics
 from mindspeed_simpo.objectives import OBJECTIVES
 from tests import objectives
 

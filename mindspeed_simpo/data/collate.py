@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from mindspeed_simpo.batch import (
     FILLER_PAIR,
     IGNORE_INDEX,
+    NO_IDENTITY,
     Branch,
     Documents,
     Packing,
@@ -18,7 +20,6 @@ from mindspeed_simpo.batch import (
 )
 
 _PADDING_ID = 0
-_NO_IDENTITY = -1
 _CHOSEN, _REJECTED = 0, 1
 
 Collate = Callable[..., PairBatch]
@@ -45,27 +46,22 @@ def collate_padded(
         ValueError: where there is no pair, or the numbers of pairs and ids differ.
     """
     _check(pairs, pair_ids)
-    rows: list[tuple[list[int], list[int]]] = [
-        ([_PADDING_ID], [IGNORE_INDEX]) if pair is None else _sequence(pair, side)
-        for side in (_CHOSEN, _REJECTED)
-        for pair in pairs
-    ]
-    length = _rounded(max(len(ids) for ids, _ in rows), multiple_of)
-    tokens = torch.full((len(rows), length), _PADDING_ID, dtype=torch.int64)
-    targets = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.int64)
-    for row, (ids, wanted) in enumerate(rows):
-        tokens[row, : len(ids)] = torch.tensor(ids)
-        targets[row, : len(ids)] = torch.tensor(wanted)
     numbers = [FILLER_PAIR if pair is None else pair_id for pair, pair_id in zip(pairs, pair_ids, strict=True)]
-    identities = torch.full((len(rows), length), _NO_IDENTITY, dtype=torch.int64)
-    for row, (side, number) in enumerate(
-        (side, number) for side in (_CHOSEN, _REJECTED) for number in range(len(pairs))
-    ):
-        pair = pairs[number]
-        if pair is not None:
-            identities[row, : len(rows[row][0])] = _identities(pair, numbers[number], side)
-    number_of = torch.tensor(numbers, dtype=torch.int64)
-    return PairBatch(tokens, targets, _lengths(pairs), number_of, identities=identities)
+    rows = [
+        _FILLER if pair is None else _sequence(pair, number, side)
+        for side in (_CHOSEN, _REJECTED)
+        for pair, number in zip(pairs, numbers, strict=True)
+    ]
+    length = _rounded(max(len(row.ids) for row in rows), multiple_of)
+    tokens, targets, identities = (
+        torch.full((len(rows), length), padding, dtype=torch.int64)
+        for padding in (_PADDING_ID, IGNORE_INDEX, NO_IDENTITY)
+    )
+    for number, row in enumerate(rows):
+        tokens[number, : len(row.ids)] = torch.tensor(row.ids)
+        targets[number, : len(row.ids)] = torch.tensor(row.targets)
+        identities[number, : len(row.ids)] = row.identities
+    return PairBatch(tokens, targets, _lengths(pairs), torch.tensor(numbers, dtype=torch.int64), identities)
 
 
 def collate_packed(
@@ -92,8 +88,8 @@ def collate_packed(
     for side in (_CHOSEN, _REJECTED):
         for number, pair in enumerate(kept):
             if pair is not None:
-                sequence, targets = _sequence(pair, side)
-                row.put(sequence, number, {side: targets}, _identities(pair, ids[number], side))
+                sequence = _sequence(pair, ids[number], side)
+                row.put(sequence.ids, number, {side: sequence.targets}, sequence.identities)
     row.pad()
     return row.batch(kept, ids)
 
@@ -125,20 +121,15 @@ def collate_prefix_shared(
     for number, pair in real:
         prompt = len(pair.prompt_ids)
         first_rejected = [IGNORE_INDEX] * (prompt - 1) + pair.rejected_targets[: min(prompt, 1)]
-        sequence, chosen_targets = _sequence(pair, _CHOSEN)
-        targets = {_CHOSEN: chosen_targets, _REJECTED: first_rejected}
-        starts.append(row.put(sequence, number, targets, _identities(pair, ids[number], _CHOSEN)))
+        sequence = _sequence(pair, ids[number], _CHOSEN)
+        targets = {_CHOSEN: sequence.targets, _REJECTED: first_rejected}
+        starts.append(row.put(sequence.ids, number, targets, sequence.identities))
     row.pad()
     for (number, pair), start in zip(real, starts, strict=True):
         targets = {_REJECTED: [*pair.rejected_targets[1:], IGNORE_INDEX]}
         prompt = len(pair.prompt_ids)
-        row.put(
-            pair.rejected_ids,
-            number,
-            targets,
-            _identities(pair, ids[number], _REJECTED)[prompt:],
-            prefix=(start, prompt),
-        )
+        identities = _sequence(pair, ids[number], _REJECTED).identities[prompt:]
+        row.put(pair.rejected_ids, number, targets, identities, prefix=(start, prompt))
     return row.batch(kept, ids)
 
 
@@ -160,7 +151,7 @@ class _Row:
         self._targets = torch.full((2, length), IGNORE_INDEX, dtype=torch.int64)
         self._positions = torch.zeros(length, dtype=torch.int64)
         self._pair_of = torch.zeros(length, dtype=torch.int64)
-        self._identities = torch.full((1, length), _NO_IDENTITY, dtype=torch.int64)
+        self._identities = torch.full((1, length), NO_IDENTITY, dtype=torch.int64)
         self._wholes: list[int] = []
         self._branches: list[Branch] = []
         self._end = 0
@@ -170,7 +161,7 @@ class _Row:
         ids: list[int],
         pair: int,
         targets: dict[int, list[int]],
-        identities: torch.Tensor | None = None,
+        identities: torch.Tensor,
         prefix: tuple[int, int] | None = None,
     ) -> int:
         """Write a document, or a branch whose prefix is the ``(start, length)`` given.
@@ -179,7 +170,7 @@ class _Row:
             ids: Of the tokens to write.
             pair: Index of the pair in the micro-batch.
             targets: By side, from the first token that is written.
-            identities: Of the tokens; ``None`` for padding.
+            identities: Of the tokens.
             prefix: First token and number of tokens of the prefix, or ``None`` for a document.
 
         Returns:
@@ -195,8 +186,7 @@ class _Row:
         self._tokens[0, start : self._end] = torch.tensor(ids)
         self._positions[start : self._end] = torch.arange(first, first + len(ids))
         self._pair_of[start : self._end] = pair
-        if identities is not None:
-            self._identities[0, start : self._end] = identities
+        self._identities[0, start : self._end] = identities
         for side, wanted in targets.items():
             self._targets[side, start : start + len(wanted)] = torch.tensor(wanted, dtype=torch.int64)
         return start
@@ -204,7 +194,7 @@ class _Row:
     def pad(self) -> None:
         """Write the document of padding that rounds the length of the row up."""
         if self._padding:
-            self.put([_PADDING_ID] * self._padding, 0, {})
+            self.put([_PADDING_ID] * self._padding, 0, {}, torch.full((self._padding,), NO_IDENTITY))
 
     def batch(self, pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int]) -> PairBatch:
         """The micro-batch of the documents written so far."""
@@ -214,24 +204,30 @@ class _Row:
             targets=self._targets,
             lengths=_lengths(pairs),
             pair_ids=torch.tensor(pair_ids, dtype=torch.int64),
-            packing=Packing(documents, self._positions, self._pair_of, len(pairs)),
             identities=self._identities,
+            packing=Packing(documents, self._positions, self._pair_of, len(pairs)),
         )
 
 
-def _sequence(pair: TokenizedPair, side: int) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and answer, and the target of each: the next token where it is scored."""
+class _Sequence(NamedTuple):
+    """Prompt and answer, token by token."""
+
+    ids: list[int]
+    targets: list[int]
+    """The next token where it is scored."""
+    identities: torch.Tensor
+
+
+_FILLER = _Sequence([_PADDING_ID], [IGNORE_INDEX], torch.tensor([NO_IDENTITY]))
+
+
+def _sequence(pair: TokenizedPair, pair_id: int, side: int) -> _Sequence:
     ids, wanted = (
         (pair.chosen_ids, pair.chosen_targets) if side == _CHOSEN else (pair.rejected_ids, pair.rejected_targets)
     )
     labels = [IGNORE_INDEX] * len(pair.prompt_ids) + wanted
-    return [*pair.prompt_ids, *ids], [*labels[1:], IGNORE_INDEX]
-
-
-def _identities(pair: TokenizedPair, pair_id: int, side: int) -> torch.Tensor:
-    """Identities of the tokens of prompt and answer."""
-    prompt, *answers = pair.lengths
-    return torch.cat([identities_of(pair_id, 0, prompt), identities_of(pair_id, 1 + side, answers[side])])
+    parts = identities_of(pair_id, 0, len(pair.prompt_ids)), identities_of(pair_id, 1 + side, len(ids))
+    return _Sequence([*pair.prompt_ids, *ids], [*labels[1:], IGNORE_INDEX], torch.cat(parts))
 
 
 def _lengths(pairs: Sequence[TokenizedPair | None]) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mindspeed_simpo.batch import LossInputs, LossOutput
+from mindspeed_simpo.losses import LossInputs, LossOutput
 
 METRICS = (
     "loss",

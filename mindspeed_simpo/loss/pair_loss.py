@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mindspeed_simpo.batch import LossInputs, LossOutput
 from mindspeed_simpo.config.options import TaskOptions
+from mindspeed_simpo.losses import LossInputs, LossOutput
 from mindspeed_simpo.objectives import Keys, Objective
 
 

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from mindspeed_simpo.batch import RunningStatistics
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.loss.scoring import ScoredBatch
+from mindspeed_simpo.losses import RunningStatistics
 from mindspeed_simpo.objectives import Objective
 from mindspeed_simpo.parallel import Groups
 

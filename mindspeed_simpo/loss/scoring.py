@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mindspeed_simpo.batch import LossInputs, LossOutput, PairBatch, RunningStatistics
+from mindspeed_simpo.batch import PairBatch
 from mindspeed_simpo.errors import ConfigError
+from mindspeed_simpo.losses import LossInputs, LossOutput, RunningStatistics
 
 LossOfPairs = Callable[[LossInputs], LossOutput]
 """Loss of each pair, usually a :class:`~mindspeed_simpo.loss.pair_loss.PairLoss`."""

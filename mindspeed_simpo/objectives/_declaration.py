@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mindspeed_simpo.batch import LossInputs, ObjectiveTerms
+    from mindspeed_simpo.losses import LossInputs, ObjectiveTerms
 
 
 class Keys(BaseModel):

@@ -13,7 +13,7 @@ from mindspeed_simpo.objectives._functions import log1m_exp, log_sigmoid
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mindspeed_simpo.batch import LossInputs, ObjectiveTerms
+    from mindspeed_simpo.losses import LossInputs, ObjectiveTerms
 
 
 class OrpoKeys(Keys):

@@ -11,7 +11,7 @@ from mindspeed_simpo.objectives._declaration import Keys, Objective
 from mindspeed_simpo.objectives._functions import log_sigmoid
 
 if TYPE_CHECKING:
-    from mindspeed_simpo.batch import LossInputs, ObjectiveTerms
+    from mindspeed_simpo.losses import LossInputs, ObjectiveTerms
 
 
 class RainbowpoKeys(Keys):

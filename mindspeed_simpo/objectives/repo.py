@@ -10,7 +10,7 @@ from pydantic import Field
 from mindspeed_simpo.objectives._declaration import Keys, Objective
 
 if TYPE_CHECKING:
-    from mindspeed_simpo.batch import LossInputs, ObjectiveTerms
+    from mindspeed_simpo.losses import LossInputs, ObjectiveTerms
 
 
 class RepoKeys(Keys):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mindspeed_simpo.objectives._declaration import Keys, Objective
 
 if TYPE_CHECKING:
-    from mindspeed_simpo.batch import LossInputs, ObjectiveTerms
+    from mindspeed_simpo.losses import LossInputs, ObjectiveTerms
 
 
 class SimperKeys(Keys):

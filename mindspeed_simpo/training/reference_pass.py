@@ -12,7 +12,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mindspeed_simpo.batch import LossInputs, LossOutput, PairBatch
+from mindspeed_simpo.batch import PairBatch
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.options import ModelOptions
 from mindspeed_simpo.data.cache import cache_folder
@@ -21,6 +21,7 @@ from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.loss.reference import SHARD_PAIRS, ReferenceCache, ReferenceTable
 from mindspeed_simpo.loss.scoring import PairScorer
+from mindspeed_simpo.losses import LossInputs, LossOutput
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.training.backends import Backend

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mindspeed_simpo.batch import RunningStatistics
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import validate
 from mindspeed_simpo.config.validation import make_layout
@@ -31,6 +30,7 @@ from mindspeed_simpo.loss.pair_loss import PairLoss
 from mindspeed_simpo.loss.reference import ReferenceTable, StepReference
 from mindspeed_simpo.loss.running import RunningTracker
 from mindspeed_simpo.loss.scoring import PairScorer
+from mindspeed_simpo.losses import RunningStatistics
 from mindspeed_simpo.model.hf_config import resolve_model
 from mindspeed_simpo.parallel import Groups, initialize, seed_model_ranks, shutdown
 from mindspeed_simpo.parallel.collectives import fail_together

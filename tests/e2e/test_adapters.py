@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from tests import oracle
 from tests.e2e.cli import lines_of
 from tests.e2e.encode import encode_file
-from tests.hf import make_checkpoint, quiet_peft
+from tests.hf import make_checkpoint
+from tests.hf_adapters import quiet_peft
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 LORA = {"lora_r": 4, "lora_alpha": 8.0, "lora_target_modules": ["q_proj", "v_proj", "down_proj"]}

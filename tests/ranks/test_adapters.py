@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from mindspeed_simpo.model.adapters import projections
 from mindspeed_simpo.model.hf_config import read_description
-from tests import hf, oracle_adapters, oracle_model
+from tests import hf, hf_adapters, oracle_adapters, oracle_model
 from tests.ranks.launcher import run_ranks
 from tests.ranks.model_helpers import engine_model, make_checkpoint, make_tokenizer
 from tests.ranks.parity import engine_steps, worst_error
@@ -60,7 +60,7 @@ def keys(modules, **others):
 )
 def test_what_peft_wrote_is_written_back_bit_by_bit(tmp_path, family, layout, dtype):
     folder = make_checkpoint(tmp_path / "base", family)
-    adapter = hf.make_adapter(tmp_path / "adapter", folder, MODULES[family], dtype=dtype)
+    adapter = hf_adapters.make_adapter(tmp_path / "adapter", folder, MODULES[family], dtype=dtype)
     options = keys(MODULES[family], lora_load=str(adapter), bf16=dtype == "bfloat16")
     ranks = layout[0] * layout[1] * layout[2]
     assert run_ranks(_written_back, ranks, folder, layout, options, str(tmp_path / "out")) == [None] * ranks
@@ -83,7 +83,7 @@ def test_what_peft_wrote_is_written_back_bit_by_bit(tmp_path, family, layout, dt
 def test_adapters_of_experts_are_written_back_and_peft_computes_the_same(tmp_path, family, layout, divided):
     shape = {} if family in ("mixtral", "deepseek_v3") else {"head_dim": 16}
     folder = str(hf.make_checkpoint(tmp_path / "base", family, **shape))
-    adapter = hf.make_adapter(tmp_path / "adapter", folder, MODULES[family])
+    adapter = hf_adapters.make_adapter(tmp_path / "adapter", folder, MODULES[family])
     output, merged = tmp_path / "out", tmp_path / "merged"
     options = keys(MODULES[family], lora_load=str(adapter), **divided)
     ranks = layout[0] * layout[1] * layout[2]
@@ -97,7 +97,7 @@ def test_adapters_of_experts_are_written_back_and_peft_computes_the_same(tmp_pat
     expected = oracle_model.logits(
         oracle_adapters.adapted(params, *oracle_adapters.load_adapters(adapter)), config, tokens
     )
-    with hf.quiet_peft(), torch.no_grad():
+    with hf_adapters.quiet_peft(), torch.no_grad():
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), output)
         [found] = model(torch.tensor([tokens])).logits
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
@@ -114,7 +114,7 @@ def test_adapters_of_experts_are_written_back_and_peft_computes_the_same(tmp_pat
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 def test_all_linear_of_attention_is_that_of_peft(tmp_path, family):
     folder = hf.make_checkpoint(tmp_path, family)
-    with hf.quiet_peft():
+    with hf_adapters.quiet_peft():
         model = get_peft_model(
             AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2, target_modules="all-linear")
         )
@@ -145,7 +145,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     deeper = make_checkpoint(tmp_path / "deeper", "qwen2", num_hidden_layers=3)
     arguments = (1, 1, 1), str(tmp_path / "out")
     for base, words in ((wider, ("lora_B.weight has shape [128, 4]", "[96, 4]")), (deeper, ("also holds", "layers.2"))):
-        adapter = hf.make_adapter(f"{base}-adapter", base, ["up_proj"])
+        adapter = hf_adapters.make_adapter(f"{base}-adapter", base, ["up_proj"])
         options = keys(["up_proj"], lora_load=str(adapter))
         [message] = run_ranks(_written_back, 1, folder, arguments[0], options, arguments[1])
         assert all(word in message for word in words), message
@@ -198,14 +198,15 @@ def test_dropout_goes_on_at_another_layout_and_form_of_batches(tmp_path, batchin
     folder = hf.make_checkpoint(tmp_path / "base", "qwen2", vocab_size=301)
     pairs = hf.make_token_pairs(16, vocab_size=301)
     batches = [pairs[:8], pairs[8:]]
-    options = keys(["q_proj", "v_proj", "down_proj"], **TRAINING, lora_dropout=0.3)
+    # an epsilon far above the noise of fp32 keeps Adam from scaling that noise up
+    options = keys(["q_proj", "v_proj", "down_proj"], **TRAINING | {"adam_eps": 1e-2}, lora_dropout=0.3)
     whole = engine_steps(folder, batches * 2, **options)
     plain = engine_steps(folder, batches[:1], **options | {"lora_dropout": 0.0})
     first = engine_steps(folder, batches, save=tmp_path, **options, **LAYOUTS["tp2_pp2"], batching=batching)
     second = engine_steps(folder, batches, load=tmp_path / "iter_0000002", **options, **LAYOUTS["cp2_dp2_sharded"])
     assert first["losses"] + second["losses"] == pytest.approx(whole["losses"], rel=1e-6)
     error, name = worst_error(second["params"], {name: tensor.double() for name, tensor in whole["params"].items()})
-    assert error < 1e-4, name
+    assert error < 1e-5, name
     # the product of new factors is zero with and without dropout; their gradients are not the same
     assert plain["losses"] == pytest.approx(whole["losses"][:1], rel=1e-6)
     name = next(name for name in plain["grads"] if "lora_B" in name)
@@ -229,7 +230,7 @@ def _evaluated(folder, pairs, options):
 
 def test_an_evaluation_drops_nothing(tmp_path):
     folder = hf.make_checkpoint(tmp_path / "base", "qwen2", vocab_size=301)
-    adapter = hf.make_adapter(tmp_path / "adapter", folder, MODULES["qwen2"])
+    adapter = hf_adapters.make_adapter(tmp_path / "adapter", folder, MODULES["qwen2"])
     options = keys(MODULES["qwen2"], lora_load=str(adapter))
     [[plain, dropped]] = run_ranks(_evaluated, 1, str(folder), hf.make_token_pairs(4, vocab_size=301), options)
     assert plain == dropped

@@ -9,15 +9,8 @@ from mindspeed_simpo.config.supported import ANY, CLAIMS, PLAIN
 from mindspeed_simpo.objectives import OBJECTIVES as DECLARED
 from tests.objectives import OBJECTIVES, stage_of
 from tests.ranks.claimed import COVERING, EXPERT_MATRIX, MATRIX, OPTIONS
-from tests.ranks.matrix import (
-    EXPERT_FAMILIES,
-    VOCABULARY,
-    all_rows,
-    boundary_ids,
-    global_batch,
-    quick_objectives,
-    quick_rows,
-)
+from tests.ranks.matrix import VOCABULARY, boundary_ids, global_batch
+from tests.ranks.matrix_rows import EXPERT_FAMILIES, all_rows, quick_objectives, quick_rows
 
 EXPERT_AXES = {"EP", "ETP"}
 """Axes of models with experts alone; every objective reaches the model through the same sums of each pair."""

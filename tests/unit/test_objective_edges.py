@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from mindspeed_simpo.batch import LossInputs, RunningStatistics
 from mindspeed_simpo.config.options import TaskOptions
 from mindspeed_simpo.loss.pair_loss import PairLoss
+from mindspeed_simpo.losses import LossInputs, RunningStatistics
 from mindspeed_simpo.objectives import OBJECTIVES
 from mindspeed_simpo.objectives._functions import log1m_exp
 from tests import objectives

@@ -7,9 +7,9 @@ from typing import get_args
 import pytest
 import torch
 
-from mindspeed_simpo.batch import RunningStatistics
 from mindspeed_simpo.config.options import TaskOptions
 from mindspeed_simpo.loss.pair_loss import PairLoss
+from mindspeed_simpo.losses import RunningStatistics
 from mindspeed_simpo.objectives import OBJECTIVES
 from tests import objectives, oracle_objectives
 from tests.pairs import PAIR, SEVERAL, floats, loss_of, pair_inputs

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from mindspeed_simpo.batch import IGNORE_INDEX, LossOutput, PairBatch, TokenizedPair, even_halves
+from mindspeed_simpo.batch import IGNORE_INDEX, NO_IDENTITY, PairBatch, TokenizedPair, even_halves
 from mindspeed_simpo.config.options import TaskOptions
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.loss.pair_loss import PairLoss
+from mindspeed_simpo.losses import LossOutput
 from tests.ranks.launcher import run_ranks
 
 N = IGNORE_INDEX
@@ -19,7 +20,7 @@ def batch(*lengths, seq=12):
     for row, length in enumerate(lengths):
         targets[row, : max(0, length - 1)] = tokens[row, 1 : max(1, length)]
     pairs = len(lengths) // 2
-    return PairBatch(tokens, targets, torch.tensor(lengths), torch.arange(pairs))
+    return PairBatch(tokens, targets, torch.tensor(lengths), torch.arange(pairs), torch.full_like(tokens, NO_IDENTITY))
 
 
 CHOSEN, REJECTED = torch.tensor([-3.0, -5.0], dtype=torch.float64), torch.tensor([-4.0, -1.0], dtype=torch.float64)

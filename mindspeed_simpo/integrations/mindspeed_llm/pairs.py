@@ -12,12 +12,13 @@ from jaxtyping import Float, Int
 from megatron.core import mpu
 from torch import Tensor
 
-from mindspeed_simpo.batch import IGNORE_INDEX, LossInputs, ScoredTokens
+from mindspeed_simpo.batch import IGNORE_INDEX, ScoredTokens
 from mindspeed_simpo.device import reduction_dtype
 from mindspeed_simpo.integrations.mindspeed_llm import stages
 from mindspeed_simpo.loss.head import sequence_sums
 from mindspeed_simpo.loss.pair_loss import PairLoss
 from mindspeed_simpo.loss.vocab_parallel import logits_logprobs
+from mindspeed_simpo.losses import LossInputs
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import sum_over
 

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from mindspeed_simpo.batch import LossInputs
 from mindspeed_simpo.errors import TrainingError
 from mindspeed_simpo.loss.metrics import pair_metrics
 from mindspeed_simpo.loss.scoring import LossOfPairs, ScoredPairs, score
+from mindspeed_simpo.losses import LossInputs
 
 _UPSTREAM_NAMES = {"loss": "lm loss"}
 """Upstream's key of the training loss, which its tools parse."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mindspeed_simpo.batch import (
     IGNORE_INDEX,
+    NO_IDENTITY,
     UNPACKED,
     Documents,
     Packing,
@@ -56,17 +57,16 @@ class Rows:
 
     tokens: Int[Tensor, "row seq"]
     targets: Int[Tensor, "target_row seq"]
+    identities: Int[Tensor, "row seq"]
     packing: Packing | None = None
     lengths: Int[Tensor, " row"] | None = None
     """int64 tokens of each padded row without its padding; None for a packed row."""
-    identities: Int[Tensor, "row seq"] | None = None
-    """As in :class:`~mindspeed_simpo.batch.PairBatch`."""
 
     @classmethod
     def of(cls, batch: PairBatch) -> Rows:
         """The rows of all sequences of ``batch``: chosen, then rejected."""
         lengths = batch.lengths if batch.packing is None else None
-        return cls(batch.tokens, batch.targets, batch.packing, lengths, batch.identities)
+        return cls(batch.tokens, batch.targets, batch.identities, batch.packing, lengths)
 
     def shard_of(
         self, context_rank: int, context_size: int, sequence_weight: float = 0.0, dropout_key: int | None = None
@@ -90,12 +90,8 @@ class Rows:
             scored=ScoredTokens.of(self.targets[:, local], packing),
             lengths=self.lengths,
             members=self._members(local, sequence_weight) if sequence_weight else None,
-            token_keys=None if dropout_key is None else token_keys(self._known_identities()[:, local], dropout_key),
+            token_keys=None if dropout_key is None else token_keys(self.identities[:, local], dropout_key),
         )
-
-    def _known_identities(self) -> Int[Tensor, "row seq"]:
-        assert self.identities is not None, "dropout needs the identities of the tokens"
-        return self.identities
 
     def _members(self, held: Int[Tensor, " held"], weight: float) -> SequenceMembers:
         of_token = torch.full((2, *self.tokens.shape), -1, dtype=torch.int64)
@@ -131,10 +127,13 @@ class Rows:
         """The chosen rows and the rejected rows; for padded rows only."""
         assert self.packing is None, "packed rows are divided by two_pass_halves"
         assert self.lengths is not None, "padded rows have lengths"
-        identities = (None, None) if self.identities is None else self.identities.chunk(2)
-        parts = zip(self.tokens.chunk(2), self.targets.chunk(2), self.lengths.chunk(2), identities, strict=True)
-        chosen, rejected = (Rows(tokens, targets, None, *others) for tokens, targets, *others in parts)
-        return chosen, rejected
+        tensors = self.tokens, self.targets, self.identities, self.lengths
+        chosen, rejected = zip(*(tensor.chunk(2) for tensor in tensors), strict=True)
+        return self._padded(*chosen), self._padded(*rejected)
+
+    @classmethod
+    def _padded(cls, tokens: Tensor, targets: Tensor, identities: Tensor, lengths: Tensor) -> Rows:
+        return cls(tokens, targets, identities, lengths=lengths)
 
     def two_pass_halves(self, lengths: Int[Tensor, " sequence"], multiple_of: int) -> tuple[Half, Half]:
         """Two halves for ``two_pass``, one sequence of each pair in each, trimmed to the longest row of the half.
@@ -169,25 +168,23 @@ class Rows:
         side = torch.tensor([sequence // number for sequence in sequences]).repeat_interleave(torch.tensor(wholes))
         documents = Documents(tuple(length for length in wholes if length))
         packing = Packing(documents, self.packing.positions[kept], self.packing.pair_of[kept], number)
-        identities = None if self.identities is None else self.identities[:, kept]
-        rows = Rows(self.tokens[:, kept], self.targets[side, kept][None], packing, identities=identities)
+        rows = Rows(self.tokens[:, kept], self.targets[side, kept][None], self.identities[:, kept], packing)
         return Half(rows.padded_to(_rounded(len(kept), multiple_of)), torch.tensor(sequences))
 
     def trimmed_to(self, length: int) -> Rows:
         """The first ``length`` positions of padded rows."""
-        identities = None if self.identities is None else self.identities[:, :length]
-        return Rows(self.tokens[:, :length], self.targets[:, :length], lengths=self.lengths, identities=identities)
+        tokens, targets, identities = (each[:, :length] for each in (self.tokens, self.targets, self.identities))
+        return Rows(tokens, targets, identities, lengths=self.lengths)
 
     def padded_to(self, length: int) -> Rows:
         """The rows, padded further to ``length`` positions; the padding of a packed row is a document."""
         missing = length - self.tokens.shape[1]
-        return Rows(
-            torch.nn.functional.pad(self.tokens, (0, missing)),
-            torch.nn.functional.pad(self.targets, (0, missing), value=IGNORE_INDEX),
-            self.packing.with_padding(missing) if self.packing is not None else None,
-            self.lengths,
-            None if self.identities is None else torch.nn.functional.pad(self.identities, (0, missing), value=-1),
+        tensors = ((self.tokens, 0), (self.targets, IGNORE_INDEX), (self.identities, NO_IDENTITY))
+        tokens, targets, identities = (
+            torch.nn.functional.pad(tensor, (0, missing), value=value) for tensor, value in tensors
         )
+        packing = self.packing.with_padding(missing) if self.packing is not None else None
+        return Rows(tokens, targets, identities, packing, self.lengths)
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,6 @@ class Config(TaskOptions, ModelOptions, AdapterOptions, DataOptions, TrainingOpt
             )
         return self
 
-    @model_validator(mode="after")
-    def _fsdp_has_no_dropout(self) -> Config:
-        if self.backend == "fsdp" and self.lora_dropout:
-            raise ValueError("lora_dropout: only backend: megatron has it: remove it, or set backend: megatron")
-        return self
-
     @property
     def batching_in_use(self) -> BatchingForm:
         """``batching``, with ``auto`` resolved to the form with the fewest tokens that the layout supports."""

@@ -81,7 +81,7 @@ def feature_keys(features: Int[Tensor, " feature"]) -> Int[Tensor, " feature"]:
 
 @dataclass(frozen=True)
 class InputDropout:
-    """``product(mask x, A)`` for the masks of a rank's input features."""
+    """The masks of a rank's input features ``x``."""
 
     rate: float
     """Probability of a zero."""
@@ -102,11 +102,15 @@ class InputDropout:
             keys: Of the token of each row and of the projection.
         """
 
-        def masked(rows: Tensor, factor: Tensor) -> Tensor:
-            return multiply(rows.masked_fill(self._zeros(keys).view(rows.shape), 0), factor)
+        def product(rows: Tensor, factor: Tensor) -> Tensor:
+            return multiply(self.masked(rows, keys), factor)
 
-        result: Tensor = checkpoint(masked, rows, factor, use_reentrant=False, preserve_rng_state=False)
+        result: Tensor = checkpoint(product, rows, factor, use_reentrant=False, preserve_rng_state=False)
         return result
+
+    def masked(self, rows: Float[Tensor, "*row feature"], keys: Int[Tensor, " row"]) -> Float[Tensor, "*row feature"]:
+        """``mask rows``; arguments as those of :meth:`product`."""
+        return rows.masked_fill(self._zeros(keys).view(rows.shape), 0)
 
     def _zeros(self, keys: Int[Tensor, " row"]) -> Tensor:
         least = int(self.rate * 2**_BITS)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 
+import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.oracle_objectives import Options, Scores, score
 from tests.ranks.launcher import run_ranks
+from tests.ranks.parity import worst_error
 
 VOCABULARY = 301
+GRADIENT = 1e-5
 _SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -114,6 +117,19 @@ def fsdp_steps(folder, batches, ranks=1, **options):
     for key in ("grads", "params"):
         results[0][key] = {name: torch.from_numpy(array) for name, array in results[0][key].items()}
     return results[0]
+
+
+def check_step(found, expected):
+    """Compare loss and gradients of :func:`fsdp_steps` with those of :func:`by_transformers`."""
+    loss, grads = expected
+    assert found["losses"][0] == pytest.approx(loss, rel=1e-6)
+    # some parameters have no gradient: of experts that no token chose, or of keys' biases, which softmax cancels
+    zero = [name for name, grad in grads.items() if grad.norm() < 1e-9]
+    for name in zero:
+        assert found["grads"][name].norm() < 1e-6, name
+    kept = {name: grad for name, grad in grads.items() if name not in zero}
+    error, name = worst_error({name: found["grads"][name] for name in kept}, kept)
+    assert error < GRADIENT, name
 
 
 def _steps(folder, batches, options):

@@ -4,35 +4,51 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mindspeed_simpo.config.options import AdapterOptions
 from mindspeed_simpo.errors import ConfigError, ModelError
 from mindspeed_simpo.model.adapters import ALL_LINEAR
 from mindspeed_simpo.model.export_folder import write_on_first_rank
+from mindspeed_simpo.model.fsdp.dropout import ForwardTokens, mask_inputs
 from mindspeed_simpo.model.tokenizer_files import write_tokenizer
 
+_AXES_OF_EXPERTS = 3
 
-def add_adapters(causal: PreTrainedModel, options: AdapterOptions) -> PeftModel:
+
+def add_adapters(causal: PreTrainedModel, options: AdapterOptions, tokens: ForwardTokens) -> PeftModel:
     """Add adapters in fp32 to the model, in place; the model's own weights are frozen.
 
     Args:
         causal: The sharded model.
         options: The ``lora_*`` keys. Random factors come from torch's generator, which has one seed on all ranks.
+        tokens: Says which tokens a forward has, for dropout.
 
     Raises:
-        ConfigError: where the model has none of the modules.
+        ConfigError: where the model has none of the modules, or dropout is asked for of experts in one parameter.
         ModelError: where ``lora_load`` cannot be read or has another rank, scale or modules.
     """
+    modules, parameters = _targets(causal, options.lora_target_modules)
+    if parameters and options.lora_dropout:
+        raise ConfigError(
+            f"lora_dropout: peft has none for the experts of {type(causal).__name__}, which one parameter holds "
+            f"({parameters[0]}): remove lora_dropout, or {parameters[0].rpartition('.')[2]} from lora_target_modules"
+        )
     wanted = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha_in_use,  # type: ignore[arg-type]
-        target_modules=_modules(causal, options.lora_target_modules),
+        lora_dropout=options.lora_dropout,
+        target_modules=modules,
+        target_parameters=parameters or None,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
@@ -41,20 +57,23 @@ def add_adapters(causal: PreTrainedModel, options: AdapterOptions) -> PeftModel:
         adapted = get_peft_model(causal, wanted)
     if options.lora_load is not None:
         _load(adapted, options.lora_load)
+    if options.lora_dropout:
+        mask_inputs(adapted, options.lora_dropout, tokens)
     return adapted
 
 
-def _modules(causal: PreTrainedModel, names: str | list[str]) -> list[str]:
-    """The linear layers to adapt: by the last parts of their names, or one by one where the model has experts.
+def _targets(causal: PreTrainedModel, names: str | list[str]) -> tuple[list[str], list[str]]:
+    """What to adapt, by the last parts of names: linear layers, and parameters that hold a projection of all experts.
 
-    peft takes such a part also as the name of a projection of experts, which transformers holds in one parameter of
-    three axes: those have no adapters here.
+    ``all-linear`` are the linear layers, as in peft. Where the model has experts, both are named one by one: peft takes
+    the last part of a name also as the name of a projection of experts.
     """
     output: Any = causal.get_output_embeddings
     linear = [
         name for name, part in causal.named_modules() if isinstance(part, torch.nn.Linear) and part is not output()
     ]
-    known = sorted({name.rpartition(".")[2] for name in linear})
+    of_experts = [name for name, parameter in causal.named_parameters() if parameter.dim() == _AXES_OF_EXPERTS]
+    known = sorted({_last_part(name) for name in (*linear, *of_experts)})
     wanted = [names] if isinstance(names, str) else names
     for name in wanted:
         if name not in (ALL_LINEAR, *known):
@@ -63,14 +82,18 @@ def _modules(causal: PreTrainedModel, names: str | list[str]) -> list[str]:
                 f"lora_target_modules: {type(causal).__name__} has no linear layer {name!r}"
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )
-    chosen = known if ALL_LINEAR in wanted else sorted(set(wanted))
-    if all(parameter.dim() < 3 for parameter in causal.parameters()):
-        return chosen
-    return [name for name in linear if name.rpartition(".")[2] in chosen]
+    modules = [name for name in linear if ALL_LINEAR in wanted or _last_part(name) in wanted]
+    if of_experts:
+        return modules, [name for name in of_experts if _last_part(name) in wanted]
+    return sorted({_last_part(name) for name in modules}), []
 
 
-def _last_parts(modules: Any) -> set[str]:
-    return {modules} if isinstance(modules, str) else {name.rpartition(".")[2] for name in modules or ()}
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _last_parts(names: Any) -> set[str]:
+    return {names} if isinstance(names, str) else {_last_part(name) for name in names or ()}
 
 
 def _load(adapted: PeftModel, folder: str) -> None:
@@ -79,9 +102,9 @@ def _load(adapted: PeftModel, folder: str) -> None:
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"lora_load: {folder} is not a folder that peft reads: {error}") from None
     own = adapted.peft_config["default"]
-    for name in ("r", "lora_alpha", "target_modules"):
+    for name in ("r", "lora_alpha", "target_modules", "target_parameters"):
         theirs, ours = (getattr(each, name, None) for each in (stored, own))
-        if name == "target_modules":
+        if name.startswith("target"):
             theirs, ours = _last_parts(theirs), _last_parts(ours)
         if theirs != ours:
             raise ModelError(f"lora_load: {folder} has {name} {theirs}, and the run has {ours}")
@@ -118,7 +141,21 @@ def write_adapters(
     write_on_first_rank(output, iter(()), write)
 
 
-def delta_of(module: torch.nn.Module) -> torch.Tensor | None:
-    """``alpha / r B A`` in fp32 of an adapted module; None of any other."""
-    active = getattr(module, "get_delta_weight", None)
-    return None if active is None else active("default").float()
+def deltas(causal: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
+    """What adapters add to each adapted weight, ``alpha / r B A``, by the weight's name in transformers."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    for path, module in causal.named_modules():
+        if isinstance(module, LoraLayer):
+            name = f"{base_name(path)}.{getattr(module, 'parameter_name', 'weight')}"
+            found[name] = partial(_delta, module)
+    return found
+
+
+def _delta(layer: Any) -> Tensor:
+    delta: Tensor = layer.get_delta_weight("default")
+    return delta
+
+
+def base_name(name: str) -> str:
+    """The name in transformers of a module or parameter under the wrappers of peft."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")

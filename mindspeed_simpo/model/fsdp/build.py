@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -150,12 +148,12 @@ def shard(model: PreTrainedModel, sharding: Sharding) -> None:
     fully_shard(model, **options)
 
 
-def recompute(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Have the backward compute the named layers again."""
+def recompute(model: PreTrainedModel, names: Sequence[str], checkpointed: Callable[..., Any]) -> None:
+    """Have the backward compute the named layers again, by ``checkpointed(layer, *inputs)``."""
     for name in names:
         layer: Any = model.get_submodule(name)
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        layer._gradient_checkpointing_func = checkpointed
 
 
 def local_part(tensor: Tensor) -> Tensor:

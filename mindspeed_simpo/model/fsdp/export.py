@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from mindspeed_simpo.model.export_folder import write_config, write_on_first_rank, write_weights
-from mindspeed_simpo.model.fsdp.adapters import delta_of
+from mindspeed_simpo.model.fsdp.adapters import deltas
 from mindspeed_simpo.model.fsdp.description import TransformersModel
 from mindspeed_simpo.model.fsdp.policy import Policy
 from mindspeed_simpo.model.tokenizer_files import write_tokenizer
@@ -63,14 +63,13 @@ def export_model(
 def gather(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name, whole tensor)`` in host memory on rank 0, tensor by tensor; yield nothing on other ranks."""
     first = torch.distributed.get_rank() == 0
-    modules = dict(policy.causal.named_modules())
+    added = deltas(policy.causal)
     for name, parameter in policy.weights():
         value = parameter.detach()
         if isinstance(value, DTensor):
             value = whole(value)
-        module = modules[name.rpartition(".")[0]]
-        if name.endswith(".weight") and (delta := delta_of(module)) is not None:
-            value = (value.float() + delta.to(value.device)).to(value.dtype)
+        if name in added:
+            value = value.float() + added[name]().to(value.device).float()
         if first:
             yield name, value.cpu()
     if first:

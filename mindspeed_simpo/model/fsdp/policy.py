@@ -16,7 +16,9 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from mindspeed_simpo.batch import Documents
+from mindspeed_simpo.model.fsdp.adapters import base_name
 from mindspeed_simpo.model.fsdp.attention import RowsInAttention, Seen
+from mindspeed_simpo.model.fsdp.dropout import ForwardTokens
 from mindspeed_simpo.model.fsdp.logits import Logits
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -31,6 +33,7 @@ class Policy(torch.nn.Module):
         causal: The sharded model.
         logits: What it computes between its last hidden states and its logits.
         context_group: Ranks that hold different positions of the rows; None where a rank holds whole rows.
+        tokens: Told the keys of the tokens of each forward.
         adapted: The model as peft sees it; None without adapters.
         recomputes_core: Whether the attention's scores are computed again in the backward.
     """
@@ -40,6 +43,7 @@ class Policy(torch.nn.Module):
         causal: PreTrainedModel,
         logits: Logits,
         context_group: dist.ProcessGroup | None,
+        tokens: ForwardTokens,
         adapted: PeftModel | None = None,
         *,
         recomputes_core: bool,
@@ -49,6 +53,7 @@ class Policy(torch.nn.Module):
         # not a submodule: it has the modules of causal
         self._adapted = [adapted]
         self._context_group, self._recomputes_core = context_group, recomputes_core
+        self._tokens = tokens
         setattr(causal, _SCORE, types.MethodType(_score, causal))
         register_fsdp_forward_method(causal, _SCORE)
 
@@ -59,7 +64,7 @@ class Policy(torch.nn.Module):
         position_ids: Int[Tensor, " seq"],
         documents: Documents,
         head: Head,
-        **_not_needed: Any,
+        token_keys: Int[Tensor, "row seq"] | None = None,
     ) -> Tensor:
         """``head(scale h, W)``, with the last hidden states ``h`` and the output weight ``W``.
 
@@ -68,10 +73,12 @@ class Policy(torch.nn.Module):
             position_ids: Position of each token in its sequence.
             documents: Attention pattern of the full row; empty for padded rows.
             head: See :class:`~mindspeed_simpo.loss.head.ResponseHead`.
+            token_keys: Keys of the tokens for dropout; None without dropout.
         """
         core = self._recomputes_core and self.training
         rows = RowsInAttention(documents, self._context_group, recomputed=core)
-        result: Tensor = getattr(self.causal, _SCORE)(tokens, position_ids, rows, head, self.logits.scale)
+        with self._tokens.at(token_keys):
+            result: Tensor = getattr(self.causal, _SCORE)(tokens, position_ids, rows, head, self.logits.scale)
         return result
 
     @torch.no_grad()
@@ -116,7 +123,7 @@ class Policy(torch.nn.Module):
         """The model's own parameters, without adapters, by their names in transformers."""
         for name, parameter in self.causal.named_parameters():
             if ".lora_" not in name:
-                yield name.replace(".base_layer.", "."), parameter
+                yield base_name(name), parameter
 
 
 def _score(

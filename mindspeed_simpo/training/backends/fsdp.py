@@ -18,6 +18,7 @@ from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.model.fsdp.adapters import add_adapters, write_adapters
 from mindspeed_simpo.model.fsdp.build import Sharding, load_model, local_part, random_model, recompute
 from mindspeed_simpo.model.fsdp.description import describe
+from mindspeed_simpo.model.fsdp.dropout import ForwardTokens
 from mindspeed_simpo.model.fsdp.export import export_model
 from mindspeed_simpo.model.fsdp.policy import Policy
 from mindspeed_simpo.model.fsdp.self_test import find_abilities
@@ -51,13 +52,13 @@ class FsdpBackend:
         self.models: Sequence[Policy] = ()
 
     def build(self, *, starting_weights: bool) -> None:  # noqa: ARG002, D102 - they are read in any case
-        causal = self._model(None)
-        adapted = add_adapters(causal, self.config) if self.config.lora_r else None
+        causal, tokens = self._model(None), ForwardTokens()
+        adapted = add_adapters(causal, self.config, tokens) if self.config.lora_r else None
         if self.config.recompute_granularity == "full":
-            recompute(causal, self._recomputed_layers())
+            recompute(causal, self._recomputed_layers(), tokens.recomputed)
         context = self.groups.context if self.groups.context.size() > 1 else None
         core = self.config.recompute_granularity == "selective"
-        policy = Policy(causal, self.description.logits, context, adapted, recomputes_core=core)
+        policy = Policy(causal, self.description.logits, context, tokens, adapted, recomputes_core=core)
         self.models = [policy.train()]
         self._fit_batching(policy)
 

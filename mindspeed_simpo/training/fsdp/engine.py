@@ -63,7 +63,13 @@ class FsdpEngine:
 
     def _forward(self, rows: RowShard) -> Tensor:
         head = partial(self.head, scored=rows.scored)
-        sums: Tensor = self.policy(rows.tokens, position_ids=rows.position_ids, documents=rows.documents, head=head)
+        sums: Tensor = self.policy(
+            rows.tokens,
+            position_ids=rows.position_ids,
+            documents=rows.documents,
+            head=head,
+            token_keys=rows.token_keys,
+        )
         return sums
 
     @torch.no_grad()

@@ -35,6 +35,15 @@ class Config(TaskOptions, ModelOptions, AdapterOptions, DataOptions, TrainingOpt
             )
         return self
 
+    @model_validator(mode="after")
+    def _quantization_fits(self) -> Config:
+        if self.quantization is not None:
+            needed = {"backend": "fsdp", "init_from": "weights", "fsdp_cpu_offload": False}
+            other = [f"{name}: {value}" for name, value in needed.items() if getattr(self, name) != value]
+            if other:
+                raise ValueError(f"quantization: {self.quantization} needs {' and '.join(other)}")
+        return self
+
     @property
     def batching_in_use(self) -> BatchingForm:
         """``batching``, with ``auto`` resolved to the form with the fewest tokens that the layout supports."""

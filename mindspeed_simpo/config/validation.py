@@ -107,7 +107,7 @@ def make_layout(config: Config, world_size: int, model: Model | None = None, dev
     _check_batch(config, layout)
     _check_device(config, device or config.device, model)
     if config.backend == "fsdp":
-        _check_fsdp(config, layout)
+        _check_fsdp(config, layout, device or config.device)
     elif model is not None:
         _check_pipeline(config, layout, len(model.layers))
         for layer in model.layers:
@@ -160,13 +160,17 @@ def _check_batch(config: Config, layout: Layout) -> None:
         )
 
 
-def _check_fsdp(config: Config, layout: Layout) -> None:
+def _check_fsdp(config: Config, layout: Layout, device: str) -> None:
     if config.fsdp_shard_size is not None and layout.ranks % config.fsdp_shard_size:
         raise ConfigError(
             f"fsdp_shard_size {config.fsdp_shard_size} does not divide the {layout.ranks} ranks: choose a divisor"
         )
     if config.moe_aux_loss_coeff:
         raise ConfigError("moe_aux_loss_coeff: backend: fsdp adds no auxiliary loss: remove the key")
+    if config.quantization is not None and device == "npu":
+        raise ConfigError(
+            f"quantization: {config.quantization}: bitsandbytes has no kernels for device: npu: remove the key"
+        )
 
 
 def _check_pipeline(config: Config, layout: Layout, num_layers: int) -> None:

@@ -14,7 +14,7 @@ from mindspeed_simpo.training.checkpoint import TrainingState, find, find_newest
 
 logger = logging.getLogger(__name__)
 
-_ADAPTERS = ("lora_r", "lora_alpha_in_use", "lora_dropout", "lora_target_modules")
+_ADAPTERS = ("lora_r", "lora_alpha_in_use", "lora_dropout", "lora_target_modules", "quantization")
 _FIXED = (*_ADAPTERS, "stage", "pref_ftx", "bf16", "seed", "global_batch_size")
 
 

@@ -89,3 +89,27 @@ def test_dropout_has_the_masks_of_the_other_backend(tmp_path, form):
     found = fsdp_steps(base, [PAIRS], 2, lora_dropout=0.3, seed=5, **FORMS[form], **keys)
     named = {f"base_model.model.{name}".replace(".weight", ".default.weight"): grad for name, grad in grads.items()}
     check_step(found, (loss, named))
+
+
+def dequantized_model(folder, base):
+    """Write the model with the values that its linear layers have in 4 bits."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.Linear) and name != "lm_head":
+            values, state = quantize_4bit(part.weight.data, quant_type="nf4")
+            part.weight.data = dequantize_4bit(values, state)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_in_4_bits(tmp_path, ranks):
+    base = make_model(tmp_path / "model", "qwen3")
+    keys = make_adapter(tmp_path / "adapter", base, ["q_proj", "down_proj"])
+    same = dequantized_model(tmp_path / "same", base)
+    expected = by_transformers(same, PAIRS, Options(), tmp_path / "adapter")
+    assert abs(expected[0] - by_transformers(base, PAIRS, Options(), tmp_path / "adapter")[0]) > 1e-3
+    for options in ({"batching": "padded"}, {"batching": "prefix_shared", "stage": "simpo"}):
+        check_step(fsdp_steps(base, [PAIRS], ranks, quantization="nf4", **options, **keys), expected)

@@ -64,6 +64,13 @@ class AdapterOptions(Options):
         "Default: new adapters, whose product is zero.",
     )
 
+    quantization: Literal["nf4"] | None = option(
+        None,
+        effect="result",
+        description="With backend: fsdp and adapters, hold the frozen weights of linear layers in 4 bits: nf4, by "
+        "bitsandbytes (QLoRA). Default: as stored.",
+    )
+
     @field_validator("lora_target_modules")
     @classmethod
     def _modules_are_given(cls, value: str | list[str]) -> str | list[str]:

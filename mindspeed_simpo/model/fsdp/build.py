@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.fsdp import attention
+from mindspeed_simpo.model.fsdp.quantized import four_bits, keep_arithmetic, quantized_weights
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Sharding:
     stored_dtype: torch.dtype
     """Of the parameters between the steps."""
     device_type: str
+    quantized: bool = False
+    """Whether linear layers are held in 4 bits, whole on every rank."""
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
@@ -74,7 +77,9 @@ def load_model(folder: Path, sharding: Sharding) -> PreTrainedModel:
         ModelError: where the weights cannot be read, or do not fit ``config.json``.
     """
     options: dict[str, Any] = {}
-    if sharding.world > 1:
+    if sharding.quantized:
+        options["quantization_config"] = four_bits(torch.bfloat16 if sharding.bf16 else torch.float32)
+    elif sharding.world > 1:
         plan = {re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight" for name in sharding.layer_names}
         options["distributed_config"] = DistributedConfig(
             fsdp_size=sharding.shards,
@@ -102,7 +107,8 @@ def load_model(folder: Path, sharding: Sharding) -> PreTrainedModel:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[kind])):
             raise ModelError(f"{folder}: the safetensors do not fit config.json: {kind.replace('_', ' ')} {names[:3]}")
-    if sharding.world == 1:
+    keep_arithmetic(model)
+    if sharding.world == 1 or sharding.quantized:
         shard(model, sharding)
     return model
 
@@ -143,6 +149,8 @@ def shard(model: PreTrainedModel, sharding: Sharding) -> None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if sharding.offload:
         options["offload_policy"] = CPUOffloadPolicy()
+    if sharding.quantized:
+        options["ignored_params"] = set(quantized_weights(model))
     for name in sharding.layer_names:
         fully_shard(model.get_submodule(name), **options)
     fully_shard(model, **options)

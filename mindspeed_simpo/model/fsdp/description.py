@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.fsdp.build import empty_model, layer_names
 from mindspeed_simpo.model.fsdp.logits import Logits, logits_of
@@ -30,6 +32,8 @@ class TransformersModel:
     parameters: int
     largest_layer: int
     """Parameters of the largest layer."""
+    quantizable: int
+    """Parameters of the linear layers, without the output layer, which ``quantization`` holds in 4 bits."""
     beside_layers: int
     """Parameters of the root: embedding, last norm and output layer."""
     settings: dict[str, Any] = dataclasses.field(hash=False)
@@ -90,6 +94,8 @@ def describe(model_name_or_path: str) -> TransformersModel:
     names = layer_names(model)
     sizes = [sum(parameter.numel() for parameter in model.get_submodule(name).parameters()) for name in names]
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    output = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
+    linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not output]
     return TransformersModel(
         family=model.config.model_type,
         architecture=type(model).__name__,
@@ -98,6 +104,7 @@ def describe(model_name_or_path: str) -> TransformersModel:
         logits=logits_of(model),
         parameters=parameters,
         largest_layer=max(sizes),
+        quantizable=sum(layer.weight.numel() for layer in linear),
         beside_layers=parameters - sum(sizes),
         settings=model.config.to_dict(),
     )

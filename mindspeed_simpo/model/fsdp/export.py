@@ -16,6 +16,7 @@ from mindspeed_simpo.model.export_folder import write_config, write_on_first_ran
 from mindspeed_simpo.model.fsdp.adapters import deltas
 from mindspeed_simpo.model.fsdp.description import TransformersModel
 from mindspeed_simpo.model.fsdp.policy import Policy
+from mindspeed_simpo.model.fsdp.quantized import dequantized
 from mindspeed_simpo.model.tokenizer_files import write_tokenizer
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -65,9 +66,8 @@ def gather(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     first = torch.distributed.get_rank() == 0
     added = deltas(policy.causal)
     for name, parameter in policy.weights():
-        value = parameter.detach()
-        if isinstance(value, DTensor):
-            value = whole(value)
+        value: Tensor = parameter.detach()
+        value = whole(value) if isinstance(value, DTensor) else dequantized(parameter).detach()
         if name in added:
             value = value.float() + added[name]().to(value.device).float()
         if first:

@@ -21,6 +21,7 @@ from mindspeed_simpo.model.fsdp.description import describe
 from mindspeed_simpo.model.fsdp.dropout import ForwardTokens
 from mindspeed_simpo.model.fsdp.export import export_model
 from mindspeed_simpo.model.fsdp.policy import Policy
+from mindspeed_simpo.model.fsdp.quantized import copy_weight
 from mindspeed_simpo.model.fsdp.self_test import find_abilities
 from mindspeed_simpo.model.hf_config import resolve_model
 from mindspeed_simpo.parallel import Groups
@@ -48,6 +49,7 @@ class FsdpBackend:
             # frozen weights need no fp32 main parameters
             stored_dtype=torch.bfloat16 if bf16 and config.lora_r else torch.float32,
             device_type=device.torch_device.type,
+            quantized=config.quantization is not None,
         )
         self.models: Sequence[Policy] = ()
 
@@ -114,7 +116,7 @@ class FsdpBackend:
     def load_weights(self, path: str | None) -> None:  # noqa: D102
         other = dict(self._model(path).named_parameters())
         for name, parameter in self.models[0].weights():
-            local_part(parameter).copy_(local_part(other[name]))
+            copy_weight(local_part(parameter), local_part(other[name]))
 
     def export(  # noqa: D102
         self,

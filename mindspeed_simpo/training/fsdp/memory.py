@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.model.fsdp.description import TransformersModel
+from mindspeed_simpo.model.fsdp.quantized import BYTES
 
 FP32, BF16 = 4, 2
 
@@ -27,7 +28,7 @@ def sharded_state(model: TransformersModel, config: Config, world: int, micro_ba
 
     With P parameters over s ranks, b bytes of the compute dtype: parameters ``4 P / s`` (with adapters ``b P / s``),
     gradients ``4 P / s``, optimizer ``8 P / s``, gathered ``b (root + 2 layers)`` and with several micro-batches
-    ``b P`` more. Adapters are not counted.
+    ``b P`` more. Adapters are not counted. Quantized weights are whole on every rank.
 
     Args:
         model: The description.
@@ -38,6 +39,14 @@ def sharded_state(model: TransformersModel, config: Config, world: int, micro_ba
     shards = config.fsdp_shard_size or world
     width = BF16 if config.bf16_in_use else FP32
     frozen, held = config.lora_r > 0, -(-model.parameters // shards)
+    if config.quantization is not None:
+        rest = model.parameters - model.quantizable
+        return ShardedState(
+            parameters=round(BYTES * model.quantizable) + width * -(-rest // shards),
+            gradients=0,
+            optimizer=0,
+            gathered=width * model.beside_layers,
+        )
     gathered = width * (model.beside_layers + 2 * model.largest_layer)
     return ShardedState(
         parameters=(width if frozen else FP32) * held,

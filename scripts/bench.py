@@ -7,8 +7,8 @@ the first steps of a run are left out.
     python -m scripts.bench --data pairs.json                       # our own variants
     python -m scripts.bench --data pairs.json --trl-python PATH     # and TRL, which that interpreter can import
     python -m scripts.bench --data pairs.json --name cpu_10m        # and write docs/benchmarks/cpu_10m.{json,md}
-    python -m scripts.bench --data pairs.json --adapters            # adapters beside the training of all weights;
-                                                                    # with --trl-python, TRL with peft beside both
+    python -m scripts.bench --data pairs.json --variants adapters   # adapters beside the training of all weights
+    python -m scripts.bench --data pairs.json --variants backends   # backend: fsdp beside backend: megatron
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -28,42 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts import bench_inputs
+from scripts.bench_variants import SETS
 from scripts.machine import processor, versions
 
 DOCS = Path(__file__).parent.parent / "docs"
-
-LEVERS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "padded": {"batching": "padded", "fused_logprob": False},
-    "padded, fused head": {"batching": "padded"},
-    "padded, fused head, two_pass": {"batching": "padded", "pair_schedule": "two_pass"},
-    "packed": {"batching": "packed", "fused_logprob": False},
-    "packed, fused head": {"batching": "packed"},
-    "prefix_shared": {"batching": "prefix_shared", "fused_logprob": False},
-}
-"""Ours; the default is prefix_shared with the fused head."""
-
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "all weights": {},
-    "adapters": {"lora_r": 16},
-    "adapters of q_proj, v_proj": {"lora_r": 16, "lora_target_modules": ["q_proj", "v_proj"]},
-    "DPO, all weights": {"stage": "dpo"},
-    "DPO, adapters": {"stage": "dpo", "lora_r": 16},
-}
-"""With ``--adapters``: the default form of batches, all weights trained or adapters of rank 16."""
-
-PEERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "TRL": ("trl", {"gradient_checkpointing": False}),
-    "TRL, its default checkpointing": ("trl", {"gradient_checkpointing": True}),
-    "LLaMA-Factory": ("llamafactory", {"disable_gradient_checkpointing": True}),
-}
-"""Others: module of the worker's function, options."""
-
-PEERS_WITH_ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "TRL, all weights": ("trl", {"gradient_checkpointing": False}),
-    "TRL with peft": ("trl", {"gradient_checkpointing": False, "lora_r": 16}),
-}
-"""With ``--adapters``: SimPO with all weights, and with adapters of all linear layers."""
 
 
 def main() -> None:
@@ -80,8 +49,9 @@ def main() -> None:
                 "matmul_flops_per_second": _matmul_rate(arguments.threads),
             },
             "versions": versions(),
+            "set": arguments.variants,
             "inputs": inputs.facts,
-            "variants": _measure(arguments, inputs),
+            **_measure(arguments, inputs),
         }
     result["machine"]["load_average_at_end"] = round(os.getloadavg()[0], 1)
     _add_ratios(result)
@@ -107,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=2, help="steps left out")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each variant")
-    parser.add_argument("--adapters", action="store_true", help="measure adapters beside all weights, and no levers")
+    parser.add_argument("--variants", choices=SETS, default="levers", help="what is measured")
     parser.add_argument("--only", nargs="*", help="variants, by name")
     parser.add_argument("--trl-python", help="interpreter that can import trl")
     parser.add_argument("--llamafactory-python", help="interpreter that can import llamafactory")
@@ -131,25 +101,35 @@ def _matmul_rate(threads: int) -> float:
 
 
 def _measure(arguments: argparse.Namespace, inputs: bench_inputs.Inputs) -> dict[str, dict[str, Any]]:
-    interpreters = {"trl": arguments.trl_python, "llamafactory": arguments.llamafactory_python}
-    ours, peers = (ADAPTERS, PEERS_WITH_ADAPTERS) if arguments.adapters else (LEVERS, PEERS)
-    jobs = [(name, sys.executable, "engine", options) for name, options in ours.items()]
-    jobs += [(name, interpreters[tool], tool, options) for name, (tool, options) in peers.items() if interpreters[tool]]
+    """What was seen of each variant, and why the others did not run."""
+    interpreters = dict.fromkeys(("trl", "trl_dpo"), arguments.trl_python)
+    interpreters["llamafactory"] = arguments.llamafactory_python
+    wanted = SETS[arguments.variants]
+    jobs = [(name, sys.executable, "engine", options) for name, options in wanted.ours.items()]
+    jobs += [
+        (name, interpreters[tool], tool, options)
+        for name, (tool, options) in wanted.peers.items()
+        if interpreters[tool]
+    ]
     runs: dict[str, list[dict[str, Any]]] = {}
+    failed: dict[str, str] = {}
     for turn in range(arguments.repeats):
         for name, interpreter, tool, options in jobs:
-            if arguments.only and name not in arguments.only:
+            if name in failed or (arguments.only and name not in arguments.only):
                 continue
             sys.stderr.write(f"{turn + 1}/{arguments.repeats} {name}\n")
             found = _run(arguments, inputs, interpreter, tool, options)
-            if found is not None:
+            if isinstance(found, str):
+                failed[name] = found
+            else:
                 runs.setdefault(name, []).append(found)
-    return {name: _summary(arguments, inputs, found) for name, found in runs.items()}
+    return {"variants": {name: _summary(arguments, inputs, found) for name, found in runs.items()}, "failed": failed}
 
 
 def _run(
     arguments: argparse.Namespace, inputs: bench_inputs.Inputs, interpreter: str, tool: str, options: dict[str, Any]
-) -> dict[str, Any] | None:
+) -> dict[str, Any] | str:
+    """What was seen, or the last line of the error."""
     with tempfile.TemporaryDirectory() as folder:
         job = inputs.job | {"options": options, "folder": folder, "threads": arguments.threads}
         environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
@@ -162,7 +142,8 @@ def _run(
         )
     if done.returncode:
         sys.stderr.write(f"{tool} {options} failed:\n{done.stderr[-3000:]}\n")
-        return None
+        errors = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        return (errors or [f"exit status {done.returncode}"])[-1]
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -186,7 +167,8 @@ def _summary(arguments: argparse.Namespace, inputs: bench_inputs.Inputs, runs: l
 
 def _add_ratios(result: dict[str, Any]) -> None:
     rate = result["machine"]["matmul_flops_per_second"]
-    base = result["variants"].get("TRL") or next(iter(result["variants"].values()))
+    peers = [name for name in SETS[result["set"]].peers if name in result["variants"]]
+    base = result["variants"][next(iter([*peers, *result["variants"]]))]
     for variant in result["variants"].values():
         variant["fraction_of_matmul_rate"] = variant["useful_flops_per_second"] / rate
         variant["speed_ratio"] = variant["pairs_per_second"] / base["pairs_per_second"]
@@ -198,7 +180,7 @@ HEADER = ("variant", "pairs/s", "tokens/s", "speed", "peak memory", "memory", "o
 
 def _table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows; without the arithmetic rate where weights are frozen, which need fewer operations."""
-    left_out = "of matmul rate" if any(name in result["variants"] for name in list(ADAPTERS)[1:]) else None
+    left_out = "of matmul rate" if SETS[result["set"]].frozen_weights else None
     kept = [index for index, title in enumerate(HEADER) if title != left_out]
     rows = [[row[index] for index in kept] for row in _rows(result)]
     return [HEADER[index] for index in kept], rows
@@ -231,7 +213,7 @@ def _print(result: dict[str, Any]) -> None:
 def _markdown(result: dict[str, Any]) -> str:
     """The table, with what it was measured on."""
     machine, inputs = result["machine"], result["inputs"]
-    peers = PEERS | PEERS_WITH_ADAPTERS
+    peers = SETS[result["set"]].peers
     others = {peers[name][0]: row["version"] for name, row in result["variants"].items() if name in peers}
     taken_with = ", ".join(f"{name} {found}" for name, found in (result["versions"] | others).items())
     note = (
@@ -243,7 +225,8 @@ def _markdown(result: dict[str, Any]) -> str:
     )
     header, rows = _table(result)
     lines = [" | ".join(row) for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join([note, "", *(f"| {line} |" for line in lines)]) + "\n"
+    failed = [f"- {name} did not run: `{why}`" for name, why in result["failed"].items()]
+    return "\n".join([note, "", *(f"| {line} |" for line in lines), *(["", *failed] if failed else [])]) + "\n"
 
 
 if __name__ == "__main__":

@@ -52,10 +52,23 @@ def engine(job):
 
 def trl(job):
     """TRL's CPOTrainer with SimPO's loss."""
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    task = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": BETA, "simpo_gamma": MARGIN}
+    return _by_trl(job, CPOTrainer, CPOConfig, task)
+
+
+def trl_dpo(job):
+    """TRL's DPOTrainer."""
+    from trl import DPOConfig, DPOTrainer
+
+    return _by_trl(job, DPOTrainer, DPOConfig, {"beta": 0.1})
+
+
+def _by_trl(job, trainer_class, config_class, task):
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     torch.set_num_threads(job["threads"])
     seconds = []
@@ -75,15 +88,11 @@ def trl(job):
         adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         found += f" with peft {version('peft')}"
     rows = [json.loads(line) for line in Path(job["data_in_our_order"]).read_text(encoding="utf-8").splitlines()]
-    arguments = CPOConfig(
+    arguments = config_class(
         output_dir=str(Path(job["folder"]) / "out"),
         per_device_train_batch_size=job["micro_batch_size"],
         max_steps=job["steps"],
         max_length=job["seq_length"],
-        loss_type="simpo",
-        cpo_alpha=0.0,
-        beta=BETA,
-        simpo_gamma=MARGIN,
         learning_rate=1e-5,
         bf16=False,
         use_cpu=True,
@@ -91,9 +100,10 @@ def trl(job):
         report_to="none",
         save_strategy="no",
         train_sampling_strategy="sequential",
+        **task,
         **job["options"],
     )
-    trainer = CPOTrainer(
+    trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
@@ -166,7 +176,7 @@ def llamafactory(job):
 
 def main():
     """Run, and print what was seen."""
-    tool = {"engine": engine, "trl": trl, "llamafactory": llamafactory}[sys.argv[1]]
+    tool = {"engine": engine, "trl": trl, "trl_dpo": trl_dpo, "llamafactory": llamafactory}[sys.argv[1]]
     seconds, losses, found = tool(json.loads(sys.argv[2]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     sys.stdout.write(

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mindspeed_simpo.config.options import ALL_LINEAR
 from mindspeed_simpo.errors import ModelError
-from mindspeed_simpo.model.adapters import ALL_LINEAR, Adapters, projections
+from mindspeed_simpo.model.adapters import Adapters, projections
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.slots import Span
 

@@ -12,14 +12,12 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from mindspeed_simpo.config.options import AdapterOptions
+from mindspeed_simpo.config.options import ALL_LINEAR, AdapterOptions
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 from mindspeed_simpo.model.slots import HFTensor, Slot, Span, stack
 from mindspeed_simpo.model.weight_source import SeededTensors
-
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)

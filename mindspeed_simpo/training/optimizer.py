@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from mindspeed_simpo.config.options import ParallelOptions, TrainingOptions
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.model.megatron.weights import unwrap
+from mindspeed_simpo.training.learning_rate import learning_rate_schedule
 
 
 def wrap_for_training(
@@ -190,27 +190,3 @@ def build_stepper(
     scheduler = learning_rate_schedule(optimizer, training, train_iters)
     norm_groups = _norm_groups(models, sharded=parallel.use_distributed_optimizer)
     return MegatronStepper(models, optimizer, scheduler, training.clip_grad, device.reduction_dtype, norm_groups)
-
-
-def learning_rate_schedule(optimizer: Any, training: TrainingOptions, train_iters: int) -> OptimizerParamScheduler:
-    """Warm-up and decay of the learning rate; the weight decay is constant.
-
-    Args:
-        optimizer: Its parameter groups may have a factor ``wd_mult`` of the weight decay.
-        training: ``lr*`` and ``weight_decay``.
-        train_iters: Steps over which the learning rate decays.
-    """
-    steps = max(1, train_iters)
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=training.lr,
-        min_lr=training.min_lr,
-        lr_warmup_steps=min(math.floor(training.lr_warmup_fraction * steps), steps - 1),
-        lr_decay_steps=steps,
-        lr_decay_style=training.lr_decay_style,
-        start_wd=training.weight_decay,
-        end_wd=training.weight_decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-    )

@@ -14,7 +14,7 @@ from mindspeed_simpo.config.options.base import (
     takes_bool,
 )
 from mindspeed_simpo.config.options.data import DataOptions
-from mindspeed_simpo.config.options.model import AdapterOptions, ModelOptions
+from mindspeed_simpo.config.options.model import ALL_LINEAR, AdapterOptions, ModelOptions
 from mindspeed_simpo.config.options.parallel import OutputOptions, ParallelOptions
 from mindspeed_simpo.config.options.task import TaskOptions
 from mindspeed_simpo.config.options.training import TrainingOptions
@@ -30,6 +30,7 @@ OPTION_GROUPS: tuple[type[Options], ...] = (
 )
 
 __all__ = [
+    "ALL_LINEAR",
     "CPU_CHUNK_TOKENS",
     "DEFAULT_TEMPLATE_DATE",
     "OPTION_GROUPS",

@@ -8,6 +8,9 @@ from pydantic import field_validator, model_validator
 
 from mindspeed_simpo.config.options.base import Options, option
 
+ALL_LINEAR = "all-linear"
+"""Value of ``lora_target_modules`` for every projection."""
+
 
 class ModelOptions(Options):
     """Model."""

@@ -15,9 +15,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mindspeed_simpo.config.options import AdapterOptions
+from mindspeed_simpo.config.options import ALL_LINEAR, AdapterOptions
 from mindspeed_simpo.errors import ConfigError, ModelError
-from mindspeed_simpo.model.adapters import ALL_LINEAR
 from mindspeed_simpo.model.export_folder import write_on_first_rank
 from mindspeed_simpo.model.fsdp.dropout import ForwardTokens, mask_inputs
 from mindspeed_simpo.model.tokenizer_files import write_tokenizer

@@ -28,7 +28,7 @@ def sharded_state(model: TransformersModel, config: Config, world: int, micro_ba
 
     With P parameters over s ranks, b bytes of the compute dtype: parameters ``4 P / s`` (with adapters ``b P / s``),
     gradients ``4 P / s``, optimizer ``8 P / s``, gathered ``b (root + 2 layers)`` and with several micro-batches
-    ``b P`` more. Adapters are not counted. Quantized weights are whole on every rank.
+    ``4 P`` more. Adapters are not counted. Quantized weights are whole on every rank.
 
     Args:
         model: The description.
@@ -52,5 +52,5 @@ def sharded_state(model: TransformersModel, config: Config, world: int, micro_ba
         parameters=(width if frozen else FP32) * held,
         gradients=0 if frozen else FP32 * held,
         optimizer=0 if frozen else 2 * FP32 * held,
-        gathered=gathered + (width * model.parameters if micro_batches > 1 and not frozen else 0),
+        gathered=gathered + (FP32 * model.parameters if micro_batches > 1 and not frozen else 0),
     )

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from mindspeed_simpo.config.options import TrainingOptions
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.model.fsdp.policy import Policy
-from mindspeed_simpo.training.optimizer import learning_rate_schedule
+from mindspeed_simpo.training.learning_rate import learning_rate_schedule
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,6 @@ def print_layout(console: Console, config: Config, layout: Layout, model: Transf
     )
     state = sharded_state(model, config, layout.ranks, pairs // config.micro_batch_size)
     table = Table("GiB per rank, without activations", "")
-    for name in ("parameters", "gradients", "optimizer", "gathered"):
+    for name in ("parameters", "gradients", "optimizer", "gathered", "total"):
         table.add_row(name, f"{getattr(state, name) / 2**30:.3g}")
     console.print(table)

@@ -222,7 +222,7 @@ COMMON |= {"hidden_act": "silu", "tie_word_embeddings": False, "max_position_emb
 
 
 def test_the_memory_that_the_large_configurations_name_is_what_check_expects(tmp_path):
-    paths = sorted(Path(QUICKSTART).parent.glob("*_8b_*.yaml"))
+    paths = [path for path in sorted(Path(QUICKSTART).parent.glob("*_8b_*.yaml")) if "fsdp" not in path.stem]
     assert {path.stem for path in paths} == LARGE_MODELS.keys()
     for path in paths:
         (tmp_path / "config.json").write_text(json.dumps(COMMON | LARGE_MODELS[path.stem]))

@@ -22,6 +22,11 @@ class ShardedState:
     """Whole parameters of the root and of two layers, of which the second is gathered while the first computes, and
     with several micro-batches a step the whole gradients, which are reduced at the end of the step."""
 
+    @property
+    def total(self) -> int:
+        """Sum of all."""
+        return self.parameters + self.gradients + self.optimizer + self.gathered
+
 
 def sharded_state(model: TransformersModel, config: Config, world: int, micro_batches: int) -> ShardedState:
     """Parameters, gradients, Adam's moments, and what FSDP2 gathers.

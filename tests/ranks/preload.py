@@ -14,8 +14,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2Config  # noq
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402, F401
 
-import mindspeed_simpo.training.backends.fsdp  # noqa: E402, F401
-import mindspeed_simpo.training.backends.megatron  # noqa: E402, F401
+import mindspeed_simpo.training.backends.fsdp  # noqa: E402
+import mindspeed_simpo.training.backends.megatron  # noqa: E402
 import mindspeed_simpo.training.session  # noqa: E402, F401
 
 get_checkpoint_conversion_mapping("llama")  # it keeps the patterns of all models

@@ -45,15 +45,19 @@ def add_adapters(causal: PreTrainedModel, options: AdapterOptions) -> PeftModel:
 
 
 def _modules(causal: PreTrainedModel, names: str | list[str]) -> list[str]:
-    """The linear layers to adapt: by the last parts of their names, or one by one where the model has experts.
+    """The linear layers of the decoder to adapt: by the last parts of their names where no other module has these.
 
-    peft takes such a part also as the name of a projection of experts, which transformers holds in one parameter of
-    three axes: those have no adapters here.
+    Else they are named one by one. peft takes such a part also as the name of a projection of experts, which
+    transformers holds in one parameter of three axes: those have no adapters here, and nor has a vision tower.
     """
     output: Any = causal.get_output_embeddings
-    linear = [
-        name for name, part in causal.named_modules() if isinstance(part, torch.nn.Linear) and part is not output()
+    decoder = set(causal.get_decoder().modules())
+    every = [
+        (name, part)
+        for name, part in causal.named_modules()
+        if isinstance(part, torch.nn.Linear) and part is not output()
     ]
+    linear = [name for name, part in every if part in decoder]
     known = sorted({name.rpartition(".")[2] for name in linear})
     wanted = [names] if isinstance(names, str) else names
     for name in wanted:
@@ -64,7 +68,7 @@ def _modules(causal: PreTrainedModel, names: str | list[str]) -> list[str]:
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )
     chosen = known if ALL_LINEAR in wanted else sorted(set(wanted))
-    if all(parameter.dim() < 3 for parameter in causal.parameters()):
+    if len(linear) == len(every) and all(parameter.dim() < 3 for parameter in causal.parameters()):
         return chosen
     return [name for name in linear if name.rpartition(".")[2] in chosen]
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -58,7 +58,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
 
 
 def layer_names(model: PreTrainedModel) -> list[str]:
-    """Names of the decoder layers, which are sharded and recomputed one by one.
+    """Names of the layers of decoder and vision tower, which are sharded one by one.
 
     Raises:
         ModelError: where the model has none that transformers marks.
@@ -67,6 +67,18 @@ def layer_names(model: PreTrainedModel) -> list[str]:
     if not names:
         raise ModelError(f"{type(model).__name__} has no layers that transformers marks as such")
     return names
+
+
+def takes_images(config: PreTrainedConfig) -> bool:
+    """Whether transformers has a class for images and text with this configuration."""
+    return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+def parameters_of_text(model: PreTrainedModel) -> set[torch.nn.Parameter]:
+    """The parameters of embedding, decoder and output layer: all but those of a vision tower and its projection."""
+    get_output: Any = model.get_output_embeddings
+    parts = model.get_input_embeddings(), model.get_decoder(), get_output()
+    return {parameter for part in parts if part is not None for parameter in part.parameters()}
 
 
 def load_model(folder: Path, sharding: Sharding) -> PreTrainedModel:
@@ -87,12 +99,13 @@ def load_model(folder: Path, sharding: Sharding) -> PreTrainedModel:
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        config.base_model_fsdp_plan = {}
-        loaded: Any = _loadable(AutoModelForCausalLM._model_mapping[type(config)]).from_pretrained(
+        for each in (config, config.get_text_config()):
+            each.base_model_fsdp_plan = {}
+        loaded: Any = _loadable(_auto_class(config)._model_mapping[type(config)]).from_pretrained(
             folder,
             config=config,
             dtype=sharding.stored_dtype,
-            attn_implementation=attention.NAME,
+            attn_implementation=_attention_of(config),
             use_safetensors=True,
             output_loading_info=True,
             **options,
@@ -163,8 +176,19 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _from_config(config: Any, **options: Any) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, attn_implementation=attention.NAME, trust_remote_code=False, **options
+def _auto_class(config: PreTrainedConfig) -> Any:
+    return AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
+
+
+def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
+    """The attention of this package for the decoder; a vision tower keeps the one that transformers chooses."""
+    text = config.get_text_config()
+    keys = [key for key in config.sub_configs if getattr(config, key, None) is text]
+    return {keys[0]: attention.NAME} if keys else attention.NAME
+
+
+def _from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    model: PreTrainedModel = _auto_class(config).from_config(
+        config, attn_implementation=_attention_of(config), trust_remote_code=False, **options
     )
     return model

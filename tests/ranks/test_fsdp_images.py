@@ -22,9 +22,10 @@ def check(found, expected, *, frozen):
     if frozen:
         grads = {name: grad for name, grad in grads.items() if "language_model" in name or "lm_head" in name}
         assert all("language_model" in name or "lm_head" in name for name in found["grads"])
-    zero = [name for name, grad in grads.items() if grad.norm() < 1e-9]
+    # biases of keys have none, but for the rounding of softmax, which some towers compute in fp32 in any case
+    zero = [name for name, grad in grads.items() if grad.norm() < 1e-6]
     for name in zero:
-        assert found["grads"][name].norm() < 1e-6, name
+        assert found["grads"][name].norm() < 1e-5, name
     kept = {name: grad for name, grad in grads.items() if name not in zero}
     error, name = worst_error({name: found["grads"][name] for name in kept}, kept)
     print("error", error, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +17,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.fsdp import attention
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,31 @@ def load_model(folder: Path, sharding: Sharding) -> PreTrainedModel:
     Raises:
         ModelError: where the weights cannot be read, or do not fit ``config.json``.
     """
+    sharded = sharding.world > 1 and not _may_turn_shards(empty_model(folder))
+    try:
+        try:
+            model, report = _loaded(folder, sharding, sharded=sharded)
+        except RuntimeError:
+            if not sharded:
+                raise
+            # transformers tells some layouts of weights by their whole shapes, which a shard has not
+            logger.warning("%s: these weights cannot be read shard by shard: each rank reads all of them", folder)
+            sharded = False
+            model, report = _loaded(folder, sharding, sharded=False)
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        raise ModelError(f"{folder}: transformers cannot load the weights: {' '.join(str(error).split())}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[kind])):
+            raise ModelError(f"{folder}: the safetensors do not fit config.json: {kind.replace('_', ' ')} {names[:3]}")
+    if not sharded:
+        shard(model, sharding)
+    return model
+
+
+def _loaded(folder: Path, sharding: Sharding, *, sharded: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, sharded or not, and the report of transformers on the names of the weights."""
     options: dict[str, Any] = {}
-    if sharding.world > 1:
+    if sharded:
         plan = {re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight" for name in sharding.layer_names}
         options["distributed_config"] = DistributedConfig(
             fsdp_size=sharding.shards,
@@ -97,29 +125,27 @@ def load_model(folder: Path, sharding: Sharding) -> PreTrainedModel:
             fsdp_cpu_offload=sharding.offload,
             fsdp_mixed_precision=sharding.bf16,
         )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        for each in (config, config.get_text_config()):
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if each is not None:
             each.base_model_fsdp_plan = {}
-        loaded: Any = _loadable(_auto_class(config)._model_mapping[type(config)]).from_pretrained(
-            folder,
-            config=config,
-            dtype=sharding.stored_dtype,
-            attn_implementation=_attention_of(config),
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
-        raise ModelError(f"{folder}: transformers cannot load the weights: {' '.join(str(error).split())}") from None
-    model: PreTrainedModel
-    model, report = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[kind])):
-            raise ModelError(f"{folder}: the safetensors do not fit config.json: {kind.replace('_', ' ')} {names[:3]}")
-    if sharding.world == 1:
-        shard(model, sharding)
-    return model
+    model, report = _loadable(_auto_class(config)._model_mapping[type(config)]).from_pretrained(
+        folder,
+        config=config,
+        dtype=sharding.stored_dtype,
+        attn_implementation=_attention_of(config),
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    return model, report
+
+
+def _may_turn_shards(model: PreTrainedModel) -> bool:
+    """Whether transformers would turn matrices of experts that are as wide as high, where it reads shards of them."""
+    conversions = (each for each in get_model_conversion_mapping(model) if isinstance(each, WeightConverter))
+    turned = any(getattr(step, "check_dims", False) for each in conversions for step in each.operations)
+    return turned and any(each.dim() == 3 and each.shape[1] == each.shape[2] for each in model.parameters())
 
 
 def _loadable(model_class: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from mindspeed_simpo.data.problems import first_line, found, malformed
+from mindspeed_simpo.data.problems import ExampleError, first_line, found, malformed
 
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+=-]+)*;base64,", re.ASCII)
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
@@ -104,6 +104,10 @@ def _of_uri(value: str, where: str) -> bytes:
         raise malformed(f"{where}: the data: URI is not base64") from None
 
 
+def _unreadable(message: str) -> ExampleError:
+    return ExampleError("unreadable", message)
+
+
 def store(reference: ImageReference, folder: Path | None) -> tuple[StoredImage, Image.Image]:
     """Read an image for the first time.
 
@@ -131,9 +135,9 @@ def _content(path: str | None, data: bytes | None) -> bytes:
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise malformed(f"there is no image {path}") from None
+        raise _unreadable(f"there is no image {path}") from None
     except (OSError, ValueError) as error:
-        raise malformed(f"the image {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise _unreadable(f"the image {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _decoded(content: bytes, path: str | None) -> Image.Image:
@@ -144,4 +148,4 @@ def _decoded(content: bytes, path: str | None) -> Image.Image:
     # the decoders of pillow raise errors of many types on damaged files
     except Exception as error:
         name = path if path is not None else f"of {len(content)} bytes"
-        raise malformed(f"the image {name} cannot be decoded: {first_line(error)}") from None
+        raise _unreadable(f"the image {name} cannot be decoded: {first_line(error)}") from None

@@ -10,7 +10,7 @@ from typing import Any
 import PIL
 from PIL.Image import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from mindspeed_simpo.data.problems import first_line, malformed
@@ -38,7 +38,11 @@ class ImageProcessor:
             raise ModelError(f"{name}: {type(processor).__name__} has no token that stands for an image in a text")
         self.image_token = str(token)
         """The text of a place."""
-        self.tokenizer: PreTrainedTokenizerBase = self._processor.tokenizer
+
+    @property
+    def chat_template(self) -> Any:
+        """Of the processor; ``None`` where it has none."""
+        return getattr(self._processor, "chat_template", None)
 
     def __reduce__(self) -> Any:
         # loaded anew in a worker process: the class of a processor without videos has no name to pickle it by
@@ -98,8 +102,8 @@ class ImageProcessor:
     @property
     def token_id(self) -> int:
         """Id of the token that an image's features take the place of."""
-        own = getattr(self._processor, "image_token_id", None)
-        return int(own if own is not None else self.tokenizer.convert_tokens_to_ids(self.image_token))
+        own: Any = getattr(self._processor, "image_token_id", None)
+        return int(own if own is not None else self._processor.tokenizer.convert_tokens_to_ids(self.image_token))
 
 
 def inputs_of_images(encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,7 +122,8 @@ def load_processor(path_or_hub_id: str) -> ImageProcessor:
     """
     try:
         try:
-            processor = AutoProcessor.from_pretrained(path_or_hub_id, trust_remote_code=False)
+            automatic: Any = AutoProcessor
+            processor = automatic.from_pretrained(path_or_hub_id, trust_remote_code=False)
         except ImportError:
             processor = _without_videos(path_or_hub_id)
     except Exception as error:
@@ -132,7 +137,8 @@ def load_processor(path_or_hub_id: str) -> ImageProcessor:
 
 def _without_videos(path_or_hub_id: str) -> Any:
     config = AutoConfig.from_pretrained(path_or_hub_id, trust_remote_code=False)
-    kind = PROCESSOR_MAPPING[type(config)]
+    kind: Any = PROCESSOR_MAPPING[type(config)]
     kept = [name for name in kind.get_attributes() if name != "video_processor"]
     changes = {"__module__": kind.__module__, "get_attributes": classmethod(lambda _: kept)}
-    return type(kind.__name__, (kind,), changes).from_pretrained(path_or_hub_id, trust_remote_code=False)
+    without: Any = type(kind.__name__, (kind,), changes)
+    return without.from_pretrained(path_or_hub_id, trust_remote_code=False)

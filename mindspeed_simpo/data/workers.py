@@ -54,6 +54,8 @@ class ExampleEncoder:
 
     reader: ExampleReader
     encoder: PairEncoder
+    folders: tuple[Path | None, ...] = ()
+    """Of each source, see :attr:`~mindspeed_simpo.data.source.Source.folder`."""
 
     def encode(self, example: PlacedExample) -> PlacedResult:
         """Token ids, or the reason why there are none."""
@@ -63,7 +65,7 @@ class ExampleEncoder:
             if isinstance(content, ExampleError):
                 raise content
             pair = content if isinstance(content, TokenizedPair) else self.reader.read(content)
-            value = self.encoder.encode(pair)
+            value = self.encoder.encode(pair, self.folders[example.source] if self.folders else None)
         except ExampleError as error:
             value = Problem(error.kind, error.message)
         return PlacedResult(example.source, example.number, value)

@@ -1,7 +1,5 @@
 """Images with ``backend: fsdp`` against transformers in fp64, one row at a time: loss and every gradient."""
 
-import warnings
-
 import pytest
 
 from tests.images import make_image_model, make_image_pairs
@@ -28,7 +26,6 @@ def check(found, expected, *, frozen):
         assert found["grads"][name].norm() < 1e-5, name
     kept = {name: grad for name, grad in grads.items() if name not in zero}
     error, name = worst_error({name: found["grads"][name] for name in kept}, kept)
-    print("error", error, name)
     assert error < 1e-5, name
 
 
@@ -38,7 +35,14 @@ def test_a_family(tmp_path, family):
     pairs = make_image_pairs(8, VOCABULARY)
     expected = by_transformers(folder, pairs, Options())
     for form in ("padded", "packed", "prefix_shared"):
-        found = fsdp_steps(folder, [pairs], batching=form, fused_logprob=form != "packed", **SEQ, **({} if form == "padded" else BUDGET))
+        found = fsdp_steps(
+            folder,
+            [pairs],
+            batching=form,
+            fused_logprob=form != "packed",
+            **SEQ,
+            **({} if form == "padded" else BUDGET),
+        )
         assert found["batching"] == form
         check(found, expected, frozen=True)
     for frozen in (True, False):

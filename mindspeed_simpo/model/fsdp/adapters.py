@@ -15,6 +15,7 @@ from mindspeed_simpo.config.options import AdapterOptions
 from mindspeed_simpo.errors import ConfigError, ModelError
 from mindspeed_simpo.model.adapters import ALL_LINEAR
 from mindspeed_simpo.model.export_folder import write_on_first_rank
+from mindspeed_simpo.model.fsdp.build import decoder_of
 from mindspeed_simpo.model.tokenizer_files import write_tokenizer
 
 
@@ -51,7 +52,7 @@ def _modules(causal: PreTrainedModel, names: str | list[str]) -> list[str]:
     transformers holds in one parameter of three axes: those have no adapters here, and nor has a vision tower.
     """
     output: Any = causal.get_output_embeddings
-    decoder = set(causal.get_decoder().modules())
+    decoder = set(decoder_of(causal).modules())
     every = [
         (name, part)
         for name, part in causal.named_modules()

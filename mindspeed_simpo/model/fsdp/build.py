@@ -16,7 +16,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -79,10 +85,16 @@ def takes_images(config: PreTrainedConfig) -> bool:
     return type(config) in AutoModelForImageTextToText._model_mapping
 
 
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The decoder without a vision tower: the base model itself of a model that takes text only."""
+    found: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    return found
+
+
 def parameters_of_text(model: PreTrainedModel) -> set[torch.nn.Parameter]:
     """The parameters of embedding, decoder and output layer: all but those of a vision tower and its projection."""
     get_output: Any = model.get_output_embeddings
-    parts = model.get_input_embeddings(), model.get_decoder(), get_output()
+    parts = model.get_input_embeddings(), decoder_of(model), get_output()
     return {parameter for part in parts if part is not None for parameter in part.parameters()}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mindspeed_simpo.errors import ConfigError, ModelError
-from mindspeed_simpo.model.fsdp.build import empty_model, layer_names, takes_images
+from mindspeed_simpo.model.fsdp.build import decoder_of, empty_model, layer_names, takes_images
 from mindspeed_simpo.model.fsdp.logits import Logits, logits_of
 from mindspeed_simpo.model.hf_config import resolve_model
 
@@ -111,7 +111,7 @@ def describe(model_name_or_path: str) -> TransformersModel:
             f"{folder / 'config.json'}: the weights are quantized (quantization_config); use the unquantized checkpoint"
         )
     names = layer_names(model)
-    decoder = set(model.get_decoder().modules())
+    decoder = set(decoder_of(model).modules())
     sizes = [sum(parameter.numel() for parameter in model.get_submodule(name).parameters()) for name in names]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return TransformersModel(

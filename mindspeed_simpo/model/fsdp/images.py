@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mindspeed_simpo.errors import ModelError
+from mindspeed_simpo.model.fsdp.build import decoder_of
 
 _FEATURES = "get_image_features"
 _ENCODED = "mm_encoder_outputs"
@@ -27,7 +28,7 @@ def check_class(model: PreTrainedModel) -> None:
     """
     base = model.base_model
     takes = inspect.signature(base.forward).parameters.keys() if base is not model else ()
-    if not hasattr(base, _FEATURES) or _ENCODED not in takes or model.get_decoder() is base:
+    if not hasattr(base, _FEATURES) or _ENCODED not in takes or decoder_of(model) is base:
         raise ModelError(
             f"{_class_name(model)} does not take the features of images apart from its forward: backend: fsdp trains "
             "it on text only"
@@ -61,7 +62,9 @@ def encode(model: PreTrainedModel, inputs: Mapping[str, Tensor], *, frozen: bool
     return type(output)(**{name: value for name, value in output.items() if name not in _OF_TOWER})
 
 
-def placed(model: PreTrainedModel, encoded: Any, number: int | None, index: Int[Tensor, " image_token"]) -> dict[str, Any]:
+def placed(
+    model: PreTrainedModel, encoded: Any, number: int | None, index: Int[Tensor, " image_token"]
+) -> dict[str, Any]:
     """The keyword by which the base model takes features: those of a row's image tokens, one for each token in order.
 
     Args:

@@ -58,7 +58,7 @@ def logits_of(model: PreTrainedModel) -> Logits:
     return logits
 
 
-class _HiddenStates(BaseModelOutput):  # type: ignore[misc]
+class _HiddenStates(BaseModelOutput):
     """The output of a base model, whose every other field is None."""
 
     def __getattr__(self, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -49,7 +50,7 @@ class RowShard:
 
     def to(self, device: torch.device) -> RowShard:
         """A copy with the tensors on ``device``."""
-        optional = {
+        optional: dict[str, Any] = {
             name: None if value is None else to_device(value, device)
             for name, value in (
                 ("lengths", self.lengths),

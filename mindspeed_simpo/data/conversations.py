@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from mindspeed_simpo.data import layouts
@@ -68,6 +69,8 @@ class ConversationPair:
     rejected: tuple[Message, ...]
     tools: str | None = None
     """JSON list of tool descriptions, or ``None``."""
+    folder: Path | None = None
+    """Folder that relative paths of images begin at."""
 
     @property
     def images(self) -> list[ImageReference]:

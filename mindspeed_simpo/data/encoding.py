@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -110,12 +109,8 @@ class PairEncoder:
         if vocab_size is not None and self._format.end_of_turn_id >= vocab_size:
             raise ModelError(f"the end of turn: {self._outside(self._format.end_of_turn_id, vocab_size)}")
 
-    def encode(self, pair: ConversationPair | TokenizedPair, folder: Path | None = None) -> EncodedPair:
+    def encode(self, pair: ConversationPair | TokenizedPair) -> EncodedPair:
         """Encode one pair; a tokenised pair is only checked and, where truncation asks for it, cut.
-
-        Args:
-            pair: The pair.
-            folder: Of the data file, for relative paths of images.
 
         Raises:
             ExampleError: of kind ``unreadable`` for an image that is missing or damaged.
@@ -136,7 +131,7 @@ class PairEncoder:
         # one call for all texts: the tokenizer's own work is the smaller part of a call
         segments = (*text.chosen, *text.rejected)
         prompt_ids, *anchored = self._ids(text.prompt, *(anchor + segment.text for segment in segments))
-        images = [store(reference, folder) for reference in pair.images]
+        images = [store(reference, pair.folder) for reference in pair.images]
         if images:
             assert self._images is not None, "the reader refuses images where the model takes none"
             prompt_ids = self._images.prompt_ids(text.prompt, [image for _, image in images])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.data.cache import batches_of, write_batches
-from mindspeed_simpo.data.conversations import ExampleReader
+from mindspeed_simpo.data.conversations import ConversationPair, ExampleReader
 from mindspeed_simpo.data.encoding import EncodedPair, PairEncoder, PlacedResult, Problem
 from mindspeed_simpo.data.problems import ExampleError
 from mindspeed_simpo.data.source import decoded
@@ -54,7 +55,7 @@ class ExampleEncoder:
 
     reader: ExampleReader
     encoder: PairEncoder
-    folders: tuple[Path | None, ...] = ()
+    folders: tuple[Path | None, ...]
     """Of each source, see :attr:`~mindspeed_simpo.data.source.Source.folder`."""
 
     def encode(self, example: PlacedExample) -> PlacedResult:
@@ -65,7 +66,9 @@ class ExampleEncoder:
             if isinstance(content, ExampleError):
                 raise content
             pair = content if isinstance(content, TokenizedPair) else self.reader.read(content)
-            value = self.encoder.encode(pair, self.folders[example.source] if self.folders else None)
+            if isinstance(pair, ConversationPair) and pair.images:
+                pair = dataclasses.replace(pair, folder=self.folders[example.source])
+            value = self.encoder.encode(pair)
         except ExampleError as error:
             value = Problem(error.kind, error.message)
         return PlacedResult(example.source, example.number, value)

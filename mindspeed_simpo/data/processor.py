@@ -10,7 +10,7 @@ from typing import Any
 import PIL
 from PIL.Image import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from mindspeed_simpo.data.problems import first_line, malformed
@@ -24,15 +24,18 @@ class ImageProcessor:
 
     Args:
         processor: Of transformers, with an image processor and a token that stands for an image in a text.
-        name: Of the model, for messages.
+        name: Folder or hub id of the model.
+        token_id: Id of the token that each feature of an image takes the place of, as the model has it.
 
     Raises:
         ModelError: where the processor has no such token.
     """
 
-    def __init__(self, processor: ProcessorMixin, name: str) -> None:
+    def __init__(self, processor: ProcessorMixin, name: str, token_id: int) -> None:
         self._processor: Any = processor
         self._name = name
+        self.token_id = token_id
+        """Id of the token that each feature of an image takes the place of."""
         token = getattr(processor, "image_token", None)
         if not token or getattr(processor, "image_processor", None) is None:
             raise ModelError(f"{name}: {type(processor).__name__} has no token that stands for an image in a text")
@@ -99,12 +102,6 @@ class ImageProcessor:
         types: list[int] = self._processor.create_mm_token_type_ids([list(ids)])[0]
         return types
 
-    @property
-    def token_id(self) -> int:
-        """Id of the token that an image's features take the place of."""
-        own: Any = getattr(self._processor, "image_token_id", None)
-        return int(own if own is not None else self._processor.tokenizer.convert_tokens_to_ids(self.image_token))
-
 
 def inputs_of_images(encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of what a processor gives that belongs to images."""
@@ -121,22 +118,25 @@ def load_processor(path_or_hub_id: str) -> ImageProcessor:
         ModelError: where the model has no processor for images, or it needs a library that is absent.
     """
     try:
+        config = AutoConfig.from_pretrained(path_or_hub_id, trust_remote_code=False)
         try:
             automatic: Any = AutoProcessor
             processor = automatic.from_pretrained(path_or_hub_id, trust_remote_code=False)
         except ImportError:
-            processor = _without_videos(path_or_hub_id)
+            processor = _without_videos(path_or_hub_id, config)
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         advice = ": pip install 'mindspeed-simpo[images]'" if "torchvision" in reason.lower() else ""
         raise ModelError(f"{path_or_hub_id}: the processor of its images cannot be made: {reason}{advice}") from None
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(f"{path_or_hub_id}: the model takes images, and its folder has no processor for them")
-    return ImageProcessor(processor, path_or_hub_id)
+    token_id = getattr(config, "image_token_id", None)
+    if token_id is None:
+        raise ModelError(f"{path_or_hub_id}: config.json has no image_token_id: backend: fsdp needs it to place images")
+    return ImageProcessor(processor, path_or_hub_id, int(token_id))
 
 
-def _without_videos(path_or_hub_id: str) -> Any:
-    config = AutoConfig.from_pretrained(path_or_hub_id, trust_remote_code=False)
+def _without_videos(path_or_hub_id: str, config: PreTrainedConfig) -> Any:
     kind: Any = PROCESSOR_MAPPING[type(config)]
     kept = [name for name in kind.get_attributes() if name != "video_processor"]
     changes = {"__module__": kind.__module__, "get_attributes": classmethod(lambda _: kept)}

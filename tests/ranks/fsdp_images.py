@@ -76,25 +76,30 @@ def _image_steps(folder, batches, options):
     return _steps(folder, batches, options, partial(_deal, folder))
 
 
-def _deal(folder, pairs, first, config, groups):
-    """Pairs in turn to the ranks, as micro-batches."""
+def _image_inputs(folder):
+    from functools import partial
     from pathlib import Path
 
-    from mindspeed_simpo.batch import TokenizedPair
-    from mindspeed_simpo.data.batching import Batching
-    from mindspeed_simpo.data.images import StoredImage
     from mindspeed_simpo.data.pixels import ImageInputs
     from mindspeed_simpo.model.fsdp.build import empty_model
     from mindspeed_simpo.model.fsdp.images import rope_positions
 
-    processor = load_processor(folder)
     base = empty_model(Path(folder)).base_model
-    positions = partial_of(rope_positions, base) if hasattr(base, "get_rope_index") else None
-    inputs = ImageInputs(processor, positions)
+    positions = partial(rope_positions, base) if hasattr(base, "get_rope_index") else None
+    return ImageInputs(load_processor(folder), positions)
+
+
+def _deal(folder, pairs, first, config, groups):
+    """Pairs in turn to the ranks, as micro-batches."""
+    from mindspeed_simpo.batch import TokenizedPair
+    from mindspeed_simpo.data.batching import Batching
+    from mindspeed_simpo.data.images import StoredImage
+
+    inputs = _image_inputs(folder)
     tokenized = []
     for pieces, files, chosen, rejected in pairs:
         images = tuple(StoredImage(None, file, hashlib.sha256(file).digest()) for file in files)
-        prompt, _ = _prompt(processor._processor, pieces, [image.open() for image in images])
+        prompt, _ = _prompt(inputs.processor._processor, pieces, [image.open() for image in images])
         tokenized.append(TokenizedPair(prompt, chosen, rejected, source="pair", images=images))
     batching = Batching.of(config)
     dealt = [range(rank, len(pairs), groups.data.size()) for rank in range(groups.data.size())]
@@ -103,7 +108,35 @@ def _deal(folder, pairs, first, config, groups):
     return batching.micro_batches([tokenized[i] for i in own], [first + i for i in own], number, inputs)
 
 
-def partial_of(function, *arguments):
-    from functools import partial
+def check_model(folder):
+    """The self-test of a model with images."""
+    from tests.ranks.parity import build, make_config, start
 
-    return partial(function, *arguments)
+    config = make_config(folder, backend="fsdp", seq_length=256)
+    groups, device = start(config)
+    backend, _, _ = build(config, groups, device, 1)
+    backend.check_images(*_image_inputs(folder).sample())
+
+
+def count_features(folder, pairs):
+    """Number of images of each call of the vision tower in one step, by pair schedule."""
+    from mindspeed_simpo.training.session import build_schedule
+    from tests.ranks.parity import build, make_config, start
+
+    pairs = [(pieces, [encoded(each) for each in pictures], *rest) for pieces, pictures, *rest in pairs]
+    found, groups = {}, None
+    for name in ("concat", "two_pass"):
+        config = make_config(
+            folder, backend="fsdp", seq_length=256, pair_schedule=name, global_batch_size=len(pairs), micro_batch_size=2
+        )
+        if groups is None:
+            groups, device = start(config)
+        backend, models, _ = build(config, groups, device, 1)
+        calls = found[name] = []
+        tower = models[0].causal.base_model.visual
+        tower.register_forward_pre_hook(
+            lambda _module, _given, named, calls=calls: calls.append(len(named["grid_thw"])), with_kwargs=True
+        )
+        schedule = build_schedule(config, backend, groups, device, lambda: None, models, None)
+        schedule.forward_backward(_deal(folder, pairs, 0, backend.config, groups), len(pairs), 0)
+    return found

@@ -18,7 +18,7 @@ from mindspeed_simpo.data.problems import ExampleError, first_line, found, malfo
 
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+=-]+)*;base64,", re.ASCII)
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
-_REFERENCE_KEYS = ("bytes", "path", "url", "image")
+_REFERENCE_KEYS = ("bytes", "base64", "path", "url", "image")
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,21 @@ def read_images(value: Any, where: str) -> list[ImageReference]:
 def read_image(value: Any, where: str) -> ImageReference:
     """An image as a path, a ``data:`` URI, encoded bytes, or ``{"bytes": ..., "path": ...}`` as ``datasets`` stores it.
 
+    Bytes as text are base64.
+
     Raises:
         ExampleError: for anything else, and for the address of a server, from which nothing is fetched.
     """
     if isinstance(value, Mapping):
+        encoded: Any = value.get("bytes") or value.get("base64")
         given = [value[key] for key in _REFERENCE_KEYS if value.get(key)]
         if not given:
             raise malformed(f"{where}: expected an image with `bytes` or `path`, found {found(value)}")
         value = given[0]
+        if isinstance(value, Mapping):
+            return read_image(value, where)
+        if isinstance(value, str) and encoded is not None and value is encoded:
+            return ImageReference(None, _of_base64(value, where))
     if isinstance(value, bytes | bytearray) and value:
         return ImageReference(None, bytes(value))
     if not isinstance(value, str) or not value.strip():
@@ -98,10 +105,14 @@ def _of_uri(value: str, where: str) -> bytes:
     match = _DATA_URI.match(value)
     if match is None:
         raise malformed(f"{where}: a data: URI of an image must be `data:image/...;base64,...`")
+    return _of_base64(value[match.end() :], where)
+
+
+def _of_base64(value: str, where: str) -> bytes:
     try:
-        return base64.b64decode(value[match.end() :], validate=True)
+        return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError):
-        raise malformed(f"{where}: the data: URI is not base64") from None
+        raise malformed(f"{where}: the bytes of the image are not base64") from None
 
 
 def _unreadable(message: str) -> ExampleError:

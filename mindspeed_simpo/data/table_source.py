@@ -127,12 +127,14 @@ class SplitSource(TableSource):
         name: For messages.
         data: ``datasets.Dataset``.
         column_names: Columns that are read, where the split has them.
+        folder: See :attr:`~mindspeed_simpo.data.source.Source.folder`.
 
     Raises:
         DataError: where the columns of the split do not serve.
     """
 
-    def __init__(self, name: str, data: Any, column_names: Sequence[str]) -> None:
+    def __init__(self, name: str, data: Any, column_names: Sequence[str], folder: Path | None = None) -> None:
+        self.folder = folder
         self._table = (data if data._indices is None else data.flatten_indices()).data.table
         super().__init__(name, self._table.schema, self._table.num_rows, column_names)
 

@@ -168,7 +168,7 @@ def _image_of_part(part: Mapping[str, Any], where: str) -> ImageReference | None
     named = part.get("image_url", part.get("image"))
     if named is not None and not (isinstance(named, Mapping) and not any(named.values())):
         return read_image(named, where)
-    kept = {key: part[key] for key in ("bytes", "path", "url") if part.get(key)}
+    kept = {key: part[key] for key in ("bytes", "base64", "path", "url") if part.get(key)}
     return read_image(kept, where) if kept else None
 
 

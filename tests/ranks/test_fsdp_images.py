@@ -90,6 +90,15 @@ def test_a_rank_without_any_image(tmp_path, frozen):
         check(fsdp_steps(folder, [pairs], ranks=2, **options), expected, frozen=frozen)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_bf16(tmp_path, family):
+    folder = make_image_model(tmp_path / "model", family)
+    pairs = make_image_pairs(8, VOCABULARY)
+    loss, _ = by_transformers(folder, pairs, Options())
+    options = {"batching": "prefix_shared", "bf16": True, "freeze_vision": False, **_sizes("prefix_shared")}
+    assert fsdp_steps(folder, [pairs], ranks=2, **options)["losses"][0] == pytest.approx(loss, rel=0.03)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "down_proj"]], ids=["all-linear", "two modules"])
 def test_adapters_are_in_the_decoder(tmp_path, ranks, modules):

@@ -36,6 +36,8 @@ def parts(*images, text="What?"):
 FORMS = {
     "path": {"images": ["a.png"], "prompt": "<image>What?"},
     "one path": {"image": "a.png", "prompt": "<image>What?"},
+    "bytes as text": {"image": {"bytes": base64.b64encode(PNG).decode(), "path": "x"}, "prompt": "What?"},
+    "object with path": {"images": [{"path": "a.png"}], "prompt": "<image>What?"},
     "no place": {"image": "a.png", "prompt": "What?"},
     "data uri": {"images": [URI], "prompt": "<image>What?"},
     "file uri": {"images": ["file://FOLDER/a.png"], "prompt": "<image>What?"},
@@ -168,7 +170,10 @@ BAD = {
     "no image": ({"images": ["rows.jsonl"], "prompt": "<image>"}, "rows.jsonl cannot be decoded"),
     "an address": ({"images": ["https://a.b/c.png"], "prompt": "<image>"}, "images are not fetched"),
     "a number": ({"images": [5], "prompt": "<image>"}, "images[0]: expected an image"),
-    "no base64": ({"images": ["data:image/png;base64,%%"], "prompt": "<image>"}, "the data: URI is not base64"),
+    "no base64": (
+        {"images": ["data:image/png;base64,%%"], "prompt": "<image>"},
+        "the bytes of the image are not base64",
+    ),
     "a special token": ({"images": ["a.png"], "prompt": "<|image_pad|>?"}, "special token '<|image_pad|>'"),
     "narrow": ({"images": ["narrow.png"], "prompt": "<image>"}, "refuses the images"),
     "a video": ({"prompt": parts({"type": "video", "path": "a.mp4"})}, "a part of type 'video'"),

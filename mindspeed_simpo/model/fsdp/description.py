@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mindspeed_simpo.errors import ConfigError, ModelError
-from mindspeed_simpo.model.fsdp.build import decoder_of, empty_model, layer_names, takes_images
+from mindspeed_simpo.model.fsdp.build import decoder_of, empty_model, layer_names, parameters_of_text, takes_images
 from mindspeed_simpo.model.fsdp.logits import Logits, logits_of
 from mindspeed_simpo.model.hf_config import resolve_model
 
@@ -31,6 +31,8 @@ class TransformersModel:
     takes_images: bool
     logits: Logits
     parameters: int
+    vision_parameters: int
+    """Of vision tower and projection."""
     largest_layer: int
     """Parameters of the largest layer."""
     beside_layers: int
@@ -123,6 +125,7 @@ def describe(model_name_or_path: str) -> TransformersModel:
         takes_images=takes_images(model.config),
         logits=logits_of(model),
         parameters=parameters,
+        vision_parameters=parameters - sum(parameter.numel() for parameter in parameters_of_text(model)),
         largest_layer=max(sizes),
         beside_layers=parameters - sum(sizes),
         settings=model.config.to_dict(),

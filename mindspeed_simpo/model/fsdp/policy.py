@@ -207,6 +207,7 @@ def _score(
 
 def _own_forward(causal: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     taken = inspect.signature(causal.base_model.forward).parameters
-    outputs = causal.base_model(**{name: value for name, value in inputs.items() if name in taken})
+    given = {name: value for name, value in inputs.items() if name in taken}
+    outputs = causal.base_model(**given, use_cache=False)
     states: Tensor = outputs.last_hidden_state
     return states

@@ -10,17 +10,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mindspeed_simpo.batch_images import BatchImages
+
 IGNORE_INDEX = -100
 """Target of a position that predicts no response token (prompt, padding, after the end of turn)."""
-
-NO_IDENTITY = -1
-"""Entry of :attr:`PairBatch.identities` of padding."""
 
 FILLER_PAIR = -1
 """``pair_ids`` entry of a filler pair, which completes a batch; a filler pair has no response token and weight zero."""
@@ -43,6 +42,8 @@ class TokenizedPair:
     the assistant turns of an answer, and an empty thought that the model is given."""
     rejected_unscored: Sequence[int] = ()
     """The same for ``rejected_ids``."""
+    images: Sequence[Any] = ()
+    """The images of the prompt, in the order of their places, see :class:`~mindspeed_simpo.data.images.StoredImage`."""
 
     @property
     def chosen_targets(self) -> list[int]:
@@ -220,10 +221,12 @@ class PairBatch:
     pair_ids: Int[Tensor, " pair"]
     """int64 index of the example in the dataset, or ``FILLER_PAIR``."""
     identities: Int[Tensor, "row seq"]
-    """int64 identity of each token, the same in every form of batches, see :func:`identities_of`, or ``NO_IDENTITY``;
-    they stay in host memory."""
+    """int64 identity of each token, the same in every form of batches, see
+    :func:`~mindspeed_simpo.batch_images.identities_of`, or ``NO_IDENTITY``; they stay in host memory."""
     packing: Packing | None = None
     """Set where one row holds all sequences; None where each sequence has its own row."""
+    images: BatchImages | None = None
+    """The images of the prompts, in host memory; None where the data set has none."""
 
     @property
     def num_pairs(self) -> int:
@@ -248,18 +251,8 @@ class PairBatch:
             pair_ids=to_device(self.pair_ids, device),
             identities=self.identities,
             packing=self.packing.to(device) if self.packing is not None else None,
+            images=self.images,
         )
-
-
-def identities_of(pair_id: int, part: int, number: int) -> Int[Tensor, " token"]:
-    """Identities of the first tokens of a part of a pair: the same for a prompt that two sequences have.
-
-    Args:
-        pair_id: Index of the example in the data set.
-        part: 0 for the prompt, 1 for the chosen and 2 for the rejected response.
-        number: Number of tokens, at most ``2 ** 28``.
-    """
-    return ((pair_id * 4 + part) << 28) + torch.arange(number, dtype=torch.int64)
 
 
 def even_halves(chosen: Sequence[int], rejected: Sequence[int]) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -25,6 +25,8 @@ from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data, prepare_pairs
 from mindspeed_simpo.data.largest import LargestPass, largest_pass
+from mindspeed_simpo.data.problems import ExampleError
+from mindspeed_simpo.data.processor import ImageProcessor, load_processor
 from mindspeed_simpo.data.template import ChatFormat, TemplateSettings
 from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import find_device
@@ -45,7 +47,7 @@ INSPECTED_PAIRS = 2000
 """Largest number of pairs of each part, evenly spaced, whose token ids are inspected."""
 ADAPTER_LR = 10
 """The learning rate of adapters, over that of all weights."""
-_COUNTS = ("rows", "kept", "malformed", "empty", "identical", "not_prefix", "too_long", "tie", "unpaired")
+_COUNTS = ("rows", "kept", "malformed", "empty", "identical", "not_prefix", "too_long", "unreadable", "tie", "unpaired")
 _T = TypeVar("_T")
 
 
@@ -82,12 +84,12 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     spec = findings.attempt(lambda: _model(config, world_size, device))
     if spec is not None:
         config = resolve(config, spec, device)
-    tokenizer = findings.attempt(lambda: load_tokenizer(config.model_name_or_path, config.chat_template))
+    tokenizer, processor = _readers(config, spec, findings)
     parts: dict[str, PairDataset] = {}
     if tokenizer is not None:
-        parts = _prepare(config, tokenizer, spec.vocab_size if spec is not None else None, findings)
+        parts = _prepare(config, tokenizer, spec.vocab_size if spec is not None else None, processor, findings)
     if tokenizer is not None and parts:
-        findings.warnings += _report_data(console, config, tokenizer, parts)
+        findings.warnings += _report_data(console, config, tokenizer, processor, parts)
     if "train" in parts:
         findings.warnings += run_length_warnings(config, len(parts["train"]))
     findings.warnings += token_budget_warnings(config, parts)
@@ -213,21 +215,38 @@ def _model(config: Config, world_size: int, device: str) -> ModelDescription | T
     return spec
 
 
+def _readers(
+    config: Config, spec: ModelDescription | TransformersModel | None, findings: Findings
+) -> tuple[PreTrainedTokenizerBase | None, ImageProcessor | None]:
+    """Tokenizer, and processor of a model that takes images."""
+    processor = None
+    if spec is not None and spec.takes_images:
+        processor = findings.attempt(lambda: load_processor(config.model_name_or_path))
+    of_processor = None if processor is None else processor.chat_template
+    tokenizer = findings.attempt(lambda: load_tokenizer(config.model_name_or_path, config.chat_template, of_processor))
+    return tokenizer, processor
+
+
 def _prepare(
-    config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None, findings: Findings
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None,
+    processor: ImageProcessor | None,
+    findings: Findings,
 ) -> dict[str, PairDataset]:
     wanted: list[Literal["train", "eval"]] = ["train", "eval"] if has_eval_data(config) else ["train"]
     lenient = config.model_copy(
         update={"data_errors": "drop", "truncation": "drop" if config.truncation == "error" else config.truncation}
     )
     parts: dict[str, PairDataset] = {}
+    of_model: dict[str, Any] = {"vocab_size": vocab_size, "images": processor}
     for part in wanted:
         try:
-            parts[part] = prepare_pairs(config, tokenizer, part, progress=True, vocab_size=vocab_size)
+            parts[part] = prepare_pairs(config, tokenizer, part, progress=True, **of_model)
         except DataError as error:
             findings.errors.append(f"{part}: {error}")
             try:  # statistics of the usable pairs
-                parts[part] = prepare_pairs(lenient, tokenizer, part, progress=True, vocab_size=vocab_size)
+                parts[part] = prepare_pairs(lenient, tokenizer, part, progress=True, **of_model)
             except SimpoError:
                 continue
         except SimpoError as error:
@@ -236,15 +255,22 @@ def _prepare(
 
 
 def _report_data(
-    console: Console, config: Config, tokenizer: PreTrainedTokenizerBase, parts: dict[str, PairDataset]
+    console: Console,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ImageProcessor | None,
+    parts: dict[str, PairDataset],
 ) -> list[str]:
     """Print counts, what the chat template does of itself, and a sample; return the warnings about tokens."""
     console.print(_data_table(parts))
-    chat_format = ChatFormat(tokenizer, TemplateSettings.of(config))
+    chat_format = ChatFormat(tokenizer, TemplateSettings.of(config), images=processor is not None)
     for note in chat_format.notes():
         console.print(f"note: {escape(note)}", soft_wrap=True)
     if "train" in parts:
-        _print_sample(console, parts["train"][0], tokenizer)
+        pair = parts["train"][0]
+        _print_sample(console, pair, tokenizer)
+        if processor is not None and pair.images:
+            _print_images(console, pair, processor)
     return [*token_warnings(parts, tokenizer, chat_format.end_of_turn_id)]
 
 
@@ -280,6 +306,22 @@ def _print_sample(console: Console, pair: TokenizedPair, tokenizer: PreTrainedTo
         for scored, run in groupby(zip(ids, targets, strict=True), lambda token: token[1] != IGNORE_INDEX):
             parts.append((decoded([token for token, _ in run]), style if scored else "dim"))
         console.print(Text.assemble(*parts), soft_wrap=True)
+    console.print()
+
+
+def _print_images(console: Console, pair: TokenizedPair, processor: ImageProcessor) -> None:
+    """One line for each image: where it is, its size and its tokens."""
+    for number, stored in enumerate(pair.images, start=1):
+        try:
+            image = stored.open()
+            tokens = processor.inputs([image])[1]
+        except ExampleError as error:
+            console.print(f"image {number}: {escape(str(error))}", soft_wrap=True)
+            continue
+        where = stored.path or f"{len(stored.data)} bytes in the row"
+        console.print(
+            f"image {number}: {escape(where)}, {image.width} x {image.height}, {tokens} tokens", soft_wrap=True
+        )
     console.print()
 
 

@@ -23,6 +23,7 @@ def described(config: Config, world_size: int, device: str) -> TransformersModel
     """
     model = describe(config.model_name_or_path)
     model.check_length(config.seq_length)
+    model.check_freezing(config.freeze_vision, adapted=config.lora_r > 0)
     make_layout(resolve(config, model, device), world_size, None, device)
     if config.init_from == "weights":
         folder = resolve_model(config.model_name_or_path, weights=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Protocol, runtime_checkable
 from mindspeed_simpo.batch import FILLER_PAIR, PairBatch, TokenizedPair
 from mindspeed_simpo.config.options import BatchingForm
 from mindspeed_simpo.data.collate import COLLATE
+from mindspeed_simpo.data.pixels import ImageInputs
 
 
 @runtime_checkable
@@ -99,7 +101,11 @@ class Batching:
         return max(len(self.parts([sizes[index] for index in own])) for own in dealt)
 
     def micro_batches(
-        self, pairs: Sequence[TokenizedPair | None], pair_ids: Sequence[int], at_least: int = 0
+        self,
+        pairs: Sequence[TokenizedPair | None],
+        pair_ids: Sequence[int],
+        at_least: int = 0,
+        images: ImageInputs | None = None,
     ) -> list[PairBatch]:
         """Micro-batches of one rank's pairs of a global batch; a function of these pairs alone.
 
@@ -110,6 +116,10 @@ class Batching:
             pairs: At least one; ``None`` is a filler pair.
             pair_ids: Index of each pair in the data set.
             at_least: Micro-batches of a filler pair make up this number.
+            images: Gives each micro-batch its images; ``None`` for a data set without images.
+
+        Raises:
+            DataError: see :meth:`~mindspeed_simpo.data.pixels.ImageInputs.of`.
         """
         parts = self.parts([self.size_of_pair(pair) for pair in pairs])
         parts += [[]] * (at_least - len(parts))
@@ -117,7 +127,13 @@ class Batching:
             ([pairs[index] for index in part] or [None], [pair_ids[index] for index in part] or [FILLER_PAIR])
             for part in parts
         ]
-        return [COLLATE[self.name](*content, multiple_of=self.multiple_of) for content in contents]
+        batches = [COLLATE[self.name](*content, multiple_of=self.multiple_of) for content in contents]
+        if images is None:
+            return batches
+        return [
+            dataclasses.replace(batch, images=images.of(*content))
+            for batch, content in zip(batches, contents, strict=True)
+        ]
 
     def parts(self, sizes: Sequence[int]) -> list[list[int]]:
         """The indices of the pairs of each micro-batch of one rank, from the :meth:`size_of` of each of its pairs.

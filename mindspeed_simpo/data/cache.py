@@ -8,11 +8,12 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from mindspeed_simpo.data.encoding import PlacedResult, Problem
 from mindspeed_simpo.errors import ConfigError, DataError
@@ -20,6 +21,7 @@ from mindspeed_simpo.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 _TOKENS = pa.list_(pa.int32())
+_IMAGES = pa.list_(pa.struct([("path", pa.string()), ("data", pa.large_binary()), ("digest", pa.binary(32))]))
 SCHEMA = pa.schema(
     [
         ("source", pa.int32()),
@@ -34,11 +36,15 @@ SCHEMA = pa.schema(
         ("prompt_cut", pa.int32()),
         ("chosen_cut", pa.int32()),
         ("rejected_cut", pa.int32()),
+        ("images", _IMAGES),
     ]
 )
-"""``kind`` and ``message`` are null for an example that can be used; else its token columns are empty."""
+"""``kind`` and ``message`` are null for an example that can be used; else its token columns are empty.
+``images`` is null for an example without images."""
 
 _BATCH_EXAMPLES = 1000
+_BATCH_BYTES = 64 << 20
+"""Bytes of image files from which a record batch has no further example."""
 _DIGEST_BYTES = hashlib.sha256().digest_size
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_unscored", "rejected_unscored")
 """Columns of a pair's token ids, and of the ranges of them that are not scored."""
@@ -51,7 +57,12 @@ class CachedTable:
     table: Any
     """Memory-mapped, of ``SCHEMA``."""
     content: str
-    """Hex digest of the token ids of the examples that can be used, in order, and of nothing else."""
+    """Hex digest of the token ids and images of the examples that can be used, in order, and of nothing else."""
+
+    @property
+    def has_unreadable(self) -> bool:
+        """Whether an image was missing or damaged, which may have been corrected since."""
+        return bool(pc.any(pc.equal(self.table.column("kind"), "unreadable")).as_py())
 
 
 def cache_folder(data_cache_dir: str | None) -> Path:
@@ -131,20 +142,30 @@ def not_writable(path: Path, error: OSError) -> DataError:
 
 
 class _ContentDigest:
-    """Digest of the token ids of usable examples; how they are divided into batches does not change it."""
+    """Digest of token ids and images of usable examples; how they are divided into batches does not change it."""
 
     def __init__(self) -> None:
         self._parts = [hashlib.sha256() for _ in range(2 * len(IDS))]
+        self._images: Any = None
+        self._rows = 0
 
     def update(self, batch: Any) -> None:
         usable = batch.filter(batch.column("kind").is_null())
+        images = usable.column("images")
+        for row in np.flatnonzero(images.is_valid()).tolist():
+            # examples without images leave the digest as it is without the column
+            self._images = self._images or hashlib.sha256()
+            digests = [image["digest"] for image in images[row].as_py()]
+            self._images.update(b"".join([f"{self._rows + row} {len(digests)} ".encode(), *digests]))
+        self._rows += usable.num_rows
         for name, lengths, ids in zip(IDS, self._parts[::2], self._parts[1::2], strict=True):
             column = usable.column(name)
             lengths.update(column.value_lengths().to_numpy().tobytes())
             ids.update(column.flatten().to_numpy().tobytes())
 
     def digest(self) -> bytes:
-        return hashlib.sha256(b"".join(part.digest() for part in self._parts)).digest()
+        parts = [*self._parts, *([self._images] if self._images is not None else [])]
+        return hashlib.sha256(b"".join(part.digest() for part in parts)).digest()
 
 
 class _HashingFile:
@@ -169,9 +190,16 @@ class _HashingFile:
 
 def batches_of(results: Iterable[PlacedResult]) -> Iterator[Any]:
     """Record batches of ``SCHEMA``."""
-    results = iter(results)
-    while chunk := list(islice(results, _BATCH_EXAMPLES)):
-        yield pa.RecordBatch.from_pylist([_columns(result) for result in chunk], schema=SCHEMA)
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for result in results:
+        rows.append(_columns(result))
+        size += sum(len(image["data"] or b"") for image in rows[-1]["images"] or ())
+        if len(rows) == _BATCH_EXAMPLES or size >= _BATCH_BYTES:
+            yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+            rows, size = [], 0
+    if rows:
+        yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 
 def _columns(result: PlacedResult) -> dict[str, Any]:
@@ -179,5 +207,6 @@ def _columns(result: PlacedResult) -> dict[str, Any]:
     if isinstance(result.value, Problem):
         empty: dict[str, Any] = {key: [] for key in IDS}
         cuts = dict.fromkeys(("prompt_cut", "chosen_cut", "rejected_cut"), 0)
-        return {**columns, "kind": result.value.kind, "message": result.value.message, **empty, **cuts}
-    return {**columns, **vars(result.value)}
+        return {**columns, "kind": result.value.kind, "message": result.value.message, **empty, **cuts, "images": None}
+    images = [vars(image) for image in result.value.images] or None
+    return {**columns, **vars(result.value), "images": images}

@@ -10,14 +10,13 @@ import torch
 from mindspeed_simpo.batch import (
     FILLER_PAIR,
     IGNORE_INDEX,
-    NO_IDENTITY,
     Branch,
     Documents,
     Packing,
     PairBatch,
     TokenizedPair,
-    identities_of,
 )
+from mindspeed_simpo.batch_images import NO_IDENTITY, identities_of
 
 _PADDING_ID = 0
 _CHOSEN, _REJECTED = 0, 1

@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from mindspeed_simpo.data import layouts
+from mindspeed_simpo.data.image_places import MARK, with_images
+from mindspeed_simpo.data.images import ImageReference, read_images
 from mindspeed_simpo.data.problems import ExampleError, as_text, found, malformed, quoted
 from mindspeed_simpo.data.turns import (
     Message,
@@ -33,10 +36,12 @@ _DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
     "tools": ("tools",),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "images": ("images", "image"),
     "label": (),
     "score": (),
 }
 _SPARE_MESSAGES_COLUMN = "messages"
+_REJECTED_IMAGES = "rejected_images"
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,13 @@ class ConversationPair:
     rejected: tuple[Message, ...]
     tools: str | None = None
     """JSON list of tool descriptions, or ``None``."""
+    folder: Path | None = None
+    """Folder that relative paths of images begin at."""
+
+    @property
+    def images(self) -> list[ImageReference]:
+        """The images of the prompt, in the order of their places."""
+        return [place.image for turn in self.prompt for place in turn.images if place.image is not None]
 
 
 class ExampleReader:
@@ -71,19 +83,21 @@ class ExampleReader:
 
     Canonical names are MindSpeed-LLM's ``--map-keys``: ``prompt`` (column ``prompt`` or ``instruction``), ``query``
     (``input``), ``response`` (``output``), ``history``, ``messages`` (``conversations``), ``system``, ``tools``,
-    ``chosen``, ``rejected``, and ``tags`` with the key and role names inside messages. Beside them there are ``label``,
-    the column that says which of two responses is better, and ``score``, the column of the score of single answers. A
-    canonical name that is mapped to an empty string reads no column. Layouts of published sets are those of
-    :mod:`~mindspeed_simpo.data.layouts`.
+    ``chosen``, ``rejected``, and ``tags`` with the key and role names inside messages. Beside them there are ``images``
+    (``images`` or ``image``), ``label``, the column that says which of two responses is better, and ``score``, the
+    column of the score of single answers. A canonical name that is mapped to an empty string reads no column. Layouts
+    of published sets are those of :mod:`~mindspeed_simpo.data.layouts`.
 
     Args:
         map_keys: ``{canonical name: column}``, or ``None`` for the columns above.
+        takes_images: Whether the model takes images.
 
     Raises:
         ConfigError: for an unknown canonical name or tag.
     """
 
-    def __init__(self, map_keys: Mapping[str, str | dict[str, str]] | None) -> None:
+    def __init__(self, map_keys: Mapping[str, str | dict[str, str]] | None, *, takes_images: bool = False) -> None:
+        self._takes_images = takes_images
         columns = dict(_DEFAULT_COLUMNS)
         self.tags = Tags()
         self._required: dict[str, str] = {}
@@ -111,12 +125,12 @@ class ExampleReader:
     def column_names(self) -> list[str]:
         """Every column that any form of example may read."""
         names = [column for candidates in self._columns.values() for column in candidates]
-        return [*dict.fromkeys([*names, _SPARE_MESSAGES_COLUMN, *layouts.COLUMNS])]
+        return [*dict.fromkeys([*names, _SPARE_MESSAGES_COLUMN, _REJECTED_IMAGES, *layouts.COLUMNS])]
 
     @property
     def prompt_columns(self) -> list[str]:
         """The columns that single answers to one prompt have in common."""
-        names = ("prompt", "query", "history", "messages", "system", "tools")
+        names = ("prompt", "query", "history", "messages", "system", "tools", "images")
         return [*(column for name in names for column in self._columns[name]), *layouts.PROMPTS]
 
     def read(self, example: Any) -> ConversationPair:
@@ -144,6 +158,7 @@ class ExampleReader:
             _check_prompt_text(cells, shared)
         if "system" in cells.values:
             shared = self._with_system(cells.text("system"), shared)
+        shared = with_images(shared, answers, self._images(cells), taken=self._takes_images)
         _check_answers(answers, len(chosen), len(rejected))
         check_prompt(shared)
         for name, answer in answers.items():
@@ -240,6 +255,12 @@ class ExampleReader:
         return [*_history(cells.get("history"), cells.columns.get("history", "")), question]
 
     @staticmethod
+    def _images(cells: _Cells) -> list[ImageReference]:
+        if cells.example.get(_REJECTED_IMAGES):
+            raise malformed(f"`{_REJECTED_IMAGES}`: the answers of a row share its prompt, images included")
+        return read_images(cells.get("images"), cells.columns["images"]) if "images" in cells.values else []
+
+    @staticmethod
     def _with_system(text: str, prompt: list[Message]) -> list[Message]:
         if not text.strip():
             return prompt
@@ -305,7 +326,7 @@ def _check_answers(answers: Mapping[str, list[Message]], *turns: int) -> None:
 
 def _check_prompt_text(cells: _Cells, turns: list[Message]) -> None:
     """A prompt text beside whole conversations must be one of their user turns: else the example contradicts itself."""
-    column, text = cells.columns["prompt"], cells.text("prompt").strip()
-    users = [message.content.strip() for message in turns if message.role == "user"]
+    column, text = cells.columns["prompt"], cells.text("prompt").replace(MARK, "").strip()
+    users = [message.content.replace(MARK, "").strip() for message in turns if message.role == "user"]
     if not any(text in user or (user and user in text) for user in users):
         raise malformed(f"the text of `{column}` is no user turn of the conversations beside it")

@@ -15,8 +15,10 @@ from mindspeed_simpo.config.options import DataOptions
 from mindspeed_simpo.data.cache import IDS, CachedTable, cache_folder
 from mindspeed_simpo.data.conversations import ExampleReader
 from mindspeed_simpo.data.encoding import PairEncoder
+from mindspeed_simpo.data.images import StoredImage
 from mindspeed_simpo.data.paths import Part, open_sources
 from mindspeed_simpo.data.preparation import Preparation
+from mindspeed_simpo.data.processor import ImageProcessor
 from mindspeed_simpo.data.report import DataReport, judge, make_report
 from mindspeed_simpo.data.source import Source
 from mindspeed_simpo.data.template import TemplateSettings
@@ -25,7 +27,7 @@ from mindspeed_simpo.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of every cache key: raise it when examples are encoded differently."""
 
 
@@ -56,8 +58,14 @@ class PairDataset:
             raise IndexError(f"pair {index} of {len(self)}")
         row = int(self._kept[index])
         ids = {name: self._table.column(name)[row].values.to_numpy().tolist() for name in IDS}
-        source, number = (self._table.column(name)[row].as_py() for name in ("source", "line"))
-        return TokenizedPair(source=self._sources[source].where(number), **ids)
+        source, number, images = (self._table.column(name)[row].as_py() for name in ("source", "line", "images"))
+        stored = tuple(StoredImage(**image) for image in images or ())
+        return TokenizedPair(source=self._sources[source].where(number), images=stored, **ids)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any example has images."""
+        return bool(self._table.column("images").null_count < self._table.num_rows)
 
 
 def has_eval_data(options: DataOptions) -> bool:
@@ -72,6 +80,7 @@ def prepare_pairs(
     *,
     progress: bool,
     vocab_size: int | None = None,
+    images: ImageProcessor | None = None,
 ) -> PairDataset:
     """Read, check and tokenise one part of the data, or take its token ids from the cache.
 
@@ -85,6 +94,7 @@ def prepare_pairs(
         part: Which part.
         progress: Show a progress bar on stderr.
         vocab_size: Of the model; examples with token ids beyond it are malformed. ``None`` checks nothing.
+        images: Processor of a model that takes images; ``None`` refuses examples with images.
 
     Raises:
         DataError: where data cannot be read; where examples cannot be used and ``data_errors`` is ``fail``; where pairs
@@ -92,8 +102,8 @@ def prepare_pairs(
         ModelError: where the chat template cannot serve.
         ConfigError: where the options name no evaluation data, or ``map_keys`` is wrong.
     """
-    work = preparation_of(options, tokenizer, part, vocab_size)
-    table = work.load()
+    work = preparation_of(options, tokenizer, part, vocab_size, images=images)
+    table = work.load_reusable()
     if table is None:
         work.tokenise_share(0, 1, num_workers=options.num_workers, progress=progress)
         table = work.merge()
@@ -106,6 +116,7 @@ def preparation_of(
     part: Part,
     vocab_size: int | None,
     sources: Sequence[Source] | None = None,
+    images: ImageProcessor | None = None,
 ) -> Preparation:
     """The work that :func:`prepare_pairs` does, for ranks that divide it; other arguments and errors as there.
 
@@ -115,6 +126,7 @@ def preparation_of(
         part: Which part.
         vocab_size: Of the model.
         sources: :func:`sources_of` the part, with surveys; ``None`` reads all of their content here.
+        images: Processor of a model that takes images.
     """
     if sources is None:
         sources = sources_of(options, part)
@@ -127,10 +139,12 @@ def preparation_of(
         truncation=options.truncation,
         vocab_size=vocab_size,
         template=TemplateSettings.of(options),
+        images=images,
     )
-    key = _key(options, tokenizer, sources, vocab_size)
+    key = _key(options, tokenizer, sources, vocab_size, images)
     folder = cache_folder(options.data_cache_dir) / "tokenised"
-    return Preparation(sources, ExampleReader(options.map_keys), encoder, folder / f"{key}.arrow")
+    reader = ExampleReader(options.map_keys, takes_images=images is not None)
+    return Preparation(sources, reader, encoder, folder / f"{key}.arrow")
 
 
 def sources_of(options: DataOptions, part: Part) -> list[Source]:
@@ -179,11 +193,17 @@ def _training_paths(options: DataOptions) -> str | list[str]:
 
 
 def _key(
-    options: DataOptions, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], vocab_size: int | None
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Source],
+    vocab_size: int | None,
+    images: ImageProcessor | None,
 ) -> str:
     contents = [source.digest for source in sources]
     encoding: list[Any] = [options.map_keys, options.seq_length, options.prompt_limit, options.truncation, vocab_size]
     encoding += [options.chat_template_kwargs or {}, options.chat_template_date]
+    if images is not None:  # paths of images begin at the folders of the files
+        encoding += [images.digest, [str(source.folder and source.folder.absolute()) for source in sources]]
     facts = [_FORMAT, contents, tokenizer_digest(tokenizer), encoding]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

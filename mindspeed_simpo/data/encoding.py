@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.data.conversations import ConversationPair
+from mindspeed_simpo.data.images import StoredImage, store
 from mindspeed_simpo.data.problems import ExampleError, ProblemKind, malformed
+from mindspeed_simpo.data.processor import ImageProcessor
 from mindspeed_simpo.data.template import ChatFormat, Segment, TemplateSettings
 from mindspeed_simpo.errors import ModelError
 
@@ -35,6 +37,8 @@ class EncodedPair:
     """Tokens cut from the end of the chosen response, its end of turn included."""
     rejected_cut: int = 0
     """Tokens cut from the end of the rejected response, its end of turn included."""
+    images: tuple[StoredImage, ...] = ()
+    """Of the prompt, in the order of their places."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class PairEncoder:
     prompt is cut as far as needed for the longer response, but not below ``prompt_limit``; the text that closes the
     last turn, the assistant header and a BOS at the start are never cut; without the BOS many models degrade. Chosen
     and rejected share the cut prompt. A response that is then still too long loses its tail, with its end of turn,
-    never its first token.
+    never its first token. A prompt with images is never cut.
 
     Args:
         tokenizer: With a chat template.
@@ -76,6 +80,7 @@ class PairEncoder:
         truncation: ``error`` and ``drop`` both raise for a pair that is too long; the caller tells them apart.
         vocab_size: Rows of the model's embedding, beyond which no token id may lie; ``None`` checks nothing.
         template: Variables and date for the chat template.
+        images: Processor of a model that takes images: prompts with images are tokenised by it.
 
     Raises:
         ConfigError: where the chat template does not read one of the variables.
@@ -91,9 +96,11 @@ class PairEncoder:
         truncation: Literal["error", "drop", "keep_end", "keep_start"],
         vocab_size: int | None = None,
         template: TemplateSettings | None = None,
+        images: ImageProcessor | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._format = ChatFormat(tokenizer, template)
+        self._images = images
+        self._format = ChatFormat(tokenizer, template, images=images is not None)
         self._seq_length = seq_length
         self._prompt_limit = prompt_limit
         self._truncation = truncation
@@ -106,6 +113,7 @@ class PairEncoder:
         """Encode one pair; a tokenised pair is only checked and, where truncation asks for it, cut.
 
         Raises:
+            ExampleError: of kind ``unreadable`` for an image that is missing or damaged.
             ExampleError: for a token id that the model's vocabulary does not have; as :meth:`ChatFormat.render`; of
                 kind ``too_long`` where truncation is ``error`` or ``drop``; of kind ``identical`` where chosen and
                 rejected are the same tokens.
@@ -123,15 +131,26 @@ class PairEncoder:
         # one call for all texts: the tokenizer's own work is the smaller part of a call
         segments = (*text.chosen, *text.rejected)
         prompt_ids, *anchored = self._ids(text.prompt, *(anchor + segment.text for segment in segments))
+        images = [store(reference, pair.folder) for reference in pair.images]
+        if images:
+            assert self._images is not None, "the reader refuses images where the model takes none"
+            prompt_ids = self._images.prompt_ids(text.prompt, [image for _, image in images])
         chosen = self._answer_ids("chosen", text.chosen, anchored[: len(text.chosen)])
         rejected = self._answer_ids("rejected", text.rejected, anchored[len(text.chosen) :])
-        encoded = EncodedPair(prompt_ids, chosen[0], rejected[0], chosen[1], rejected[1])
+        stored = tuple(image for image, _ in images)
+        encoded = EncodedPair(prompt_ids, chosen[0], rejected[0], chosen[1], rejected[1], images=stored)
         return self._truncate_if_long(encoded, text.before_header)
 
     def _encode_tokenised(self, pair: TokenizedPair) -> EncodedPair:
         highest = max((*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids))
         if highest >= len(self._tokenizer):
             raise malformed(f"id {highest} is not one of the tokenizer's {len(self._tokenizer)}: tokenised by another")
+        if self._images is not None and self._images.token_id in (
+            *pair.prompt_ids,
+            *pair.chosen_ids,
+            *pair.rejected_ids,
+        ):
+            raise malformed("a tokenised row has tokens of images, and no images: give the rows as text")
         unscored = list(pair.chosen_unscored), list(pair.rejected_unscored)
         encoded = EncodedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, *unscored)
         return self._truncate_if_long(encoded, None)
@@ -161,12 +180,13 @@ class PairEncoder:
             raise ExampleError("too_long", f"{longest} tokens ({lengths}), seq_length is {self._seq_length}")
         room = self._seq_length - max(len(chosen), len(rejected))
         keep = min(len(prompt), max(room, self._prompt_limit))
-        head, header = self._uncut_lengths(prompt, before_header)
+        head, header = (0, len(prompt)) if pair.images else self._uncut_lengths(prompt, before_header)
         keep = max(keep, head + header)
         if keep >= self._seq_length:
             raise ExampleError(
                 "too_long",
-                f"{longest} tokens ({lengths}): the assistant header alone has {head + header}, "
+                f"{longest} tokens ({lengths}): {'a prompt with images is not cut, and' if pair.images else 'the'} "
+                f"{'this one' if pair.images else 'assistant header alone'} has {head + header}, "
                 f"so that seq_length {self._seq_length} leaves no room for the response",
             )
         cut_prompt = self._cut_prompt(prompt, keep, head, header)
@@ -184,6 +204,7 @@ class PairEncoder:
             prompt_cut=len(prompt) - len(cut_prompt),
             chosen_cut=max(0, len(chosen) - room),
             rejected_cut=max(0, len(rejected) - room),
+            images=pair.images,
         )
 
     def _cut_ranges(self, name: str, unscored: list[int], room: int) -> list[int]:

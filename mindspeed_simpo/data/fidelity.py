@@ -22,12 +22,12 @@ def check_prompt_kept(messages: Sequence[Message], prompt: str) -> None:
     """
     bare = _bare(prompt)
     for message in messages:
-        text = message.content
-        if message.role == "assistant":
-            text = text.rpartition(_END_OF_THOUGHT)[2]
-        # Some templates write the result of a tool as JSON text.
-        if _bare(text) not in bare and _bare(json.dumps(text, ensure_ascii=False)[1:-1]) not in bare:
-            raise malformed(f"the chat template leaves out the {message.role} turn")
+        for text in message.pieces:
+            if message.role == "assistant":
+                text = text.rpartition(_END_OF_THOUGHT)[2]
+            # Some templates write the result of a tool as JSON text.
+            if _bare(text) not in bare and _bare(json.dumps(text, ensure_ascii=False)[1:-1]) not in bare:
+                raise malformed(f"the chat template leaves out the {message.role} turn")
         if lost := _lost_call(message, bare):
             raise malformed(f"the chat template leaves out the call of `{lost}` of an assistant turn")
 

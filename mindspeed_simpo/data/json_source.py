@@ -33,6 +33,7 @@ class JsonSource(Source):
     def __init__(self, path: Path, name: str) -> None:
         super().__init__(name)
         self._path = path
+        self.folder = path.parent
 
     @cached_property
     def pieces(self) -> int:

@@ -11,6 +11,7 @@ from jaxtyping import Int, Int64
 
 from mindspeed_simpo.batch import FILLER_PAIR, PairBatch, TokenizedPair
 from mindspeed_simpo.data.batching import Batching
+from mindspeed_simpo.data.pixels import ImageInputs
 from mindspeed_simpo.errors import DataError
 
 
@@ -44,6 +45,7 @@ class PairLoader:
         batching: How the pairs of a global batch are divided over ranks and micro-batches.
         data_parallel_rank: This rank, from 0.
         data_parallel_size: Number of data-parallel ranks.
+        images: Makes the inputs of images; ``None`` for a data set without images.
 
     Raises:
         DataError: where the data set is empty.
@@ -59,6 +61,7 @@ class PairLoader:
         batching: Batching,
         data_parallel_rank: int,
         data_parallel_size: int,
+        images: ImageInputs | None = None,
     ) -> None:
         if not len(dataset):
             raise DataError("the dataset has no pair")
@@ -73,6 +76,7 @@ class PairLoader:
         self._batching = batching
         self._rank = data_parallel_rank
         self._ranks = data_parallel_size
+        self._images = images
 
     @property
     def steps_per_epoch(self) -> int:
@@ -125,6 +129,7 @@ class PairLoader:
             [None if pair_id == FILLER_PAIR else self._dataset[pair_id] for pair_id in own],
             own,
             self._batching.number_of_micro_batches(sizes, dealt),
+            self._images,
         )
 
 

@@ -98,8 +98,8 @@ def _saved_source(name: str, path: Path, part: Part, column_names: Sequence[str]
         raise DataError(f"{name}: not a readable dataset folder: {first_line(error)}") from None
     if isinstance(data, datasets.DatasetDict):
         split = _choose_split(list(data), part, name, f"name the folder of one split, such as {Path(name) / 'train'}")
-        return SplitSource(f"{name}[{split}]", data[split], column_names)
-    return SplitSource(name, data, column_names)
+        return SplitSource(f"{name}[{split}]", data[split], column_names, path)
+    return SplitSource(name, data, column_names, path)
 
 
 def _hub_source(name: str, path: Path, part: Part, column_names: Sequence[str]) -> Source:

@@ -30,16 +30,18 @@ BLOCK_EXAMPLES = 2048
 """Places of a shard; what is lost at most of each process where a run is killed."""
 _BATCH_ROWS = 16384
 """Rows of a record batch of the cache file: each batch costs every rank some memory of its own."""
+_BATCH_BYTES = 256 << 20
+"""Bytes from which a record batch of the cache file has no further shard."""
 
 
 @dataclass(frozen=True)
 class Preparation:
     """The work of tokenising the examples of some sources, and where its result lies.
 
-    The examples of each source are divided into blocks: ``BLOCK_EXAMPLES`` places where the number of places is known,
-    else ``BLOCK_EXAMPLES`` examples, of which only the last block has fewer. Each block becomes a shard, a file beside
-    the cache file that is whole or absent. When all shards are there, they become the cache file. A run that was killed
-    goes on with the shards that are missing.
+    The examples of each source are divided into blocks: ``BLOCK_EXAMPLES`` places, or the fewer that the source allows,
+    where the number of places is known, else as many examples, of which only the last block has fewer. Each block
+    becomes a shard, a file beside the cache file that is whole or absent. When all shards are there, they become the
+    cache file. A run that was killed goes on with the shards that are missing.
     """
 
     sources: Sequence[Source]
@@ -57,6 +59,14 @@ class Preparation:
         """The cache file, or ``None`` where it is absent or damaged; ``verified`` as in :func:`read_table`."""
         return read_table(self.path, verified=verified)
 
+    def load_reusable(self) -> CachedTable | None:
+        """The cache file of an earlier run; one in which images were missing or damaged is removed."""
+        table = self.load()
+        if table is not None and table.has_unreadable:
+            self.path.unlink(missing_ok=True)
+            return None
+        return table
+
     def tokenise_share(self, index: int, shares: int, *, num_workers: int, progress: bool) -> None:
         """Write the missing shards of one share.
 
@@ -73,6 +83,7 @@ class Preparation:
         places = [source.places for source in self.sources]
         total = None if None in places else sum(filter(None, places)) // shares
         unreadable: list[DataError] = []
+        encoder = ExampleEncoder(self.reader, self.encoder, tuple(source.folder for source in self.sources))
 
         def blocks() -> Iterator[Block]:
             try:
@@ -83,7 +94,7 @@ class Preparation:
 
         try:
             with _progress_bar(total, shown=progress) as advance:
-                write_shards(blocks(), ExampleEncoder(self.reader, self.encoder), num_workers or cores(), advance)
+                write_shards(blocks(), encoder, num_workers or cores(), advance)
         finally:
             if unreadable:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -118,17 +129,18 @@ class Preparation:
                         f"{self._shard(index, number)}: this part of the tokenised data is missing: run again"
                     )
                 rows += shard.table.to_batches()
-                if sum(batch.num_rows for batch in rows) >= _BATCH_ROWS:
+                size = sum(batch.nbytes for batch in rows)
+                if sum(batch.num_rows for batch in rows) >= _BATCH_ROWS or size >= _BATCH_BYTES:
                     yield _combined(rows)
                     rows = []
-                if blocks is None and shard.table.num_rows < BLOCK_EXAMPLES:
+                if blocks is None and shard.table.num_rows < _block_examples(source):
                     break
         yield _combined(rows)
 
     def _num_blocks(self, source: Source) -> int | None:
         """Number of blocks of a source; ``None`` where only reading all of it tells."""
         places = None if self._in_groups(source) else source.places
-        return None if places is None else max(1, -(-places // BLOCK_EXAMPLES))
+        return None if places is None else max(1, -(-places // _block_examples(source)))
 
     def _in_groups(self, source: Source) -> bool:
         """Whether the rows are single answers, of which adjacent ones become one example."""
@@ -157,17 +169,16 @@ class Preparation:
         else:
             examples = source.raw_examples()
         for number in count():
-            block = list(islice(examples, BLOCK_EXAMPLES))
+            block = list(islice(examples, _block_examples(source)))
             if number % shares == own:
                 yield from self._unless_done(index, number, block)
-            if len(block) < BLOCK_EXAMPLES:
+            if len(block) < _block_examples(source):
                 return
 
     def _own_blocks(self, index: int, source: Source, first: int, stop: int) -> Iterator[Block]:
         """Blocks ``first`` to ``stop - 1`` of a source; what lies before and behind them is not read."""
-        examples = groupby(
-            source.raw_examples(first * BLOCK_EXAMPLES), lambda example: (example[0] - 1) // BLOCK_EXAMPLES
-        )
+        size = _block_examples(source)
+        examples = groupby(source.raw_examples(first * size), lambda example: (example[0] - 1) // size)
         following = next(examples, None) if first < stop else None
         for number in range(first, stop):
             block: list[Example] = []
@@ -178,8 +189,13 @@ class Preparation:
 
     def _unless_done(self, source: int, number: int, examples: Sequence[Example]) -> Iterator[Block]:
         path = self._shard(source, number)
-        if read_table(path) is None:
+        table = read_table(path)
+        if table is None or table.has_unreadable:
             yield Block(path, [PlacedExample(source, place, value) for place, value in examples])
+
+
+def _block_examples(source: Source) -> int:
+    return min(BLOCK_EXAMPLES, source.block_examples)
 
 
 def _combined(batches: Sequence[Any]) -> Any:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-ProblemKind = Literal["malformed", "empty", "identical", "not_prefix", "too_long", "tie", "unpaired"]
+ProblemKind = Literal["malformed", "empty", "identical", "not_prefix", "too_long", "unreadable", "tie", "unpaired"]
 NO_FAULT: tuple[ProblemKind, ...] = ("tie", "unpaired")
 """Kinds of examples that are sound and make no pair: they are counted and left out whatever the options say."""
 

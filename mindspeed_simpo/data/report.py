@@ -21,8 +21,13 @@ logger = logging.getLogger(__name__)
 
 PROBLEMS_LISTED = 10
 """Problems of each kind that a report lists."""
-_KINDS: tuple[ProblemKind, ...] = ("malformed", "empty", "identical", "not_prefix", "too_long", *NO_FAULT)
-_TITLES: dict[str, str] = {"not_prefix": "prompt not a prefix", "too_long": "too long", "tie": "tied"}
+_KINDS: tuple[ProblemKind, ...] = ("malformed", "empty", "identical", "not_prefix", "too_long", "unreadable", *NO_FAULT)
+_TITLES: dict[str, str] = {
+    "not_prefix": "prompt not a prefix",
+    "too_long": "too long",
+    "unreadable": "unreadable image",
+    "tie": "tied",
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class DataReport:
     identical: int
     not_prefix: int
     too_long: int
+    unreadable: int
+    """Examples of which an image is missing or damaged."""
     tie: int
     """Examples whose label or scores prefer no response."""
     unpaired: int

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from mindspeed_simpo.data.problems import printable
@@ -49,6 +51,10 @@ class Source(ABC):
     """One file, one split of a data set, or one prefix of tokenised pairs."""
 
     place = "{name}:{number}"
+    folder: Path | None = None
+    """Folder that relative paths in the examples begin at; ``None`` where the source is no file."""
+    block_examples = sys.maxsize
+    """Largest number of examples that are held in memory together."""
 
     def __init__(self, name: str) -> None:
         self.name = name

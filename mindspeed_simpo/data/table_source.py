@@ -17,6 +17,8 @@ from mindspeed_simpo.data.source import Example, Source, Survey
 from mindspeed_simpo.errors import DataError
 
 _BATCH_ROWS = 1000
+_ROWS_WITH_BYTES = 64
+"""Rows that are held together where they have whole image files in them."""
 
 
 class TableSource(Source):
@@ -38,6 +40,9 @@ class TableSource(Source):
         super().__init__(name)
         self._num_rows = num_rows
         self._columns = _present_columns(schema, name, column_names)
+        if any(_holds_bytes(schema.field(column).type) for column in self._columns):
+            self.block_examples = _ROWS_WITH_BYTES
+        self._batch_rows = min(_BATCH_ROWS, self.block_examples)
 
     @abstractmethod
     def _batches(self, after: int = 0) -> Iterator[Any]:
@@ -98,6 +103,7 @@ class ParquetSource(TableSource):
             raise DataError(f"{name}: not a readable Parquet file: {first_line(error)}") from None
         super().__init__(name, schema, num_rows, column_names)
         self._path = path
+        self.folder = path.parent
 
     def _batches(self, after: int = 0) -> Iterator[Any]:
         try:
@@ -107,7 +113,7 @@ class ParquetSource(TableSource):
                     after -= file.metadata.row_group(group).num_rows
                     group += 1
                 groups = range(group, file.num_row_groups)
-                for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups, columns=self._columns):
+                for batch in file.iter_batches(batch_size=self._batch_rows, row_groups=groups, columns=self._columns):
                     yield batch.slice(min(after, batch.num_rows))
                     after = max(0, after - batch.num_rows)
         except (OSError, ValueError, pa.ArrowException) as error:
@@ -121,17 +127,25 @@ class SplitSource(TableSource):
         name: For messages.
         data: ``datasets.Dataset``.
         column_names: Columns that are read, where the split has them.
+        folder: See :attr:`~mindspeed_simpo.data.source.Source.folder`.
 
     Raises:
         DataError: where the columns of the split do not serve.
     """
 
-    def __init__(self, name: str, data: Any, column_names: Sequence[str]) -> None:
+    def __init__(self, name: str, data: Any, column_names: Sequence[str], folder: Path | None = None) -> None:
+        self.folder = folder
         self._table = (data if data._indices is None else data.flatten_indices()).data.table
         super().__init__(name, self._table.schema, self._table.num_rows, column_names)
 
     def _batches(self, after: int = 0) -> Iterator[Any]:
-        yield from self._table.select(self._columns).slice(after).to_batches(max_chunksize=_BATCH_ROWS)
+        yield from self._table.select(self._columns).slice(after).to_batches(max_chunksize=self._batch_rows)
+
+
+def _holds_bytes(kind: Any) -> bool:
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return True
+    return any(_holds_bytes(kind.field(index).type) for index in range(kind.num_fields))
 
 
 def _present_columns(schema: Any, name: str, wanted: Sequence[str]) -> list[str]:

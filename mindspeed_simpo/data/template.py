@@ -78,13 +78,16 @@ class ChatFormat:
     Args:
         tokenizer: With a chat template.
         settings: Variables and date for the template.
+        images: Whether the template is that of a model that takes images.
 
     Raises:
         ModelError: where the template renders no assistant turn or a double BOS, or there is no end-of-turn token.
         ConfigError: where the template does not read one of the variables.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TemplateSettings | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settings: TemplateSettings | None = None, *, images: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
         self._settings = settings or TemplateSettings()
         self._source = json.dumps(tokenizer.chat_template)
@@ -96,8 +99,10 @@ class ChatFormat:
             Message("assistant", _ANSWER),
             Message("user", _THANKS),
         )
+        self._as_parts = False
         try:
             with time_limit(TEMPLATE_SECONDS):
+                self._as_parts = images and self._wants_parts([question, answer, thanks])
                 prompt = self._render([question], None, header=True)
                 whole = self._render([question, answer], None, header=False)
                 longer = self._render([question, answer, thanks], None, header=False)
@@ -190,7 +195,7 @@ class ChatFormat:
     def _render(self, messages: Sequence[Message], tools: Any, *, header: bool) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                [message.for_template(self._reasoning_key) for message in messages],
+                [message.for_template(self._reasoning_key, as_parts=self._as_parts) for message in messages],
                 tools=tools,
                 chat_template=with_frozen_date(self.tokenizer.get_chat_template(tools=tools), self._settings.date),
                 tokenize=False,
@@ -204,6 +209,17 @@ class ChatFormat:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise malformed(f"the chat template refuses the conversation: {reason}") from None
         return str(text)
+
+    def _wants_parts(self, turns: Sequence[Message]) -> bool:
+        """Whether turns without images have to be lists of parts too, which some templates of such models read only."""
+        rendered = {}
+        for as_parts in (False, True):
+            self._as_parts = as_parts
+            try:
+                rendered[as_parts] = self._render(turns, None, header=False)
+            except ExampleError:
+                rendered[as_parts] = ""
+        return all(turn.content in rendered[True] for turn in turns) and rendered[True] != rendered[False]
 
     def _check_prefix(self, name: str, prompt: str, whole: str) -> None:
         if not whole.startswith(prompt):

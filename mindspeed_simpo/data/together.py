@@ -13,13 +13,20 @@ from mindspeed_simpo.config.options import DataOptions
 from mindspeed_simpo.data.cache import not_writable
 from mindspeed_simpo.data.dataset import PairDataset, dataset_of, preparation_of, sources_of
 from mindspeed_simpo.data.paths import Part
+from mindspeed_simpo.data.processor import ImageProcessor
 from mindspeed_simpo.data.source import survey_share, take_surveys
 from mindspeed_simpo.data.workers import cores
 from mindspeed_simpo.parallel.collectives import fail_together, of_all_ranks
 
 
 def prepare_together(
-    options: DataOptions, tokenizer: PreTrainedTokenizerBase, part: Part, group: dist.ProcessGroup, *, vocab_size: int
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    part: Part,
+    group: dist.ProcessGroup,
+    *,
+    vocab_size: int,
+    images: ImageProcessor | None = None,
 ) -> PairDataset:
     """As :func:`~mindspeed_simpo.data.dataset.prepare_pairs`, with the work divided over ranks; a collective.
 
@@ -33,6 +40,7 @@ def prepare_together(
         part: Which part.
         group: All ranks.
         vocab_size: Of the model.
+        images: Processor of a model that takes images.
 
     Raises:
         SimpoError: on every rank, as :func:`~mindspeed_simpo.data.dataset.prepare_pairs`.
@@ -45,8 +53,8 @@ def prepare_together(
     of_host = of_all_ranks(own, group)[rank - local_rank :][:local_ranks]
     with fail_together(group):
         take_surveys(sources, {key: survey for surveys in of_host for key, survey in surveys.items()})
-        work = preparation_of(options, tokenizer, part, vocab_size, sources)
-        table = work.load() if local_rank == 0 else None
+        work = preparation_of(options, tokenizer, part, vocab_size, sources, images)
+        table = work.load_reusable() if local_rank == 0 else None
         mark = _leave_mark(work.path)
     try:
         names = of_all_ranks(mark.name, group)

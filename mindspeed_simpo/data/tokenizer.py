@@ -18,12 +18,14 @@ from mindspeed_simpo.data.time_limit import TEMPLATE_SECONDS, time_limit
 from mindspeed_simpo.errors import ModelError
 
 
-def load_tokenizer(path_or_hub_id: str, chat_template: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(path_or_hub_id: str, chat_template: str | None, of_processor: Any = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer that has a working chat template. Code in the model's folder is never run.
 
     Args:
         path_or_hub_id: A local Hugging Face folder, or a hub id.
         chat_template: Jinja file that takes the place of the tokenizer's own template, or ``None``.
+        of_processor: Template of the model's processor, which goes before the tokenizer's own; ``None`` where it has
+            none.
 
     Raises:
         ModelError: naming the folder or the template file, and what is wrong with it.
@@ -33,12 +35,16 @@ def load_tokenizer(path_or_hub_id: str, chat_template: str | None) -> PreTrained
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
         where = f"{chat_template}: the chat template"
+    elif of_processor:
+        tokenizer.chat_template = of_processor
     elif not tokenizer.chat_template:
         raise ModelError(
             f"{path_or_hub_id}: the tokenizer has no chat template; name a Jinja file with `chat_template`, "
             "the one that the model will be served with"
         )
-    question = [{"role": "user", "content": "?"}]
+    question: Any = [{"role": "user", "content": "?"}]
+    if of_processor:
+        question[0]["content"] = [{"type": "text", "text": "?"}]
     try:
         with time_limit(TEMPLATE_SECONDS):
             tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mindspeed_simpo.data.images import ImageReference, read_image
 from mindspeed_simpo.data.problems import ExampleError, as_text, found, malformed
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names of the reasoning of an assistant turn beside its text."""
 _EXTRA_KEYS = ("name", "tool_call_id", *REASONING_KEYS)
+
+
+@dataclass(frozen=True)
+class PlacedImage:
+    """A place for an image in the text of a turn."""
+
+    offset: int
+    """Characters of the text before it."""
+    image: ImageReference | None = None
+    """``None`` for the next image of the example's column."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +35,29 @@ class Message:
     tool_calls: str | None = None
     """JSON list of calls in the form that chat templates read, or ``None``."""
     extras: Mapping[str, str] = field(default_factory=dict)
+    images: tuple[PlacedImage, ...] = ()
+    """In the order of their places."""
 
-    def for_template(self, reasoning_key: str | None = None) -> dict[str, Any]:
+    @property
+    def pieces(self) -> list[str]:
+        """The texts before, between and after the images."""
+        bounds = [0, *(place.offset for place in self.images), len(self.content)]
+        return [self.content[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+    def for_template(self, reasoning_key: str | None = None, *, as_parts: bool = False) -> dict[str, Any]:
         """The dictionary that a chat template reads.
 
         Args:
             reasoning_key: The template's name for reasoning; ``None`` keeps that of the data.
+            as_parts: Whether the content of a turn without images is a list of parts too, not a text.
         """
-        message: dict[str, Any] = {"role": self.role, "content": self.content, **self.extras}
+        content: Any = self.content
+        if self.images or as_parts:
+            first, *others = self.pieces
+            content = [{"type": "text", "text": first}] if first else []
+            for piece in others:
+                content += [{"type": "image"}, *([{"type": "text", "text": piece}] if piece else [])]
+        message: dict[str, Any] = {"role": self.role, "content": content, **self.extras}
         for key in REASONING_KEYS if reasoning_key is not None else ():
             if key in message:
                 message[reasoning_key or key] = message.pop(key)
@@ -101,7 +128,7 @@ def read_message(value: Any, where: str, tags: Tags) -> Message:
     calls = value.get("tool_calls")
     if content_key not in value and not calls:
         raise malformed(f"{where}: `{content_key}` is missing or null")
-    content = as_text(value.get(content_key, ""), f"{where}.{content_key}")
+    content, images = _read_content(value.get(content_key, ""), f"{where}.{content_key}")
     if role == "function":
         return Message("assistant", "", tool_calls=_calls_of_text(content, f"{where}.{content_key}"))
     if calls and role != "assistant":
@@ -110,7 +137,39 @@ def read_message(value: Any, where: str, tags: Tags) -> Message:
         raise malformed(f"{where}: only an assistant turn can have `{given[0]}`, this is {with_article(role)} turn")
     extras = {key: as_text(value[key], f"{where}.{key}") for key in _EXTRA_KEYS if value.get(key)}
     tool_calls = _dump(_checked_calls(calls, f"{where}.tool_calls"), f"{where}.tool_calls") if calls else None
-    return Message(role, content, tool_calls, extras)  # type: ignore[arg-type]
+    return Message(role, content, tool_calls, extras, images)  # type: ignore[arg-type]
+
+
+def _read_content(value: Any, where: str) -> tuple[str, tuple[PlacedImage, ...]]:
+    """The text of a turn and its image places, from a text or a list of parts."""
+    if not isinstance(value, list):
+        return as_text(value, where), ()
+    text, images = "", []
+    for index, part in enumerate(value):
+        place = f"{where}[{index}]"
+        if isinstance(part, str):
+            text += as_text(part, place)
+            continue
+        if not isinstance(part, Mapping):
+            raise malformed(f"{place}: expected a part with a `type`, found {found(part)}")
+        given = {key: item for key, item in part.items() if item is not None}
+        kind = given.pop("type", "text" if "text" in given else "image" if "image" in given else None)
+        if kind == "text":
+            text += as_text(given.get("text"), f"{place}.text")
+        elif kind in ("image", "image_url"):
+            images.append(PlacedImage(len(text), _image_of_part(given, place)))
+        else:
+            raise malformed(f"{place}: a part of type {kind!r}: expected text or image")
+    return text, tuple(images)
+
+
+def _image_of_part(part: Mapping[str, Any], where: str) -> ImageReference | None:
+    """The image that a part names; ``None`` for a part that is only a place."""
+    named = part.get("image_url", part.get("image"))
+    if named is not None and not (isinstance(named, Mapping) and not any(named.values())):
+        return read_image(named, where)
+    kept = {key: part[key] for key in ("bytes", "base64", "path", "url") if part.get(key)}
+    return read_image(kept, where) if kept else None
 
 
 def _read_role(value: Any, where: str, tags: Tags) -> str:
@@ -217,7 +276,8 @@ def _last_state(messages: Sequence[Message]) -> str:
                 f"turn {number} is {with_article(message.role)} turn {before}; expected {' or '.join(_NEXT[state])}: "
                 "turns alternate, and a system turn comes first"
             )
-        if message.role in ("user", "assistant") and not message.content.strip() and message.tool_calls is None:
+        bare = not message.content.strip() and not message.images and message.tool_calls is None
+        if message.role in ("user", "assistant") and bare:
             raise ExampleError("empty", f"turn {number} ({message.role}) of the prompt has no text")
         state = "call" if message.tool_calls is not None else message.role
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.data.cache import batches_of, write_batches
-from mindspeed_simpo.data.conversations import ExampleReader
+from mindspeed_simpo.data.conversations import ConversationPair, ExampleReader
 from mindspeed_simpo.data.encoding import EncodedPair, PairEncoder, PlacedResult, Problem
 from mindspeed_simpo.data.problems import ExampleError
 from mindspeed_simpo.data.source import decoded
@@ -54,6 +55,8 @@ class ExampleEncoder:
 
     reader: ExampleReader
     encoder: PairEncoder
+    folders: tuple[Path | None, ...]
+    """Of each source, see :attr:`~mindspeed_simpo.data.source.Source.folder`."""
 
     def encode(self, example: PlacedExample) -> PlacedResult:
         """Token ids, or the reason why there are none."""
@@ -63,6 +66,8 @@ class ExampleEncoder:
             if isinstance(content, ExampleError):
                 raise content
             pair = content if isinstance(content, TokenizedPair) else self.reader.read(content)
+            if isinstance(pair, ConversationPair) and pair.images:
+                pair = dataclasses.replace(pair, folder=self.folders[example.source])
             value = self.encoder.encode(pair)
         except ExampleError as error:
             value = Problem(error.kind, error.message)

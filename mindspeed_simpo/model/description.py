@@ -240,6 +240,11 @@ class ModelDescription:
         return len(self.layers)
 
     @property
+    def takes_images(self) -> bool:
+        """Never: the families that are described here take text."""
+        return False
+
+    @property
     def has_experts(self) -> bool:
         """Whether a layer has experts."""
         return any(layer.experts is not None for layer in self.layers)

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported model: the files of the model that training started from, unchanged."""
+"""Tokenizer and processor of an exported model: the files of the model that training started from, unchanged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 _CONFIG = "tokenizer_config.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 
 
 def write_tokenizer(source: Path, output: Path, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
-    """Copy the tokenizer's files, so that every version of transformers that reads ``source`` reads ``output`` too.
+    """Copy the files of tokenizer and processor: every version of transformers that reads ``source`` reads ``output``.
 
     ``save_pretrained`` of transformers 5 names tokenizer classes that transformers 4 does not have.
 
@@ -29,7 +30,7 @@ def write_tokenizer(source: Path, output: Path, tokenizer: PreTrainedTokenizerBa
     if not (source / _CONFIG).is_file():
         tokenizer.save_pretrained(output)
         return
-    patterns = _FILES if chat_template is not None else (*_FILES, *_TEMPLATES)
+    patterns = (*_FILES, *_PROCESSOR_FILES, *(_TEMPLATES if chat_template is None else ()))
     for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
         if path.is_dir():
             shutil.copytree(path, output / path.name)

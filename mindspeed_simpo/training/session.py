@@ -21,6 +21,8 @@ from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset
 from mindspeed_simpo.data.loader import PairLoader
 from mindspeed_simpo.data.paths import Part
+from mindspeed_simpo.data.pixels import ImageInputs
+from mindspeed_simpo.data.processor import ImageProcessor, load_processor
 from mindspeed_simpo.data.together import prepare_together
 from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import Device, open_device
@@ -213,7 +215,9 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
     seed_model_ranks(config.seed)
     with fail_together(groups.control):
         backend = open_backend(config, groups, device)
-        tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
+        processor = load_processor(config.model_name_or_path) if backend.description.takes_images else None
+        of_processor = None if processor is None else processor.chat_template
+        tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template, of_processor)
     with fail_together(groups.control):
         backend.build(starting_weights=starting_weights)
     config, vocab_size = backend.config, backend.description.vocab_size
@@ -229,19 +233,49 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
         tokenizer,
         MetricSums(config.objective, groups, device),
         running,
-        prepare=partial(prepare_together, config, tokenizer, group=groups.control, vocab_size=vocab_size),
-        loader=partial(
-            PairLoader,
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            batching=Batching.of(config),
-            data_parallel_rank=groups.data.rank(),
-            data_parallel_size=groups.data.size(),
+        prepare=partial(
+            prepare_together, config, tokenizer, group=groups.control, vocab_size=vocab_size, images=processor
         ),
+        loader=_Loaders(backend, groups, processor),
         schedule=partial(build_schedule, config, backend, groups, device, running.current),
         export=partial(_export, backend, groups, tokenizer),
         base=base,
     )
+
+
+class _Loaders:
+    """Makes the loaders of data sets; of one with images after a check that the model takes them, a collective.
+
+    Args:
+        backend: With a model.
+        groups: Process groups of this rank.
+        processor: Of a model that takes images.
+    """
+
+    def __init__(self, backend: Backend, groups: Groups, processor: ImageProcessor | None) -> None:
+        self._backend, self._groups, self._processor = backend, groups, processor
+        self._images: ImageInputs | None = None
+
+    def __call__(self, data: PairDataset) -> PairLoader:
+        config = self._backend.config
+        return PairLoader(
+            data,
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            batching=Batching.of(config),
+            data_parallel_rank=self._groups.data.rank(),
+            data_parallel_size=self._groups.data.size(),
+            images=self._checked_images() if data.has_images else None,
+        )
+
+    def _checked_images(self) -> ImageInputs:
+        if self._images is None:
+            assert self._processor is not None, "without a processor, examples with images are refused"
+            with fail_together(self._groups.control):
+                images = ImageInputs(self._processor, self._backend.image_positions)
+                self._backend.check_images(*images.sample())
+            self._images = images
+        return self._images
 
 
 def _export(

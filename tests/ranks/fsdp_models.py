@@ -132,7 +132,7 @@ def check_step(found, expected):
     assert error < GRADIENT, name
 
 
-def _steps(folder, batches, options):
+def _steps(folder, batches, options, deal=None):
     from pathlib import Path
 
     from mindspeed_simpo.training import checkpoint
@@ -154,7 +154,7 @@ def _steps(folder, batches, options):
     result = {"losses": [], "norms": [], "batching": backend.config.batching_in_use}
     for step, pairs in enumerate(batches):
         stepper.zero_grad()
-        micro_batches = _micro_batches(pairs, step * len(pairs), backend.config, groups)
+        micro_batches = (deal or _micro_batches)(pairs, step * len(pairs), backend.config, groups)
         scored = schedule.forward_backward(micro_batches, sum(pair is not None for pair in pairs), first + step)
         if step == 0:
             result["grads"] = _gathered(models[0], lambda parameter: parameter.grad)

@@ -53,6 +53,15 @@ def test_a_family_with_recurrent_layers(tmp_path, family):
         assert error < 2 * usual, name
 
 
+def test_bf16_keeps_the_form_of_batches(tmp_path):
+    folder = make_model(tmp_path / "model", "gemma2")
+    pairs = make_token_pairs(8, VOCABULARY)
+    loss, _ = by_transformers(folder, pairs, Options())
+    for ranks in (1, 2):
+        found = fsdp_steps(folder, [pairs], ranks, batching="prefix_shared", bf16=True)
+        assert found["losses"][0] == pytest.approx(loss, rel=0.03)
+
+
 def test_what_a_model_cannot_is_refused_by_name(tmp_path):
     folder = make_model(tmp_path / "model", "qwen3_next")
     with pytest.raises(AssertionError, match="batching: packed: 3 of the 4 layers of Qwen3NextForCausalLM"):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from mindspeed_simpo.batch import TokenizedPair, identities_of
+from mindspeed_simpo.batch import TokenizedPair
+from mindspeed_simpo.batch_images import identities_of
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.collate import COLLATE

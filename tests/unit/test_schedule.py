@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mindspeed_simpo.batch import IGNORE_INDEX, NO_IDENTITY, PairBatch, TokenizedPair, even_halves
+from mindspeed_simpo.batch import IGNORE_INDEX, PairBatch, TokenizedPair, even_halves
+from mindspeed_simpo.batch_images import NO_IDENTITY
 from mindspeed_simpo.config.options import TaskOptions
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.loss.pair_loss import PairLoss

@@ -19,7 +19,7 @@ _OF_MEGATRON = (
     "expert_tensor_parallel_size",
     "overlap_grad_reduce",
 )
-_OF_FSDP = ("fsdp_shard_size", "fsdp_cpu_offload")
+_OF_FSDP = ("fsdp_shard_size", "fsdp_cpu_offload", "freeze_vision")
 
 
 class ParallelOptions(Options):
@@ -42,6 +42,12 @@ class ParallelOptions(Options):
         False,
         effect="layout",
         description="With backend: fsdp, hold parameters, gradients and optimizer state in host memory.",
+    )
+    freeze_vision: bool = option(
+        True,
+        effect="result",
+        description="With backend: fsdp and a model that takes images, train embedding, decoder and output layer only, "
+        "not the vision tower and its projection; false trains all weights.",
     )
     tensor_model_parallel_size: int = option(
         1, ge=1, effect="layout", description="Ranks over which each weight matrix is sharded (TP)."

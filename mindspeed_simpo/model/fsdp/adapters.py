@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mindspeed_simpo.config.options import ALL_LINEAR, AdapterOptions
 from mindspeed_simpo.errors import ConfigError, ModelError
 from mindspeed_simpo.model.export_folder import write_on_first_rank
+from mindspeed_simpo.model.fsdp.build import decoder_of
 from mindspeed_simpo.model.fsdp.dropout import ForwardTokens, mask_inputs
 from mindspeed_simpo.model.tokenizer_files import write_tokenizer
 
@@ -62,16 +63,20 @@ def add_adapters(causal: PreTrainedModel, options: AdapterOptions, tokens: Forwa
 
 
 def _targets(causal: PreTrainedModel, names: str | list[str]) -> tuple[list[str], list[str]]:
-    """What to adapt, by the last parts of names: linear layers, and parameters that hold a projection of all experts.
+    """What to adapt in the decoder: linear layers, and parameters that hold a projection of all experts of a layer.
 
-    ``all-linear`` are the linear layers, as in peft. Where the model has experts, both are named one by one: peft takes
-    the last part of a name also as the name of a projection of experts.
+    ``all-linear`` are the linear layers, as in peft. They are given by the last parts of their names, but one by one
+    where peft would take these for those of experts or of a vision tower.
     """
     output: Any = causal.get_output_embeddings
-    linear = [
-        name for name, part in causal.named_modules() if isinstance(part, torch.nn.Linear) and part is not output()
+    decoder = set(decoder_of(causal).modules())
+    every = [
+        (name, part)
+        for name, part in causal.named_modules()
+        if isinstance(part, torch.nn.Linear) and part is not output()
     ]
     of_experts = [name for name, parameter in causal.named_parameters() if parameter.dim() == _AXES_OF_EXPERTS]
+    linear = [name for name, part in every if part in decoder]
     known = sorted({_last_part(name) for name in (*linear, *of_experts)})
     wanted = [names] if isinstance(names, str) else names
     for name in wanted:
@@ -82,7 +87,7 @@ def _targets(causal: PreTrainedModel, names: str | list[str]) -> tuple[list[str]
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )
     modules = [name for name in linear if ALL_LINEAR in wanted or _last_part(name) in wanted]
-    if of_experts:
+    if of_experts or len(linear) < len(every):
         return modules, [name for name in of_experts if _last_part(name) in wanted]
     return sorted({_last_part(name) for name in modules}), []
 

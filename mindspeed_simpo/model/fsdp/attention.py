@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,15 +31,18 @@ _WITHOUT_EFFECT = frozenset(
 """Keywords that some models hand down and that change nothing in a causal attention whose keys are rotated already."""
 
 
-@dataclass
 class Seen:
-    """What a model asked of the attention in one forward; filled by :func:`attend` and :func:`_no_mask`."""
+    """What a model asked of the attention in one forward; filled by :func:`attend` and :func:`_no_mask`.
 
-    modules: list[torch.nn.Module] = field(default_factory=list)
-    """Modules that called the attention, in order."""
-    softcaps: bool = False
-    masks: list[Callable[..., Tensor]] = field(default_factory=list)
-    """Functions ``(row, head, query, key)`` of the masks that the model makes: whether the query attends to the key."""
+    It is no dataclass: with ``bf16``, FSDP2 hands copies of dataclasses to the layers.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[torch.nn.Module] = []
+        """Modules that called the attention, in order."""
+        self.softcaps = False
+        self.masks: list[Callable[..., Tensor]] = []
+        """Functions ``(row, head, query, key)`` of the masks of the model: whether the query attends to the key."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,23 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.fsdp import attention
 from mindspeed_simpo.model.fsdp.quantized import four_bits, keep_arithmetic, quantized_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
 
 
 def layer_names(model: PreTrainedModel) -> list[str]:
-    """Names of the decoder layers, which are sharded and recomputed one by one.
+    """Names of the layers of decoder and vision tower, which are sharded one by one.
 
     Raises:
         ModelError: where the model has none that transformers marks.
@@ -70,16 +81,58 @@ def layer_names(model: PreTrainedModel) -> list[str]:
     return names
 
 
+def takes_images(config: PreTrainedConfig) -> bool:
+    """Whether transformers has a class for images and text with this configuration."""
+    return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The decoder without a vision tower: the base model itself of a model that takes text only."""
+    found: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    return found
+
+
+def parameters_of_text(model: PreTrainedModel) -> set[torch.nn.Parameter]:
+    """The parameters of embedding, decoder and output layer: all but those of a vision tower and its projection."""
+    get_output: Any = model.get_output_embeddings
+    parts = model.get_input_embeddings(), decoder_of(model), get_output()
+    return {parameter for part in parts if part is not None for parameter in part.parameters()}
+
+
 def load_model(folder: Path, sharding: Sharding) -> PreTrainedModel:
     """The model with its weights; each rank reads its shard of them. A collective of the world.
 
     Raises:
         ModelError: where the weights cannot be read, or do not fit ``config.json``.
     """
+    sharded = sharding.world > 1 and not sharding.quantized and not _may_turn_shards(empty_model(folder))
+    try:
+        try:
+            model, report = _loaded(folder, sharding, sharded=sharded)
+        except RuntimeError:
+            if not sharded:
+                raise
+            # transformers tells some layouts of weights by their whole shapes, which a shard has not
+            logger.warning("%s: these weights cannot be read shard by shard: each rank reads all of them", folder)
+            sharded = False
+            model, report = _loaded(folder, sharding, sharded=False)
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        raise ModelError(f"{folder}: transformers cannot load the weights: {' '.join(str(error).split())}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[kind])):
+            raise ModelError(f"{folder}: the safetensors do not fit config.json: {kind.replace('_', ' ')} {names[:3]}")
+    keep_arithmetic(model)
+    if not sharded:
+        shard(model, sharding)
+    return model
+
+
+def _loaded(folder: Path, sharding: Sharding, *, sharded: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, sharded or not, and the report of transformers on the names of the weights."""
     options: dict[str, Any] = {}
     if sharding.quantized:
         options["quantization_config"] = four_bits(torch.bfloat16 if sharding.bf16 else torch.float32)
-    elif sharding.world > 1:
+    elif sharded:
         plan = {re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight" for name in sharding.layer_names}
         options["distributed_config"] = DistributedConfig(
             fsdp_size=sharding.shards,
@@ -88,29 +141,27 @@ def load_model(folder: Path, sharding: Sharding) -> PreTrainedModel:
             fsdp_cpu_offload=sharding.offload,
             fsdp_mixed_precision=sharding.bf16,
         )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        config.base_model_fsdp_plan = {}
-        loaded: Any = _loadable(AutoModelForCausalLM._model_mapping[type(config)]).from_pretrained(
-            folder,
-            config=config,
-            dtype=sharding.stored_dtype,
-            attn_implementation=attention.NAME,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
-        raise ModelError(f"{folder}: transformers cannot load the weights: {' '.join(str(error).split())}") from None
-    model: PreTrainedModel
-    model, report = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[kind])):
-            raise ModelError(f"{folder}: the safetensors do not fit config.json: {kind.replace('_', ' ')} {names[:3]}")
-    keep_arithmetic(model)
-    if sharding.world == 1 or sharding.quantized:
-        shard(model, sharding)
-    return model
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if each is not None:
+            each.base_model_fsdp_plan = {}
+    model, report = _loadable(_auto_class(config)._model_mapping[type(config)]).from_pretrained(
+        folder,
+        config=config,
+        dtype=sharding.stored_dtype,
+        attn_implementation=_attention_of(config),
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    return model, report
+
+
+def _may_turn_shards(model: PreTrainedModel) -> bool:
+    """Whether transformers would turn matrices of experts that are as wide as high, where it reads shards of them."""
+    conversions = (each for each in get_model_conversion_mapping(model) if isinstance(each, WeightConverter))
+    turned = any(getattr(step, "check_dims", False) for each in conversions for step in each.operations)
+    return turned and any(each.dim() == 3 and each.shape[1] == each.shape[2] for each in model.parameters())
 
 
 def _loadable(model_class: Any) -> Any:
@@ -169,8 +220,19 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _from_config(config: Any, **options: Any) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, attn_implementation=attention.NAME, trust_remote_code=False, **options
+def _auto_class(config: PreTrainedConfig) -> Any:
+    return AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
+
+
+def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
+    """The attention of this package for the decoder; a vision tower keeps the one that transformers chooses."""
+    text = config.get_text_config()
+    keys = [key for key in config.sub_configs if getattr(config, key, None) is text]
+    return {keys[0]: attention.NAME} if keys else attention.NAME
+
+
+def _from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    model: PreTrainedModel = _auto_class(config).from_config(
+        config, attn_implementation=_attention_of(config), trust_remote_code=False, **options
     )
     return model

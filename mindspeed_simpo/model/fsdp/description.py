@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from mindspeed_simpo.errors import ModelError
-from mindspeed_simpo.model.fsdp.build import empty_model, layer_names
+from mindspeed_simpo.errors import ConfigError, ModelError
+from mindspeed_simpo.model.fsdp.build import decoder_of, empty_model, layer_names, parameters_of_text, takes_images
 from mindspeed_simpo.model.fsdp.logits import Logits, logits_of
 from mindspeed_simpo.model.hf_config import resolve_model
 
@@ -28,8 +28,13 @@ class TransformersModel:
     architecture: str
     vocab_size: int
     layer_names: tuple[str, ...]
+    """Of decoder and vision tower."""
+    decoder_layers: tuple[str, ...]
+    takes_images: bool
     logits: Logits
     parameters: int
+    vision_parameters: int
+    """Of vision tower and projection."""
     largest_layer: int
     """Parameters of the largest layer."""
     quantizable: int
@@ -58,6 +63,26 @@ class TransformersModel:
             if name not in _NOT_OF_SHAPE and not name.endswith("_token_id") and ours != theirs:
                 return f"{name} ({theirs}) than the trained model ({ours})"
         return None
+
+    def check_freezing(self, freeze_vision: bool, *, adapted: bool) -> None:
+        """Refuse to train a vision tower that is not there, or beside adapters.
+
+        Args:
+            freeze_vision: The option.
+            adapted: Whether only adapters are trained.
+
+        Raises:
+            ConfigError: where ``freeze_vision`` is false all the same.
+        """
+        if freeze_vision:
+            return
+        if not self.takes_images:
+            raise ConfigError(f"freeze_vision: false: {self.family} has no vision tower; remove the key")
+        if adapted:
+            raise ConfigError(
+                "freeze_vision: false trains the weights of the vision tower, and with lora_r only adapters of the "
+                "decoder are trained: remove one of the two"
+            )
 
     def check_length(self, seq_length: int) -> None:
         """Refuse sequences whose rotary embedding depends on the other sequences of a batch.
@@ -92,6 +117,7 @@ def describe(model_name_or_path: str) -> TransformersModel:
             f"{folder / 'config.json'}: the weights are quantized (quantization_config); use the unquantized checkpoint"
         )
     names = layer_names(model)
+    decoder = set(decoder_of(model).modules())
     sizes = [sum(parameter.numel() for parameter in model.get_submodule(name).parameters()) for name in names]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     output = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
@@ -101,8 +127,11 @@ def describe(model_name_or_path: str) -> TransformersModel:
         architecture=type(model).__name__,
         vocab_size=text.vocab_size,
         layer_names=tuple(names),
+        decoder_layers=tuple(name for name in names if model.get_submodule(name) in decoder),
+        takes_images=takes_images(model.config),
         logits=logits_of(model),
         parameters=parameters,
+        vision_parameters=parameters - sum(parameter.numel() for parameter in parameters_of_text(model)),
         largest_layer=max(sizes),
         quantizable=sum(layer.weight.numel() for layer in linear),
         beside_layers=parameters - sum(sizes),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput
 
 from mindspeed_simpo.errors import ModelError
 
@@ -58,13 +58,21 @@ def logits_of(model: PreTrainedModel) -> Logits:
     return logits
 
 
+class _HiddenStates(BaseModelOutput):
+    """The output of a base model, whose every other field is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 def _given(model: PreTrainedModel, output: torch.nn.Module, products: Tensor) -> Tensor:
     """The logits of the model where its output layer gives ``products``; its layers are not run."""
     base = model.base_model
     hidden = torch.zeros(1, 1, model.config.get_text_config().hidden_size, device="meta")
 
-    def no_layers(*_args: Any, **_kwargs: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=hidden)
+    def no_layers(*_args: Any, **_kwargs: Any) -> _HiddenStates:
+        return _HiddenStates(last_hidden_state=hidden)
 
     hook = output.register_forward_hook(lambda *_: products[None, None])
     base.forward = no_layers

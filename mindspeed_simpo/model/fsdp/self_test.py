@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mindspeed_simpo.batch import UNPACKED, Branch, Documents
+from mindspeed_simpo.batch_images import BatchImages, identities_of
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.fsdp.attention import Seen, recording
-from mindspeed_simpo.model.fsdp.policy import Policy
+from mindspeed_simpo.model.fsdp.images import check_class
+from mindspeed_simpo.model.fsdp.policy import ImageTokens, Policy
 
 _PROMPT, _CHOSEN, _REJECTED = 11, 9, 6
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -61,6 +63,38 @@ def find_abilities(policy: Policy, vocab_size: int, seq_length: int, layers: int
     failed = [form for form, holds in (("packed", packed), ("prefix_shared", shared)) if not holds]
     reason = f"{kind} has other hidden states in {' and '.join(failed)} rows than in padded ones" if failed else None
     return Abilities(packed=packed, prefix_shared=shared, softcaps=seen.softcaps, reason=reason)
+
+
+def check_images(policy: Policy, encoded: Mapping[str, Tensor], images: BatchImages) -> None:
+    """Compare the hidden states of a text with images with those of transformers alone; a collective of the world.
+
+    Models whose image tokens attend to later ones, or that take in more than features and positions, differ here.
+
+    Args:
+        policy: The model with its weights.
+        encoded: What the model's processor gives for the text.
+        images: The images of the text, which is the prompt of pair 0.
+
+    Raises:
+        ModelError: where they differ.
+    """
+    check_class(policy.causal)
+    training, device = policy.training, next(policy.parameters()).device
+    tokens = encoded["input_ids"]
+    identities = identities_of(0, 0, tokens.shape[1])[None]
+    positions = torch.arange(tokens.shape[1]) if images.positions is None else images.positions.at(identities)
+    image_tokens = ImageTokens(images, images.index_of(identities).to(device))
+    policy.eval()
+    try:
+        expected = policy.own_hidden_states({name: value.to(device) for name, value in encoded.items()})
+        found = policy.hidden_states(tokens.to(device), positions.to(device), UNPACKED, Seen(), image_tokens)
+    finally:
+        policy.train(training)
+    if not _equal([found], [expected]):
+        raise ModelError(
+            f"{type(policy.causal).__name__.removeprefix('FSDP')} has other hidden states at the tokens of images than "
+            "those of causal attention over features in their places: backend: fsdp trains it on text only"
+        )
 
 
 def _states(policy: Policy, vocab_size: int, form: str, seen: Seen) -> list[Tensor]:

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mindspeed_simpo.batch_images import BatchImages
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.resolution import resolve
 from mindspeed_simpo.config.validation import make_layout
+from mindspeed_simpo.data.pixels import Positions
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.model.fsdp.adapters import add_adapters, write_adapters
-from mindspeed_simpo.model.fsdp.build import Sharding, load_model, local_part, random_model, recompute
+from mindspeed_simpo.model.fsdp.build import (
+    Sharding,
+    empty_model,
+    load_model,
+    local_part,
+    parameters_of_text,
+    random_model,
+    recompute,
+)
 from mindspeed_simpo.model.fsdp.description import describe
 from mindspeed_simpo.model.fsdp.dropout import ForwardTokens
 from mindspeed_simpo.model.fsdp.export import export_model
+from mindspeed_simpo.model.fsdp.images import rope_positions
 from mindspeed_simpo.model.fsdp.policy import Policy
 from mindspeed_simpo.model.fsdp.quantized import copy_weight
-from mindspeed_simpo.model.fsdp.self_test import find_abilities
+from mindspeed_simpo.model.fsdp.self_test import check_images, find_abilities
 from mindspeed_simpo.model.hf_config import resolve_model
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.training.fsdp.engine import FsdpEngine
@@ -35,6 +48,7 @@ class FsdpBackend:
     def __init__(self, config: Config, groups: Groups, device: Device) -> None:
         self.description = describe(config.model_name_or_path)
         self.description.check_length(config.seq_length)
+        self.description.check_freezing(config.freeze_vision, adapted=config.lora_r > 0)
         self.config = resolve(config, self.description, device.name)
         self.groups, self.device = groups, device
         make_layout(self.config, groups.world.size(), None, device.name)
@@ -55,12 +69,25 @@ class FsdpBackend:
 
     def build(self, *, starting_weights: bool) -> None:  # noqa: ARG002, D102 - they are read in any case
         causal, tokens = self._model(None), ForwardTokens()
+        if self.config.freeze_vision and self.description.takes_images and not self.config.lora_r:
+            kept = parameters_of_text(causal)
+            for parameter in causal.parameters():
+                parameter.requires_grad_(parameter in kept)
         adapted = add_adapters(causal, self.config, tokens) if self.config.lora_r else None
         if self.config.recompute_granularity == "full":
             recompute(causal, self._recomputed_layers(), tokens.recomputed)
         context = self.groups.context if self.groups.context.size() > 1 else None
         core = self.config.recompute_granularity == "selective"
-        policy = Policy(causal, self.description.logits, context, tokens, adapted, recomputes_core=core)
+        policy = Policy(
+            causal,
+            self.description.logits,
+            context,
+            tokens,
+            adapted,
+            recomputes_core=core,
+            vision_frozen=self.config.freeze_vision,
+            keeps_features=self.config.pair_schedule != "concat" or self.config.reference_is_base,
+        )
         self.models = [policy.train()]
         self._fit_batching(policy)
 
@@ -71,12 +98,15 @@ class FsdpBackend:
         return random_model(folder, self.sharding, self.config.seed) if random else load_model(folder, self.sharding)
 
     def _recomputed_layers(self) -> Sequence[str]:
-        names = self.description.layer_names
-        return names[: self.config.recompute_num_layers] if self.config.recompute_method == "block" else names
+        names = self.description.decoder_layers
+        chosen = names[: self.config.recompute_num_layers] if self.config.recompute_method == "block" else names
+        if self.config.freeze_vision:  # nothing is kept of it for a backward
+            return chosen
+        return [name for name in self.description.layer_names if name in chosen or name not in names]
 
     def _fit_batching(self, policy: Policy) -> None:
         """Refuse a form of batches that the model cannot have; ``auto`` takes the best that is left."""
-        vocab_size, layers = self.description.vocab_size, len(self.description.layer_names)
+        vocab_size, layers = self.description.vocab_size, len(self.description.decoder_layers)
         found = find_abilities(policy, vocab_size, self.config.seq_length, layers)
         if found.softcaps and self.device.name == "npu":
             raise ConfigError(
@@ -89,6 +119,16 @@ class FsdpBackend:
         if self.config.batching != "auto":
             raise ConfigError(f"batching: {form}: {found.reason}: set batching: auto")
         self.config = self.config.model_copy(update={"batching": "packed" if found.packed else "padded"})
+
+    @cached_property
+    def image_positions(self) -> Positions | None:  # noqa: D102
+        base: Any = empty_model(resolve_model(self.config.model_name_or_path, weights=False)).base_model
+        if not hasattr(base, "get_rope_index"):
+            return None
+        return partial(rope_positions, base)
+
+    def check_images(self, encoded: Mapping[str, torch.Tensor], images: BatchImages) -> None:  # noqa: D102
+        check_images(self.models[0], encoded, images)
 
     def for_training(self) -> list[torch.nn.Module]:  # noqa: D102
         return list(self.models)
@@ -117,6 +157,7 @@ class FsdpBackend:
         other = dict(self._model(path).named_parameters())
         for name, parameter in self.models[0].weights():
             copy_weight(local_part(parameter), local_part(other[name]))
+        self.models[0].forget_images()
 
     def export(  # noqa: D102
         self,

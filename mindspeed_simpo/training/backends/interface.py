@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mindspeed_simpo.batch_images import BatchImages
 from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.data.pixels import Positions
 from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.training.schedule.passes import Engine
 from mindspeed_simpo.training.stepper import Stepper
@@ -27,6 +30,10 @@ class Described(Protocol):
     @property
     def logit_softcap(self) -> float | None:
         """Soft cap of the logits; None for none."""
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model is of a class that takes images beside text."""
 
 
 @runtime_checkable
@@ -51,6 +58,21 @@ class Backend(Protocol):
         Args:
             starting_weights: Whether the model gets the weights that ``init_from`` selects; else a checkpoint must be
                 loaded.
+        """
+
+    @property
+    def image_positions(self) -> Positions | None:
+        """Rotary positions of prompts with images; None where positions count tokens, or the model takes no images."""
+
+    def check_images(self, encoded: Mapping[str, Tensor], images: BatchImages) -> None:
+        """Check that the model takes images as this package gives them.
+
+        Args:
+            encoded: What the model's processor gives for a text with images.
+            images: These images, of pair 0, whose prompt is the text.
+
+        Raises:
+            ModelError: where it does not.
         """
 
     def for_training(self) -> list[torch.nn.Module]:

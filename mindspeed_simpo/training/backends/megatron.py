@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mindspeed_simpo.batch_images import BatchImages
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.resolution import resolve
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.device import Device
+from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.megatron.adapters import without_adapters
@@ -41,6 +43,13 @@ class MegatronBackend:
             fill_weights(models, self.description, self.config, self.groups, self.config.seed)
             fill_adapters(models, self.description, self.config, self.groups, self.config.seed)
         self.models = models
+
+    @property
+    def image_positions(self) -> None:  # noqa: D102
+        return None
+
+    def check_images(self, encoded: Mapping[str, torch.Tensor], images: BatchImages) -> None:  # noqa: ARG002, D102
+        raise ModelError("backend: megatron trains on text only: set backend: fsdp for data with images")
 
     def for_training(self) -> list[torch.nn.Module]:  # noqa: D102
         return wrap_for_training(self.models, self.config, bf16=self.config.bf16_in_use)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mindspeed_simpo.loss.head import ResponseHead
-from mindspeed_simpo.model.fsdp.policy import Policy
+from mindspeed_simpo.model.fsdp.policy import ImageTokens, Policy
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.training.schedule.passes import Pass
 from mindspeed_simpo.training.schedule.rows import RowShard
@@ -63,12 +63,17 @@ class FsdpEngine:
 
     def _forward(self, rows: RowShard) -> Tensor:
         head = partial(self.head, scored=rows.scored)
+        tokens = None
+        if rows.images is not None:
+            assert rows.image_index is not None
+            tokens = ImageTokens(rows.images, rows.image_index)
         sums: Tensor = self.policy(
             rows.tokens,
             position_ids=rows.position_ids,
             documents=rows.documents,
             head=head,
             token_keys=rows.token_keys,
+            image_tokens=tokens,
         )
         return sums
 

@@ -33,7 +33,8 @@ def sharded_state(model: TransformersModel, config: Config, world: int, micro_ba
 
     With P parameters over s ranks, b bytes of the compute dtype: parameters ``4 P / s`` (with adapters ``b P / s``),
     gradients ``4 P / s``, optimizer ``8 P / s``, gathered ``b (root + 2 layers)`` and with several micro-batches
-    ``4 P`` more. Adapters are not counted. Quantized weights are whole on every rank.
+    ``4 P`` more. A vision tower that is not trained has neither gradients nor optimizer. Adapters are not counted.
+    Quantized weights are whole on every rank.
 
     Args:
         model: The description.
@@ -52,10 +53,12 @@ def sharded_state(model: TransformersModel, config: Config, world: int, micro_ba
             optimizer=0,
             gathered=width * model.beside_layers,
         )
+    trained = 0 if frozen else model.parameters - (model.vision_parameters if config.freeze_vision else 0)
+    held_trained = -(-trained // shards)
     gathered = width * (model.beside_layers + 2 * model.largest_layer)
     return ShardedState(
         parameters=(width if frozen else FP32) * held,
-        gradients=0 if frozen else FP32 * held,
-        optimizer=0 if frozen else 2 * FP32 * held,
-        gathered=gathered + (FP32 * model.parameters if micro_batches > 1 and not frozen else 0),
+        gradients=FP32 * held_trained,
+        optimizer=2 * FP32 * held_trained,
+        gathered=gathered + (FP32 * trained if micro_batches > 1 else 0),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -10,7 +12,6 @@ from torch import Tensor
 
 from mindspeed_simpo.batch import (
     IGNORE_INDEX,
-    NO_IDENTITY,
     UNPACKED,
     Documents,
     Packing,
@@ -20,6 +21,7 @@ from mindspeed_simpo.batch import (
     even_halves,
     to_device,
 )
+from mindspeed_simpo.batch_images import NO_IDENTITY, BatchImages
 from mindspeed_simpo.model.dropout import token_keys
 from mindspeed_simpo.parallel.context import positions_of
 
@@ -29,8 +31,8 @@ class RowShard:
     """The slice of :class:`Rows` on one context-parallel rank; ``local`` = this rank's positions."""
 
     tokens: Int[Tensor, "row local"]
-    position_ids: Int[Tensor, " local"]
-    """int64 position of each token in its sequence."""
+    position_ids: Int[Tensor, " local"] | Int[Tensor, "axis row local"]
+    """int64 position of each token in its sequence; on several axes where the model rotates by places in images."""
     documents: Documents
     """Attention pattern of the full row."""
     scored: ScoredTokens
@@ -41,14 +43,29 @@ class RowShard:
     """None where no loss of whole sequences is asked for."""
     token_keys: Int[Tensor, "row local"] | None = None
     """Keys of the tokens for dropout, see :func:`~mindspeed_simpo.model.dropout.token_keys`; None without dropout."""
+    images: BatchImages | None = None
+    """In host memory; None where the data set has none."""
+    image_index: Int[Tensor, " image_token"] | None = None
+    """int64 index of the feature of each image token among the local ones, row by row; None without images."""
 
     def to(self, device: torch.device) -> RowShard:
         """A copy with the tensors on ``device``."""
-        tokens, position_ids = to_device(self.tokens, device), to_device(self.position_ids, device)
-        lengths = to_device(self.lengths, device) if self.lengths is not None else None
-        members = self.members.to(device) if self.members is not None else None
-        token_keys = to_device(self.token_keys, device) if self.token_keys is not None else None
-        return RowShard(tokens, position_ids, self.documents, self.scored.to(device), lengths, members, token_keys)
+        optional: dict[str, Any] = {
+            name: None if value is None else to_device(value, device)
+            for name, value in (
+                ("lengths", self.lengths),
+                ("token_keys", self.token_keys),
+                ("image_index", self.image_index),
+            )
+        }
+        return dataclasses.replace(
+            self,
+            tokens=to_device(self.tokens, device),
+            position_ids=to_device(self.position_ids, device),
+            scored=self.scored.to(device),
+            members=self.members.to(device) if self.members is not None else None,
+            **optional,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,12 +78,13 @@ class Rows:
     packing: Packing | None = None
     lengths: Int[Tensor, " row"] | None = None
     """int64 tokens of each padded row without its padding; None for a packed row."""
+    images: BatchImages | None = None
 
     @classmethod
     def of(cls, batch: PairBatch) -> Rows:
         """The rows of all sequences of ``batch``: chosen, then rejected."""
         lengths = batch.lengths if batch.packing is None else None
-        return cls(batch.tokens, batch.targets, batch.identities, batch.packing, lengths)
+        return cls(batch.tokens, batch.targets, batch.identities, batch.packing, lengths, batch.images)
 
     def shard_of(
         self, context_rank: int, context_size: int, sequence_weight: float = 0.0, dropout_key: int | None = None
@@ -83,14 +101,20 @@ class Rows:
         lengths = documents.lengths or (self.tokens.shape[1],)
         local = positions_of(context_rank, context_size, lengths, self.tokens.device)
         packing = self.packing.at(local) if self.packing is not None else None
+        identities, images = self.identities[:, local], self.images
+        positions = packing.positions if packing is not None else local
+        if images is not None and images.positions is not None:
+            positions = images.positions.at(identities)
         return RowShard(
             tokens=self.tokens[:, local],
-            position_ids=packing.positions if packing is not None else local,
+            position_ids=positions,
             documents=documents,
             scored=ScoredTokens.of(self.targets[:, local], packing),
             lengths=self.lengths,
             members=self._members(local, sequence_weight) if sequence_weight else None,
-            token_keys=None if dropout_key is None else token_keys(self.identities[:, local], dropout_key),
+            token_keys=None if dropout_key is None else token_keys(identities, dropout_key),
+            images=images,
+            image_index=images.index_of(identities) if images is not None else None,
         )
 
     def _members(self, held: Int[Tensor, " held"], weight: float) -> SequenceMembers:
@@ -131,9 +155,8 @@ class Rows:
         chosen, rejected = zip(*(tensor.chunk(2) for tensor in tensors), strict=True)
         return self._padded(*chosen), self._padded(*rejected)
 
-    @classmethod
-    def _padded(cls, tokens: Tensor, targets: Tensor, identities: Tensor, lengths: Tensor) -> Rows:
-        return cls(tokens, targets, identities, lengths=lengths)
+    def _padded(self, tokens: Tensor, targets: Tensor, identities: Tensor, lengths: Tensor | None) -> Rows:
+        return Rows(tokens, targets, identities, lengths=lengths, images=self.images)
 
     def two_pass_halves(self, lengths: Int[Tensor, " sequence"], multiple_of: int) -> tuple[Half, Half]:
         """Two halves for ``two_pass``, one sequence of each pair in each, trimmed to the longest row of the half.
@@ -168,13 +191,14 @@ class Rows:
         side = torch.tensor([sequence // number for sequence in sequences]).repeat_interleave(torch.tensor(wholes))
         documents = Documents(tuple(length for length in wholes if length))
         packing = Packing(documents, self.packing.positions[kept], self.packing.pair_of[kept], number)
-        rows = Rows(self.tokens[:, kept], self.targets[side, kept][None], self.identities[:, kept], packing)
+        targets = self.targets[side, kept][None]
+        rows = Rows(self.tokens[:, kept], targets, self.identities[:, kept], packing, images=self.images)
         return Half(rows.padded_to(_rounded(len(kept), multiple_of)), torch.tensor(sequences))
 
     def trimmed_to(self, length: int) -> Rows:
         """The first ``length`` positions of padded rows."""
         tokens, targets, identities = (each[:, :length] for each in (self.tokens, self.targets, self.identities))
-        return Rows(tokens, targets, identities, lengths=self.lengths)
+        return self._padded(tokens, targets, identities, self.lengths)
 
     def padded_to(self, length: int) -> Rows:
         """The rows, padded further to ``length`` positions; the padding of a packed row is a document."""
@@ -184,7 +208,7 @@ class Rows:
             torch.nn.functional.pad(tensor, (0, missing), value=value) for tensor, value in tensors
         )
         packing = self.packing.with_padding(missing) if self.packing is not None else None
-        return Rows(tokens, targets, identities, packing, self.lengths)
+        return Rows(tokens, targets, identities, packing, self.lengths, self.images)
 
 
 @dataclass(frozen=True)

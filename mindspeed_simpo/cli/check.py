@@ -34,7 +34,8 @@ from mindspeed_simpo.errors import DataError, SimpoError
 from mindspeed_simpo.model.adapter_folder import AdapterFolder
 from mindspeed_simpo.model.adapters import Adapters
 from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.hf_config import read_description, resolve_model
+from mindspeed_simpo.model.folder import resolve_model
+from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.naming import pipeline_chunks
 from mindspeed_simpo.model.weight_source import SafetensorsFolder
 from mindspeed_simpo.objectives import OBJECTIVES

@@ -10,8 +10,8 @@ from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.config.resolution import resolve
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.errors import ModelError
+from mindspeed_simpo.model.folder import resolve_model
 from mindspeed_simpo.model.fsdp.description import TransformersModel, describe
-from mindspeed_simpo.model.hf_config import resolve_model
 from mindspeed_simpo.training.fsdp.memory import sharded_state
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from mindspeed_simpo.config.options import ModelOptions
 from mindspeed_simpo.errors import CheckpointError
 from mindspeed_simpo.loss.reference import file_digests, model_fingerprint
-from mindspeed_simpo.model.hf_config import resolve_model
+from mindspeed_simpo.model.folder import resolve_model
 from mindspeed_simpo.parallel.collectives import fail_together, of_all_ranks
 
 

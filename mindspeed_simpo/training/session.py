@@ -33,7 +33,7 @@ from mindspeed_simpo.loss.reference import ReferenceTable, StepReference
 from mindspeed_simpo.loss.running import RunningTracker
 from mindspeed_simpo.loss.scoring import PairScorer
 from mindspeed_simpo.losses import RunningStatistics
-from mindspeed_simpo.model.hf_config import resolve_model
+from mindspeed_simpo.model.folder import resolve_model
 from mindspeed_simpo.parallel import Groups, initialize, seed_model_ranks, shutdown
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.parallel.lost_ranks import naming_lost_ranks

@@ -1,6 +1,7 @@
 """``backend: fsdp`` as a user types it: check, train, resume, evaluate, export, adapters, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -104,3 +105,19 @@ def test_adapters_for_peft_and_merged(program, tmp_path, model, train_pairs, kin
 )
 def test_refused_by_name(program, flags, fragments):
     program.run("train", 2, **flags).fails(2, *fragments)
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_code_of_a_checkpoint_is_never_run(program, tmp_path, model, command):
+    folder = shutil.copytree(model, tmp_path / "with code")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "new_one",
+        "auto_map": {"AutoConfig": "code.NewConfig", "AutoModelForCausalLM": "code.New"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'was run')!r}).touch()\n")
+    done = program.run(command, model_name_or_path=folder)
+    assert done.code == 1
+    assert "(auto_map), which is never done" in " ".join((done.stdout + done.stderr).split())
+    assert not (tmp_path / "was run").exists()

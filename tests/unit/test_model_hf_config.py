@@ -13,7 +13,8 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.errors import ConfigError, ModelError
 from mindspeed_simpo.model.description import Rotation
-from mindspeed_simpo.model.hf_config import read_description, resolve_model
+from mindspeed_simpo.model.folder import resolve_model
+from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.rotary import inverse_frequencies, rotation_tables
 
 BASE = {

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -27,6 +28,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mindspeed_simpo.errors import ModelError
+from mindspeed_simpo.model.folder import read_json
 from mindspeed_simpo.model.fsdp import attention
 from mindspeed_simpo.model.fsdp.quantized import four_bits, keep_arithmetic, quantized_weights
 
@@ -53,6 +55,24 @@ class Sharding:
     """Whether linear layers are held in 4 bits, whole on every rank."""
 
 
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a model, of a class of transformers.
+
+    Raises:
+        ModelError: where only code in the checkpoint has its class.
+    """
+    path = folder / "config.json"
+    raw = read_json(path)
+    if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{path}: the model of type {raw.get('model_type')!r} asks for code in its folder to be run (auto_map), "
+            "which is never done: trust_remote_code stays off. Choose a checkpoint whose class is in transformers, or "
+            "install a newer transformers that has it"
+        )
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return config
+
+
 def empty_model(folder: Path) -> PreTrainedModel:
     """The model of ``config.json`` on the meta device: its modules and shapes, without values.
 
@@ -61,7 +81,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
     """
     attention.register()
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_config(folder)
         with torch.device("meta"):
             return _from_config(config)
     except (ValueError, KeyError, ImportError, OSError) as error:
@@ -141,10 +161,10 @@ def _loaded(folder: Path, sharding: Sharding, *, sharded: bool) -> tuple[PreTrai
             fsdp_cpu_offload=sharding.offload,
             fsdp_mixed_precision=sharding.bf16,
         )
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(folder)
     for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if each is not None:
-            each.base_model_fsdp_plan = {}
+            each.base_model_fsdp_plan = {}  # type: ignore[misc]
     model, report = _loadable(_auto_class(config)._model_mapping[type(config)]).from_pretrained(
         folder,
         config=config,
@@ -184,7 +204,7 @@ def random_model(folder: Path, sharding: Sharding, seed: int) -> PreTrainedModel
     attention.register()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_config(folder)
         model = _from_config(config, dtype=torch.float32)
     torch.nn.Module.to(model, sharding.stored_dtype)
     shard(model, sharding)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from mindspeed_simpo.errors import ConfigError, ModelError
+from mindspeed_simpo.model.folder import resolve_model
 from mindspeed_simpo.model.fsdp.build import decoder_of, empty_model, layer_names, parameters_of_text, takes_images
 from mindspeed_simpo.model.fsdp.logits import Logits, logits_of
-from mindspeed_simpo.model.hf_config import resolve_model
 
 _NOT_OF_SHAPE = frozenset(
     {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures", "initializer_range", "use_cache"}
@@ -104,7 +104,7 @@ def describe(model_name_or_path: str) -> TransformersModel:
     """Read the ``config.json`` of a model and build its class without weights. Code in the checkpoint is never run.
 
     Args:
-        model_name_or_path: See :func:`~mindspeed_simpo.model.hf_config.resolve_model`.
+        model_name_or_path: See :func:`~mindspeed_simpo.model.folder.resolve_model`.
 
     Raises:
         ModelError: where transformers does not know the model, or it computes its logits in an unknown way.

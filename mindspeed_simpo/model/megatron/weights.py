@@ -14,7 +14,7 @@ from mindspeed_simpo.config.options import AdapterOptions, ModelOptions
 from mindspeed_simpo.model.adapter_folder import AdapterFolder, merged
 from mindspeed_simpo.model.adapters import Adapters, InitialAdapters
 from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.hf_config import resolve_model
+from mindspeed_simpo.model.folder import resolve_model
 from mindspeed_simpo.model.megatron.gpt import PolicyModel
 from mindspeed_simpo.model.naming import Chunk
 from mindspeed_simpo.model.slots import HFTensor, Slot, Span, joined

@@ -19,6 +19,7 @@ from mindspeed_simpo.data.pixels import Positions
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.loss.head import ResponseHead
+from mindspeed_simpo.model.folder import resolve_model
 from mindspeed_simpo.model.fsdp.adapters import add_adapters, write_adapters
 from mindspeed_simpo.model.fsdp.build import (
     Sharding,
@@ -36,7 +37,6 @@ from mindspeed_simpo.model.fsdp.images import rope_positions
 from mindspeed_simpo.model.fsdp.policy import Policy
 from mindspeed_simpo.model.fsdp.quantized import copy_weight
 from mindspeed_simpo.model.fsdp.self_test import check_images, find_abilities
-from mindspeed_simpo.model.hf_config import resolve_model
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.training.fsdp.engine import FsdpEngine
 from mindspeed_simpo.training.fsdp.stepper import ShardStepper, build_shard_stepper

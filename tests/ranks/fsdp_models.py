@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from tests.hf_adapters import quiet_peft
 from tests.oracle_objectives import Options, Scores, score
 from tests.ranks.launcher import run_ranks
 from tests.ranks.parity import worst_error
@@ -79,16 +79,31 @@ def make_model(folder, family, seed=0, **settings):
     return folder
 
 
+def make_adapter(folder, base, modules="all-linear", parameters=None):
+    """Write adapters of peft whose factors are both random; returns the keys of a run that loads them."""
+    torch.manual_seed(0)
+    targets = {"target_modules": modules, "target_parameters": parameters, "task_type": "CAUSAL_LM"}
+    wanted = LoraConfig(r=3, lora_alpha=6, **targets)
+    with quiet_peft():
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), wanted)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if ".lora_" in name:
+                    parameter.normal_(0, 0.1)
+        adapted.save_pretrained(folder)
+    names = (
+        [modules] if isinstance(modules, str) else [*modules, *(name.rpartition(".")[2] for name in parameters or ())]
+    )
+    return {"lora_r": 3, "lora_alpha": 6, "lora_target_modules": names, "lora_load": str(folder)}
+
+
 def by_transformers(folder, pairs, options: Options, adapter=None, dtype=torch.float64):
     """Loss and gradients of the model of transformers, one row at a time."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     )
     if adapter is not None:
-        from peft import PeftModel
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, to peft
+        with quiet_peft():
             model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         model.to(dtype)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

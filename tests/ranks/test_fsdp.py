@@ -17,6 +17,7 @@ from tests.ranks.fsdp_models import (
     by_transformers,
     check_step,
     fsdp_steps,
+    make_adapter,
     make_model,
 )
 from tests.ranks.parity import worst_error
@@ -30,11 +31,13 @@ def test_a_family(tmp_path, family):
     folder = make_model(tmp_path / "model", family)
     pairs = make_token_pairs(8, VOCABULARY)
     expected = by_transformers(folder, pairs, Options())
-    for form in ("padded", "packed", "prefix_shared"):
-        found = fsdp_steps(folder, [pairs], batching=form, fused_logprob=form != "packed")
+    for form, ranks, fused in (("padded", 1, True), ("packed", 1, False), ("prefix_shared", 2, True)):
+        found = fsdp_steps(folder, [pairs], ranks, batching=form, fused_logprob=fused)
         assert found["batching"] == form
         check_step(found, expected)
-    check_step(fsdp_steps(folder, [pairs], ranks=2, batching="prefix_shared", fused_logprob=True), expected)
+    adapters = make_adapter(tmp_path / "adapter", folder)
+    expected = by_transformers(folder, pairs, Options(), tmp_path / "adapter")
+    check_step(fsdp_steps(folder, [pairs], 2, batching="prefix_shared", **adapters), expected)
 
 
 @pytest.mark.parametrize("family", PADDED_ONLY)

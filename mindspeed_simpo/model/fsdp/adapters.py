@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from mindspeed_simpo.config.options import ALL_LINEAR, AdapterOptions
 from mindspeed_simpo.errors import ConfigError, ModelError
@@ -34,27 +37,26 @@ def add_adapters(causal: PreTrainedModel, options: AdapterOptions, tokens: Forwa
         tokens: Says which tokens a forward has, for dropout.
 
     Raises:
-        ConfigError: where the model has none of the modules, or dropout is asked for of experts in one parameter.
+        ConfigError: where the model lacks a module, or peft cannot adapt it, as with dropout for parameters of experts.
         ModelError: where ``lora_load`` cannot be read or has another rank, scale or modules.
     """
-    modules, parameters = _targets(causal, options.lora_target_modules)
-    if parameters and options.lora_dropout:
-        raise ConfigError(
-            f"lora_dropout: peft has none for the experts of {type(causal).__name__}, which one parameter holds "
-            f"({parameters[0]}): remove lora_dropout, or {parameters[0].rpartition('.')[2]} from lora_target_modules"
-        )
     wanted = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha_in_use,  # type: ignore[arg-type]
         lora_dropout=options.lora_dropout,
-        target_modules=modules,
-        target_parameters=parameters or None,
         task_type="CAUSAL_LM",
+        **_targets(causal, options.lora_target_modules),
     )
-    with warnings.catch_warnings():
-        # peft asks models for what newer versions of transformers call otherwise
-        warnings.simplefilter("ignore", FutureWarning)
-        adapted = get_peft_model(causal, wanted)
+    try:
+        with _quiet():
+            adapted = get_peft_model(causal, wanted)
+    except ValueError as error:
+        advice = "; name other modules in lora_target_modules" + (
+            " or remove lora_dropout" * bool(options.lora_dropout)
+        )
+        raise ConfigError(
+            f"peft cannot adapt {type(causal).__name__}: {' '.join(str(error).split())}{advice}"
+        ) from None
     if options.lora_load is not None:
         _load(adapted, options.lora_load)
     if options.lora_dropout:
@@ -62,11 +64,23 @@ def add_adapters(causal: PreTrainedModel, options: AdapterOptions, tokens: Forwa
     return adapted
 
 
-def _targets(causal: PreTrainedModel, names: str | list[str]) -> tuple[list[str], list[str]]:
-    """What to adapt in the decoder: linear layers, and parameters that hold a projection of all experts of a layer.
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside of the context, peft's warnings about itself are not shown.
 
-    ``all-linear`` are the linear layers, as in peft. They are given by the last parts of their names, but one by one
-    where peft would take these for those of experts or of a vision tower.
+    It asks models for what newer versions of transformers call otherwise, and misses modules with the ranks that it
+    derives for parameters of experts, which it does use.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys", category=RuntimeWarning)
+        yield
+
+
+def _targets(causal: PreTrainedModel, names: str | list[str]) -> dict[str, Any]:
+    """What peft adapts in the decoder: linear layers, and parameters that hold a projection of all experts of a layer.
+
+    peft resolves ``all-linear``, and the names that projections of experts have on disk.
     """
     output: Any = causal.get_output_embeddings
     decoder = set(decoder_of(causal).modules())
@@ -75,9 +89,9 @@ def _targets(causal: PreTrainedModel, names: str | list[str]) -> tuple[list[str]
         for name, part in causal.named_modules()
         if isinstance(part, torch.nn.Linear) and part is not output()
     ]
+    linear = {_last_part(name) for name, part in every if part in decoder}
     of_experts = [name for name, parameter in causal.named_parameters() if parameter.dim() == _AXES_OF_EXPERTS]
-    linear = [name for name, part in every if part in decoder]
-    known = sorted({_last_part(name) for name in (*linear, *of_experts)})
+    known = sorted({*linear, *map(_last_part, of_experts), *_stored_projections(causal)})
     wanted = [names] if isinstance(names, str) else names
     for name in wanted:
         if name not in (ALL_LINEAR, *known):
@@ -86,35 +100,54 @@ def _targets(causal: PreTrainedModel, names: str | list[str]) -> tuple[list[str]
                 f"lora_target_modules: {type(causal).__name__} has no linear layer {name!r}"
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )
-    modules = [name for name in linear if ALL_LINEAR in wanted or _last_part(name) in wanted]
-    if of_experts or len(linear) < len(every):
-        return modules, [name for name in of_experts if _last_part(name) in wanted]
-    return sorted({_last_part(name) for name in modules}), []
+    parameters = [name for name in of_experts if _last_part(name) in wanted and _last_part(name) not in linear]
+    modules = [name for name in wanted if name not in set(map(_last_part, parameters))]
+    return {
+        "target_modules": ALL_LINEAR if ALL_LINEAR in wanted else modules,
+        "target_parameters": parameters or None,
+        "exclude_modules": [name for name, part in every if part not in decoder] or None,
+    }
+
+
+def _stored_projections(causal: PreTrainedModel) -> set[str]:
+    """Last parts of the names that projections of experts have on disk, where transformers joins them."""
+    conversions = (each for each in get_model_conversion_mapping(causal) if isinstance(each, WeightConverter))
+    patterns = (pattern for each in conversions for pattern in each.source_patterns if ".experts." in pattern)
+    return {_last_part(pattern.removesuffix(".weight")) for pattern in patterns}
 
 
 def _last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _last_parts(names: Any) -> set[str]:
-    return {names} if isinstance(names, str) else {_last_part(name) for name in names or ()}
-
-
 def _load(adapted: PeftModel, folder: str) -> None:
+    own = adapted.peft_config["default"]
     try:
         stored = PeftConfig.from_pretrained(folder)
+        for name in ("r", "lora_alpha"):
+            theirs, ours = (getattr(each, name, None) for each in (stored, own))
+            if theirs != ours:
+                raise ModelError(f"lora_load: {folder} has {name} {theirs}, and the run has {ours}")
+        with _quiet():
+            found = adapted.load_adapter(folder, "default", is_trainable=True)
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"lora_load: {folder} is not a folder that peft reads: {error}") from None
-    own = adapted.peft_config["default"]
-    for name in ("r", "lora_alpha", "target_modules", "target_parameters"):
-        theirs, ours = (getattr(each, name, None) for each in (stored, own))
-        if name.startswith("target"):
-            theirs, ours = _last_parts(theirs), _last_parts(ours)
-        if theirs != ours:
-            raise ModelError(f"lora_load: {folder} has {name} {theirs}, and the run has {ours}")
-    found = adapted.load_adapter(folder, "default", is_trainable=True)
-    if found.unexpected_keys:
-        raise ModelError(f"lora_load: {folder} has {found.unexpected_keys[0]}, which the model does not have")
+    except RuntimeError as error:
+        raise ModelError(f"lora_load: {folder} does not fit the model: {' '.join(str(error).split())}") from None
+    for kind, names in (("also has", found.unexpected_keys), ("lacks", found.missing_keys)):
+        if factors := [name for name in names if ".lora_" in name]:
+            raise ModelError(
+                f"lora_load: {folder} {kind} {factors[0]}: set lora_target_modules to those of the folder, "
+                f"{_shown(stored)}"
+            )
+
+
+def _shown(stored: PeftConfig) -> str:
+    found: list[str] = []
+    for key in ("target_modules", "target_parameters"):
+        names = getattr(stored, key, None) or ()
+        found += [names] if isinstance(names, str) else names
+    return ", ".join(sorted(set(map(_last_part, found))))
 
 
 def write_adapters(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests import oracle
 from tests.e2e.cli import lines_of
 from tests.e2e.encode import encode_file
-from tests.hf import quiet_peft
+from tests.hf_adapters import quiet_peft
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def sink_of_each_context_rank():
     """Each context-parallel rank adds the sink to the sum of its own keys, and the sums of the ranks are added."""
     import math
 
-    from mindspeed_simpo.model.megatron import context
+    from mindspeed_simpo.model import context
 
     original = context.CONTEXT_PARALLEL_ATTENTION["gathered"]
 
@@ -222,9 +222,9 @@ def reference_with_adapters():
     """The reference sums come from the trained model."""
     from contextlib import nullcontext
 
-    from mindspeed_simpo.training.schedule import runner
+    from mindspeed_simpo.training.schedule import megatron as engine
 
-    runner.without_adapters = nullcontext
+    engine.without_adapters = nullcontext
 
 
 def balance_of_own_tokens():

@@ -39,9 +39,9 @@ def _shard_bytes(model, options):
 
     config = make_config(model, global_batch_size=8, **options)
     groups, device = start(config)
-    spec, wrapped, stepper = build(config, groups, device, 1)
+    backend, wrapped, stepper = build(config, groups, device, 1)
     copied = copied_shard(wrapped, stepper, groups)
-    whole = sum(3 * 4 * _numel(tensor.shape) for tensor in hf_tensors(spec))
+    whole = sum(3 * 4 * _numel(tensor.shape) for tensor in hf_tensors(backend.description))
     return sum(tensor.untyped_storage().nbytes() for tensor in copied.values()), whole
 
 

@@ -63,14 +63,14 @@ def communicators_of_a_step(folder, pairs, rank, size, layout):
     take_operators()
     config = parity.make_config(folder, **{"global_batch_size": len(pairs), "micro_batch_size": 2, **layout})
     groups, device = parity.start(config)
-    description, models, stepper = parity.build(config, groups, device, 1)
+    backend, models, stepper = parity.build(config, groups, device, 1)
     collective, peers = _recorded()
-    _step(config, description, models, stepper, groups, device, pairs)
+    _step(config, backend, models, stepper, groups, device, pairs)
 
     from mindspeed_simpo.config.validation import make_layout
     from mindspeed_simpo.training.communicators import communicators
 
-    counted = communicators(description, config, make_layout(config, size), groups.pipeline.rank())
+    counted = communicators(backend.description, config, make_layout(config, size), groups.pipeline.rank())
     return (len(collective - gloo), len(peers)), (counted.collective, counted.pairs)
 
 
@@ -95,14 +95,14 @@ def _recorded():
     return collective, peers
 
 
-def _step(config, description, models, stepper, groups, device, pairs):
+def _step(config, backend, models, stepper, groups, device, pairs):
     from mindspeed_simpo.loss.running import RunningTracker
     from mindspeed_simpo.training.metrics import MetricSums
     from mindspeed_simpo.training.session import build_schedule
     from tests.ranks.parity import _micro_batches
 
     running = RunningTracker(config.objective, groups, device)
-    schedule = build_schedule(config, description, groups, device, running.current, models, None)
+    schedule = build_schedule(config, backend, groups, device, running.current, models, None)
     sums = MetricSums(config.objective, groups, device)
     scored = schedule.forward_backward(_micro_batches(pairs, 0, config, groups), len(pairs))
     sums.reduce(sums.local(scored))

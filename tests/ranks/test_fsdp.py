@@ -7,6 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.supported import CLAIMS
+from mindspeed_simpo.config.validation import make_layout
 from tests.hf import make_token_pairs
 from tests.oracle_objectives import Options
 from tests.ranks.fsdp_models import FAMILIES, PADDED_ONLY, VOCABULARY, by_transformers, fsdp_steps, make_model
@@ -86,6 +89,13 @@ def test_layouts(tmp_path, layout, form):
     pairs = make_token_pairs(8, VOCABULARY)
     ranks, options = LAYOUTS[layout]
     check(fsdp_steps(folder, [pairs], ranks, batching=form, **options), by_transformers(folder, pairs, Options()))
+
+
+def test_the_layouts_have_every_axis_that_is_claimed():
+    [claim] = [claim for claim in CLAIMS if (claim.key, claim.value) == ("backend", "fsdp")]
+    config = Config(model_name_or_path="model", data_path="pairs", backend="fsdp", micro_batch_size=1)
+    layouts = [make_layout(config.model_copy(update=keys), ranks) for ranks, keys in LAYOUTS.values()]
+    assert frozenset().union(*(layout.axes for layout in layouts)) == claim.axes
 
 
 SCHEDULES = {

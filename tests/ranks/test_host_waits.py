@@ -19,7 +19,7 @@ def _waits_of_steps(folder, token_pairs, options, modes):
     from mindspeed_simpo.data.batching import Batching
     from mindspeed_simpo.device import open_device
     from mindspeed_simpo.parallel import initialize
-    from mindspeed_simpo.training.schedule import runner
+    from mindspeed_simpo.training.schedule import megatron as engine
     from scripts.engine import build_engine
 
     device = open_device("cpu")
@@ -35,7 +35,7 @@ def _waits_of_steps(folder, token_pairs, options, modes):
         _, schedule = build_engine(config, device, groups)
         batching = Batching.of(config)
         micro_batches = batching.micro_batches(pairs, [0, 1, 2, 3])
-        run_of = runner.get_forward_backward_func
+        run_of = engine.get_forward_backward_func
         waits = Waits()
 
         def watched(run=run_of, waits=waits):
@@ -45,9 +45,9 @@ def _waits_of_steps(folder, token_pairs, options, modes):
 
             return run_watched
 
-        runner.get_forward_backward_func = watched
+        engine.get_forward_backward_func = watched
         schedule.forward_backward(micro_batches, len(pairs))
-        runner.get_forward_backward_func = run_of
+        engine.get_forward_backward_func = run_of
         found[str(mode)] = waits.seen
     return found
 

@@ -217,7 +217,7 @@ def _held_on_rank(folder, options):
 
     config = make_config(folder, **options)
     groups, device = start(config)
-    spec, models, stepper = build(config, groups, device, 1)
+    backend, models, stepper = build(config, groups, device, 1)
     stepper.squared_norm()
     stepper.update(torch.zeros(1))
     buffers = [buffer for model in models for buffer in (*model.buffers, *model.expert_parallel_buffers)]
@@ -229,7 +229,7 @@ def _held_on_rank(folder, options):
     assert not any("float16" in str(state["exp_avg"].dtype) for state in states)
     layout = make_layout(config, dist.get_world_size())
     largest = LargestPass(PassShape(tokens=8, rows=2, scored=4), (8,), 1)
-    estimate = estimate_memory(spec, config, layout, largest, "cpu")[groups.pipeline.rank()]
+    estimate = estimate_memory(backend.description, config, layout, largest, "cpu")[groups.pipeline.rank()]
     return (parameters, gradients, held), (estimate.parameters, estimate.gradients, estimate.optimizer)
 
 

@@ -329,7 +329,7 @@ def test_slots_cover_every_parameter_exactly_once(tmp_path, mistake, message):
 
 
 def _export_to_a_slow_disk(folder, layout, output):
-    import mindspeed_simpo.model.megatron.export as export
+    import mindspeed_simpo.model.export_folder as export
     import mindspeed_simpo.parallel as parallel
 
     write, initialize = export.save_file, parallel.initialize

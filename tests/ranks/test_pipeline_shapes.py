@@ -44,7 +44,7 @@ class _Sent(TorchDispatchMode):
 def _steps(folder, token_pairs, options, modes):
     from mindspeed_simpo.batch import TokenizedPair
     from mindspeed_simpo.data.batching import Batching
-    from mindspeed_simpo.training.schedule import runner
+    from mindspeed_simpo.training.schedule import megatron as engine
     from scripts.engine import build_engine
     from tests.ranks.parity import make_config, start
 
@@ -53,7 +53,7 @@ def _steps(folder, token_pairs, options, modes):
     groups, device = start(make_config(folder, **common))
     waits = []
     torch.cuda.synchronize = lambda device=None: waits.append(device)
-    results, known = [], runner.known_receive_shapes
+    results, known = [], engine.known_receive_shapes
     for mode in modes:
         config = make_config(folder, **common, **mode)
         micro_batches = Batching.of(config).micro_batches(pairs, list(range(len(pairs))))
@@ -61,7 +61,7 @@ def _steps(folder, token_pairs, options, modes):
         gradients, counts = [], []
         wrapped, schedule = build_engine(config, device, groups)
         for shapes in (known, lambda _: contextlib.nullcontext()):
-            runner.known_receive_shapes = shapes
+            engine.known_receive_shapes = shapes
             for model in wrapped:
                 model.zero_grad_buffer()
             waits.clear()

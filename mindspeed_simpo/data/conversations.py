@@ -258,7 +258,8 @@ class ExampleReader:
     def _images(cells: _Cells) -> list[ImageReference]:
         if cells.example.get(_REJECTED_IMAGES):
             raise malformed(f"`{_REJECTED_IMAGES}`: the answers of a row share its prompt, images included")
-        return read_images(cells.get("images"), cells.columns["images"]) if "images" in cells.values else []
+        # some sets have an empty text where a row has no image
+        return read_images(cells.get("images"), cells.columns["images"]) if cells.get("images") else []
 
     @staticmethod
     def _with_system(text: str, prompt: list[Message]) -> list[Message]:

@@ -117,10 +117,24 @@ def test_train_resume_evaluate_and_export(program, tmp_path, model):
     assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "llava"])
+def test_the_folder_of_a_run_without_steps_is_the_folder_it_began_from(program, tmp_path, family):
+    folder = make_image_model(tmp_path / "model", family)
+    done = program.run("train", 2, model_name_or_path=folder, export_hf=True, train_iters=0)
+    assert done.code == 0, done.stderr
+    before, after = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "out" / "hf"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    exported = load_processor(str(tmp_path / "out" / "hf"))
+    assert exported.digest == load_processor(str(folder)).digest
+
+
 def test_the_whole_model_is_trained_where_asked(program, tmp_path, model):
-    program.config |= {"freeze_vision": False, "pair_schedule": "two_pass"}
+    program.config |= {"freeze_vision": False, "pair_schedule": "two_pass", "stage": "dpo"}
     done = program.run("train", 2, export_hf=True)
     assert done.code == 0, done.stderr
+    # the reference pass and the first step see the same images
+    assert lines_of(tmp_path / "out")[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     before, after = (load_file(each / "model.safetensors") for each in (model, tmp_path / "out" / "hf"))
     same = [name for name in before if torch.equal(before[name], after[name])]
     assert not any("visual" in name for name in same if "k_proj.bias" not in name)

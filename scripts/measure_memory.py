@@ -90,6 +90,7 @@ def _schedules(
                     model_name_or_path=folder,
                     init_from="config",
                     data_path="unused",
+                    bf16=False,  # as on a CPU, so that figures of devices compare
                     batching="padded",
                     pair_schedule=name,
                     micro_batch_size=pairs,

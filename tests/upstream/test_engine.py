@@ -36,7 +36,8 @@ def command_line(folder, layout):
 def run_engine(tmp_path, family, ranks, layout, runs):
     """Results of the runs ``(batches, options of the run)``, one after the other, and the folder of the model."""
     folder = make_checkpoint(tmp_path / "model", family=family, vocab_size=514, std=0.15)
-    torch.save((runs, {"lr": 1e-3, "micro_batch_size": 2, **layout}), tmp_path / "job.pt")
+    # fp32, which is not the default on NPUs
+    torch.save((runs, {"lr": 1e-3, "micro_batch_size": 2, "bf16": False, **layout}), tmp_path / "job.pt")
     worker = str(REPOSITORY / "tests" / "upstream" / "engine.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port"]
     command += [str(free_port()), worker, *command_line(tmp_path, layout)]

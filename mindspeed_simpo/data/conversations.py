@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mindspeed_simpo.data import layouts
+from mindspeed_simpo.data.column_names import ColumnNames
 from mindspeed_simpo.data.image_places import MARK, with_images
 from mindspeed_simpo.data.images import ImageReference, read_images
 from mindspeed_simpo.data.problems import ExampleError, as_text, found, malformed, quoted
 from mindspeed_simpo.data.turns import (
     Message,
-    Tags,
     check_answer,
     check_prompt,
     read_message,
@@ -24,22 +23,7 @@ from mindspeed_simpo.data.turns import (
     whole_conversation,
     with_article,
 )
-from mindspeed_simpo.errors import ConfigError
 
-_DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "instruction"),
-    "query": ("input",),
-    "response": ("output",),
-    "history": ("history",),
-    "messages": ("conversations",),
-    "system": ("system",),
-    "tools": ("tools",),
-    "chosen": ("chosen",),
-    "rejected": ("rejected",),
-    "images": ("images", "image"),
-    "label": (),
-    "score": (),
-}
 _SPARE_MESSAGES_COLUMN = "messages"
 _REJECTED_IMAGES = "rejected_images"
 
@@ -98,27 +82,10 @@ class ExampleReader:
 
     def __init__(self, map_keys: Mapping[str, str | dict[str, str]] | None, *, takes_images: bool = False) -> None:
         self._takes_images = takes_images
-        columns = dict(_DEFAULT_COLUMNS)
-        self.tags = Tags()
-        self._required: dict[str, str] = {}
-        self._mapped = frozenset(map_keys or {})
-        for name, column in (map_keys or {}).items():
-            if name == "tags":
-                self.tags = _tags(column)
-            elif name not in columns:
-                raise ConfigError(f"map_keys: unknown name `{name}`; {_nearest(name, [*columns, 'tags'])}")
-            elif not isinstance(column, str):
-                raise ConfigError(f"map_keys: `{name}` must be the name of one column, found {found(column)}")
-            else:
-                # A column that map_keys names, and that is no default, must be in every example: a typo must not pass.
-                if column and column not in columns[name] and name not in ("label", "score"):
-                    self._required[name] = column
-                columns[name] = (column,) if column else ()
-        self._columns = columns
-        self._label = columns["label"][0] if columns["label"] else ("" if "label" in self._mapped else None)
-        if self._label and self._label not in layouts.LABELS:
-            raise ConfigError(f"map_keys: `label` must be one of {', '.join(layouts.LABELS)}, found {self._label}")
-        self.score = columns["score"][0] if columns["score"] else None
+        self._names = ColumnNames.of(map_keys)
+        self._columns = self._names.columns
+        self.tags = self._names.tags
+        self.score = self._names.score
         """Column of the score of single answers that ``map_keys`` names."""
 
     @property
@@ -170,16 +137,16 @@ class ExampleReader:
 
     def _plain(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         """The example in plain columns; ``map_keys`` that names the responses goes before every known layout."""
-        if not self._mapped & {"chosen", "rejected", "response"}:
-            example = layouts.plain_pair(example, self._label, self._mapped)
-        if self._label != "":
+        if not self._names.mapped & {"chosen", "rejected", "response"}:
+            example = layouts.plain_pair(example, self._names.label, self._names.mapped)
+        if self._names.label != "":
             names = [column for name in ("chosen", "rejected") for column in self._columns[name]]
             if len(names) == 2 and all(example.get(name) is not None for name in names):
                 layouts.refuse_unread_label(example, *names)
         return example
 
     def _select(self, example: Mapping[str, Any]) -> _Cells:
-        for name, column in self._required.items():
+        for name, column in self._names.required.items():
             if column not in example:
                 raise malformed(f"map_keys names the column `{column}` for `{name}`, the row has {quoted(example)}")
         cells = _Cells({}, {}, example)
@@ -270,21 +237,6 @@ class ExampleReader:
                 return prompt
             raise malformed("the `system` column and a system turn of the conversation differ; keep one of them")
         return [Message("system", text), *prompt]
-
-
-def _tags(value: Any) -> Tags:
-    known = [tag.name for tag in fields(Tags)]
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"map_keys: `tags` must be an object with keys of {', '.join(known)}, found {found(value)}")
-    for name in value:
-        if name not in known:
-            raise ConfigError(f"map_keys.tags: unknown name `{name}`; {_nearest(name, known)}")
-    return Tags(**value)
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean `{nearest[0]}`?" if nearest else f"expected one of {', '.join(known)}"
 
 
 def _rows_inside(example: Mapping[str, Any]) -> str:

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from mindspeed_simpo.cli.check import check, run_length_warnings, setting_warnings
+from mindspeed_simpo.cli.check import check
+from mindspeed_simpo.cli.check_warnings import run_length_warnings, setting_warnings
 from mindspeed_simpo.config.config import Config
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"

@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 _MAX_RANKS = 1024
 
-_Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="YAML file of configuration keys.", metavar="CONFIG")]
+_Config = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(help="YAML file of configuration keys, or the name of a recipe.", metavar="CONFIG"),
+]
 _Nproc = Annotated[
     str | None,
     tyro.conf.arg(
@@ -49,6 +53,11 @@ class _Export:
     merge_adapters: Annotated[
         bool, tyro.conf.arg(help="Write whole weights with the adapters merged, not the adapters alone, for peft.")
     ] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipes:
+    """No arguments."""
 
 
 def main() -> NoReturn:
@@ -131,6 +140,12 @@ def _commands() -> Any:
             tyro.conf.subcommand("encode", description="Write the tokenised pairs in MindSpeed-LLM's indexed format."),
         ]
     )
+    union = (
+        union
+        | Annotated[
+            _Recipes, tyro.conf.subcommand("recipes", description="List the shipped recipes, whose names CONFIG takes.")
+        ]
+    )
     for name, description in reversed(described.items()):
         command = dataclasses.make_dataclass(name, [("config", _Config), nproc, *options], frozen=True)
         union = Annotated[command, tyro.conf.subcommand(name, description=description)] | union
@@ -195,11 +210,25 @@ def _encode(command: Any, _argv: Sequence[str]) -> int:
     return 0
 
 
+def _recipes(_command: Any, _argv: Sequence[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mindspeed_simpo.config.recipes import recipes
+
+    table = Table("recipe", "what it trains", "what to expect")
+    for recipe in recipes():
+        table.add_row(recipe.name, recipe.title, recipe.expect)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    return 0
+
+
 _RUNNERS: dict[str, Callable[[Any, Sequence[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "check": _check,
     "_Export": _export,
+    "_Recipes": _recipes,
     "encode": _encode,
 }
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.recipes import configuration_path
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.objectives import DEFAULT_STAGE
 
@@ -18,10 +19,12 @@ from mindspeed_simpo.objectives import DEFAULT_STAGE
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """Read a YAML file, override its keys by ``overrides`` (from flags) and validate the result.
 
+    ``path`` may be the name of a recipe. A ``chat_template`` that lies beside the file is that one.
+
     Raises:
         ConfigError: one message that names the file, every wrong key, what was found and what was expected.
     """
-    path = Path(path)
+    path = configuration_path(str(path))
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -38,6 +41,9 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         raw = {}
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(raw).__name__}")
+    template = raw.get("chat_template")
+    if isinstance(template, str) and (path.parent / template).is_file():
+        raw["chat_template"] = str(path.parent / template)
     overrides = overrides or {}
     return validate(raw | overrides, where=str(path), flags=overrides)
 

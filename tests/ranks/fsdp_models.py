@@ -65,7 +65,7 @@ PADDED_ONLY = ("qwen3_next",)
 
 def make_model(folder, family, seed=0, **settings):
     """Write a model whose weights hide no mistake; without a tokenizer."""
-    config = CONFIG_MAPPING[family](**{**_SIZES, **FAMILIES[family], **settings})
+    config = CONFIG_MAPPING[family](**{**_SIZES, **FAMILIES.get(family, {}), **settings})
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

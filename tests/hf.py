@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.tokenizers import CHINESE, ENGLISH, TOKENIZER_SIZE, Family, make_tokenizer
 
@@ -292,3 +292,16 @@ def make_token_pairs(
     for number, (chosen, rejected) in enumerate(special[:n]):
         pairs[number] = (pairs[number][0], chosen, rejected)
     return pairs
+
+
+def write_random_weights(folder: str | Path, model: PreTrainedModel, seed: int) -> None:
+    """Write a model with weights that hide no mistake: large ones, and norms that differ from one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * 0.12)
+            else:
+                parameter.add_(noise * 0.1)
+    model.save_pretrained(folder)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
+from tests.hf import write_random_weights
 from tests.tokenizers import make_tokenizer
 
 _CHATML = (
@@ -165,16 +166,7 @@ def _processor_files(family):
 
 
 def _write_weights(folder, config, seed):
-    generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                parameter.copy_(noise * 0.12)
-            else:
-                parameter.add_(noise * 0.1)
-    model.save_pretrained(folder)
+    write_random_weights(folder, AutoModelForImageTextToText.from_config(config, dtype=torch.float32), seed)
 
 
 def picture(width, height, seed=0):

@@ -144,7 +144,9 @@ def preparation_of(
     key = _key(options, tokenizer, sources, vocab_size, images)
     folder = cache_folder(options.data_cache_dir) / "tokenised"
     reader = ExampleReader(options.map_keys, takes_images=images is not None)
-    return Preparation(sources, reader, encoder, folder / f"{key}.arrow")
+    return Preparation(
+        sources, reader, encoder, folder / f"{key}.arrow", drops_unreadable=options.data_errors == "drop"
+    )
 
 
 def sources_of(options: DataOptions, part: Part) -> list[Source]:

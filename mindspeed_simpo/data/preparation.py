@@ -49,6 +49,9 @@ class Preparation:
     encoder: PairEncoder
     path: Path
     """The cache file."""
+    drops_unreadable: bool = False
+    """Whether examples whose images were missing or damaged stay left out, whatever has become of the images: a run
+    that goes on has the pairs that it began with. Else their images are read again."""
 
     @property
     def folder(self) -> Path:
@@ -60,9 +63,9 @@ class Preparation:
         return read_table(self.path, verified=verified)
 
     def load_reusable(self) -> CachedTable | None:
-        """The cache file of an earlier run; one in which images were missing or damaged is removed."""
+        """The cache file of an earlier run; one whose images have to be read again is removed."""
         table = self.load()
-        if table is not None and table.has_unreadable:
+        if table is not None and self._reads_again(table):
             self.path.unlink(missing_ok=True)
             return None
         return table
@@ -114,6 +117,9 @@ class Preparation:
             )
         shutil.rmtree(self.folder, ignore_errors=True)
         return table
+
+    def _reads_again(self, table: CachedTable) -> bool:
+        return table.has_unreadable and not self.drops_unreadable
 
     def _shard(self, source: int, number: int) -> Path:
         return self.folder / f"{source:04d}_{number:07d}.arrow"
@@ -190,7 +196,7 @@ class Preparation:
     def _unless_done(self, source: int, number: int, examples: Sequence[Example]) -> Iterator[Block]:
         path = self._shard(source, number)
         table = read_table(path)
-        if table is None or table.has_unreadable:
+        if table is None or self._reads_again(table):
             yield Block(path, [PlacedExample(source, place, value) for place, value in examples])
 
 

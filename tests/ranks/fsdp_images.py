@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
+from functools import partial
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from mindspeed_simpo.data.processor import load_processor
+from tests.hf_adapters import quiet_peft
 from tests.images import encoded
-from tests.oracle_objectives import Options, Scores, score
-from tests.ranks.fsdp_models import _steps
+from tests.oracle_objectives import Options
+from tests.ranks.fsdp_models import _steps, loss_and_gradients
 from tests.ranks.launcher import run_ranks
 
 
@@ -22,21 +24,13 @@ def by_transformers(folder, pairs, options: Options, adapter=None):
         folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
     if adapter is not None:
-        from peft import PeftModel
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, to peft
+        with quiet_peft():
             model = PeftModel.from_pretrained(model, adapter, is_trainable=True).to(torch.float64)
-    losses = []
+    scored = []
     for pieces, pictures, *responses in pairs:
         prompt, inputs = _prompt(processor, pieces, pictures)
-        scored = [_sum(model, processor, prompt, inputs, response) for response in responses]
-        sums, counts = zip(*scored, strict=True)
-        loss, _ = score(Scores(sums, counts, None, None), options)
-        (loss / len(pairs)).backward()
-        losses.append(loss.item())
-    grads = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
-    return sum(losses) / len(losses), grads
+        scored.append([partial(_sum, model, processor, prompt, inputs, response) for response in responses])
+    return loss_and_gradients(model, scored, options)
 
 
 def _prompt(processor, pieces, pictures):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from tests.hf import write_random_weights
 from tests.hf_adapters import quiet_peft
 from tests.oracle_objectives import Options, Scores, score
 from tests.ranks.launcher import run_ranks
@@ -65,17 +68,8 @@ PADDED_ONLY = ("qwen3_next",)
 
 def make_model(folder, family, seed=0, **settings):
     """Write a model whose weights hide no mistake; without a tokenizer."""
-    config = CONFIG_MAPPING[family](**{**_SIZES, **FAMILIES[family], **settings})
-    generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                parameter.copy_(noise * 0.12)
-            else:
-                parameter.add_(noise * 0.1)
-    model.save_pretrained(folder)
+    config = CONFIG_MAPPING[family](**{**_SIZES, **FAMILIES.get(family, {}), **settings})
+    write_random_weights(folder, AutoModelForCausalLM.from_config(config, dtype=torch.float32), seed)
     return folder
 
 
@@ -106,11 +100,16 @@ def by_transformers(folder, pairs, options: Options, adapter=None, dtype=torch.f
         with quiet_peft():
             model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         model.to(dtype)
+    scored = [[partial(_sum, model, prompt, response) for response in responses] for prompt, *responses in pairs]
+    return loss_and_gradients(model, scored, options)
+
+
+def loss_and_gradients(model, pairs, options: Options):
+    """Mean loss, and gradients of the trained parameters, of pairs of functions that give a sum and a count."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     losses = []
-    for prompt, *responses in pairs:
-        scored = [_sum(model, prompt, response) for response in responses]
-        sums, counts = zip(*scored, strict=True)
+    for responses in pairs:
+        sums, counts = zip(*(score_one() for score_one in responses), strict=True)
         loss, _ = score(Scores(sums, counts, None, None), options)
         (loss / len(pairs)).backward()
         losses.append(loss.item())

@@ -71,6 +71,30 @@ def test_what_a_model_cannot_is_refused_by_name(tmp_path):
         fsdp_steps(folder, [make_token_pairs(2, VOCABULARY)], batching="packed")
 
 
+def test_layers_without_such_an_attention_are_not_divided_over_ranks(tmp_path):
+    folder = make_model(tmp_path / "model", "qwen3_next")
+    with pytest.raises(AssertionError, match="context_parallel_size: 3 of the 4 layers of Qwen3NextForCausalLM"):
+        fsdp_steps(folder, [make_token_pairs(2, VOCABULARY)], 2, context_parallel_size=2)
+
+
+# layers that hand no keyword down; dropout of hidden states and of scores; a mask that no layer uses; learned positions
+OTHERS = {
+    "stablelm": ("padded", {}),
+    "gpt2": ("prefix_shared", {"resid_pdrop": 0.3, "attn_pdrop": 0.3}),
+    "qwen2_moe": ("prefix_shared", {"num_experts": 4, "moe_intermediate_size": 48}),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(tmp_path, family):
+    form, settings = OTHERS[family]
+    folder = make_model(tmp_path / "model", family, **settings)
+    pairs = make_token_pairs(8, VOCABULARY)
+    found = fsdp_steps(folder, [pairs], 2, batching="auto")
+    assert found["batching"] == form
+    check_step(found, by_transformers(folder, pairs, Options()))
+
+
 LAYOUTS = {
     "cp2": (2, {"context_parallel_size": 2}),
     "copies of shards": (4, {"fsdp_shard_size": 2}),

@@ -51,12 +51,11 @@ def add_adapters(causal: PreTrainedModel, options: AdapterOptions, tokens: Forwa
         with _quiet():
             adapted = get_peft_model(causal, wanted)
     except ValueError as error:
-        advice = "; name other modules in lora_target_modules" + (
-            " or remove lora_dropout" * bool(options.lora_dropout)
-        )
-        raise ConfigError(
-            f"peft cannot adapt {type(causal).__name__}: {' '.join(str(error).split())}{advice}"
-        ) from None
+        advice = "name other modules in lora_target_modules"
+        if options.lora_dropout:
+            advice += ", or remove lora_dropout"
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"peft cannot adapt {type(causal).__name__}: {reason}: {advice}") from None
     if options.lora_load is not None:
         _load(adapted, options.lora_load)
     if options.lora_dropout:

@@ -86,7 +86,7 @@ def attend(
         key: Rotated keys; consecutive query heads share a key-value head.
         value: Values; their heads may be narrower than those of the keys.
         attention_mask: None: :func:`register` gives models masks of None.
-        rows: What the rows hold; None where the model does not hand the keyword down, which is refused.
+        rows: What the rows hold; None where the model does not hand the keyword down, whose rows are padded ones.
         scaling: Factor of the scores; None for ``dim ** -0.5``.
         sliding_window: Keys that a query attends to, its own included; None for all earlier ones.
         softcap: Soft cap of the scores; None for none.
@@ -98,8 +98,8 @@ def attend(
     Raises:
         ModelError: for a keyword that this attention does not have.
     """
-    _refuse_unknown(module, rows, attention_mask, dropout, is_causal, others)
-    assert rows is not None
+    _refuse_unknown(module, attention_mask, dropout, is_causal, others)
+    rows = rows or RowsInAttention()
     if rows.seen is not None:
         rows.seen.modules.append(module)
         rows.seen.softcaps |= softcap is not None
@@ -132,7 +132,6 @@ def _core(
 
 def _refuse_unknown(
     module: torch.nn.Module,
-    rows: RowsInAttention | None,
     attention_mask: Tensor | None,
     dropout: float,
     is_causal: bool | None,
@@ -151,11 +150,6 @@ def _refuse_unknown(
         raise ModelError(
             f"{kind} asks its attention for {found}, which the attention of this package does not have: the model "
             "cannot be trained with backend: fsdp"
-        )
-    if rows is None:
-        raise ModelError(
-            f"{kind} does not hand down keywords to its attention, so that rows cannot be packed: the model cannot be "
-            "trained with backend: fsdp"
         )
 
 

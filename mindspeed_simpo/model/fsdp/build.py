@@ -56,7 +56,7 @@ class Sharding:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a model, of a class of transformers.
+    """The configuration of a model, of a class of transformers; without dropout, which preference training has off.
 
     Raises:
         ModelError: where only code in the checkpoint has its class.
@@ -70,7 +70,19 @@ def read_config(folder: Path) -> PreTrainedConfig:
             "install a newer transformers that has it"
         )
     config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for name in [] if each is None else _random_in_training(each):
+            setattr(each, name, 0.0)
     return config
+
+
+def _random_in_training(config: PreTrainedConfig) -> list[str]:
+    """Settings of dropout and of noise, such as ``attention_dropout``, ``resid_pdrop`` and ``router_jitter_noise``."""
+    return [
+        name
+        for name, value in vars(config).items()
+        if isinstance(value, float) and any(part in name for part in ("drop", "jitter"))
+    ]
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
@@ -86,7 +98,9 @@ def empty_model(folder: Path) -> PreTrainedModel:
             return _from_config(config)
     except (ValueError, KeyError, ImportError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{folder / 'config.json'}: transformers cannot build this model: {reason}") from None
+        if attention.NAME in reason:
+            reason = "its attention does not go through the interface of transformers"
+        raise ModelError(f"{folder / 'config.json'}: backend: fsdp cannot train this model: {reason}") from None
 
 
 def layer_names(model: PreTrainedModel) -> list[str]:

@@ -113,6 +113,8 @@ class FsdpBackend:
                 f"{self.config.model_name_or_path} caps its attention scores, for which torch_npu has no operator: "
                 "set device: cuda or cpu, or choose another model"
             )
+        if self.groups.context.size() > 1 and not found.packed:
+            raise ConfigError(f"context_parallel_size: {found.reason}, which ranks could share: set it to 1")
         form = self.config.batching_in_use
         if getattr(found, form, True):
             return

@@ -63,3 +63,15 @@ setup_old_core() {
         touch "$OLD_CORE/.complete"
     fi
 }
+
+# Chromium for the tests of pages, which skip with a reason where there is none.
+setup_browser() {
+    if [ -n "${CHROMIUM:-}" ] || command -v chromium chromium-headless-shell chromium-browser google-chrome >/dev/null; then
+        return
+    fi
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        (apt-get update && apt-get install --yes --no-install-recommends chromium-headless-shell) >/dev/null 2>&1
+    else
+        "$VENV/bin/python" -m playwright install chromium >/dev/null 2>&1
+    fi || echo "no Chromium could be installed: the tests of pages are skipped" >&2
+}

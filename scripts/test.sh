@@ -15,6 +15,7 @@ if [ "${1:-}" = torch271 ]; then
 fi
 . scripts/setup_env.sh
 setup_env requirements-dev.txt || exit 1
+case "${1:-all}" in all | unit | e2e) setup_browser ;; esac
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tyro
 
 from mindspeed_simpo.cli import main as cli
+from mindspeed_simpo.cli.command import resolve
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.device import npu_environment
 
@@ -171,9 +171,8 @@ def test_engine_scripts(script, upstream_root, monkeypatch):
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 8 * nodes, "LOCAL_WORLD_SIZE": 8}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.chdir(call_["cwd"])
-    options = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    command = tyro.cli(cli._commands(), args=call_["flags"][module + 2 :], config=options)
-    config, _ = cli._resolve(command)
+    command = cli.parse(call_["flags"][module + 2 :])
+    config, _ = resolve(command)
     assert config.stage == "simpo"
     assert config.model_name_or_path == "/model"
     assert make_layout(config, 8 * nodes).data >= 1

@@ -9,6 +9,7 @@ import pytest
 
 from mindspeed_simpo.cli import flags, launch
 from mindspeed_simpo.cli import main as cli
+from mindspeed_simpo.cli.command import without_nproc
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.options import takes_bool
 from mindspeed_simpo.errors import PeerLostError
@@ -200,12 +201,7 @@ def test_world_size_of_the_launcher_decides_the_layout(config_file):
 
 def given(*words) -> dict:
     """What the command line hands to the configuration."""
-    import tyro
-
-    command = tyro.cli(
-        cli._commands(), args=["train", "run.yaml", *words], config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    )
-    return flags.given(command)
+    return flags.given(cli.parse(["train", "run.yaml", *words]))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +240,7 @@ def test_every_key_is_a_flag_that_its_default_passes():
     ],
 )
 def test_ranks_get_the_command_line_without_nproc_per_node(words, kept):
-    assert cli._without_nproc(words.split()) == kept.split()
+    assert without_nproc(words.split()) == kept.split()
 
 
 @pytest.mark.parametrize(

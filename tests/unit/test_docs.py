@@ -8,12 +8,13 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-import tyro
 import yaml
 from rich.table import Table
 
 from mindspeed_simpo.cli import flags
 from mindspeed_simpo.cli import main as cli
+from mindspeed_simpo.cli.command import resolve, world_size
+from mindspeed_simpo.cli.commands import COMMANDS
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import load_config, validate
 from mindspeed_simpo.config.validation import make_layout
@@ -170,12 +171,13 @@ def test_commands_parse(page, tmp_path, monkeypatch):
             monkeypatch.setenv("WORLD_SIZE", str(int(options["--nnodes"]) * int(options["--nproc-per-node"])))
             argv = words[module + 1 :]
         if argv is not None:
-            command = tyro.cli(cli._commands(), args=argv, config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone))
-            if argv[0] == "encode":
+            command = cli.parse(argv)
+            [declared] = [declared for declared in COMMANDS if declared.name == argv[0]]
+            if declared.on_ranks:
+                config, ranks = resolve(command)
+                assert make_layout(config, world_size(ranks)).data >= 1
+            elif declared.configured:
                 load_config(command.config, flags.given(command))
-            elif argv[0] != "export":
-                config, ranks = cli._resolve(command)
-                assert make_layout(config, cli._world_size(ranks)).data >= 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

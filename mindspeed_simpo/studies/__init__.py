@@ -1,0 +1,1 @@
+"""What is built on finished parts: pages of figures, sweeps, on-policy pairs."""

@@ -35,6 +35,16 @@ class PassShape(NamedTuple):
     """Tokens of the longest branch with its prefix."""
 
 
+class RunPass(NamedTuple):
+    """A pass and the documents that its attention computes."""
+
+    shape: PassShape
+    wholes: Int[np.ndarray, " document"]
+    """Tokens of each sequence that attends to itself alone, padding of padded rows included."""
+    branches: Int[np.ndarray, "branch 2"]
+    """Tokens of the prefix that a branch attends to, and of the branch."""
+
+
 @dataclass(frozen=True)
 class LargestPass:
     """The largest pass of any data-parallel rank, and what several passes together need."""
@@ -60,25 +70,41 @@ def largest_pass(
         batching: Of the run.
         layout: Of the run.
     """
-    size = options.global_batch_size
-    stream = PairStream(len(lengths), options.seed)
-    epoch = stream.steps_per_epoch(size)
-    steps = min(options.train_iters or epoch, epoch, -(-SIMULATED_PAIRS // size))
-    two_pass = options.pair_schedule == "two_pass"
-    found: list[list[PassShape]] = []
-    for step in range(steps):
-        taken = lengths[stream.take(stream.consumed_pairs(step, size), size)]
-        pairs = np.concatenate([taken, np.zeros((size - len(taken), 3), taken.dtype)])  # filler pairs
-        sizes = [batching.size_of(*row) for row in pairs.tolist()]
-        for own in batching.deal(sizes, layout.data):
-            parts = batching.parts([sizes[index] for index in own])
-            found.append([shape for part in parts for shape in _passes(pairs[own][part], batching, two_pass=two_pass)])
+    dealt = steps_of_run(lengths, options, batching, layout.data, SIMULATED_PAIRS)
+    found = [[each.shape for each in passes] for ranks in dealt for passes in ranks]
     shapes = [shape for step_shapes in found for shape in step_shapes]
     return LargestPass(
         shape=PassShape(*map(max, zip(*shapes, strict=True))),
         in_flight=tuple(max(map(_window(number), found)) for number in range(1, layout.pipeline + 1)),
         passes=max(map(len, found)),
     )
+
+
+def steps_of_run(
+    lengths: Int[np.ndarray, "pair 3"], options: TrainingOptions, batching: Batching, data_ranks: int, most_pairs: int
+) -> Iterator[list[list[RunPass]]]:
+    """The passes of each data-parallel rank in each step, from the start of the run, at most one epoch.
+
+    Args:
+        lengths: As in :func:`largest_pass`.
+        options: As in :func:`largest_pass`.
+        batching: Of the run.
+        data_ranks: Number of data-parallel ranks.
+        most_pairs: Number of pairs after which no further step begins.
+    """
+    size = options.global_batch_size
+    stream = PairStream(len(lengths), options.seed)
+    epoch = stream.steps_per_epoch(size)
+    two_pass = options.pair_schedule == "two_pass"
+    for step in range(min(options.train_iters or epoch, epoch, -(-most_pairs // size))):
+        taken = lengths[stream.take(stream.consumed_pairs(step, size), size)]
+        pairs = np.concatenate([taken, np.zeros((size - len(taken), 3), taken.dtype)])  # filler pairs
+        sizes = [batching.size_of(*row) for row in pairs.tolist()]
+        dealt = [(own, batching.parts([sizes[index] for index in own])) for own in batching.deal(sizes, data_ranks)]
+        yield [
+            [each for part in parts for each in _passes(pairs[own][part], batching, two_pass=two_pass)]
+            for own, parts in dealt
+        ]
 
 
 def _window(number: int) -> Callable[[Sequence[PassShape]], int]:
@@ -91,13 +117,18 @@ def _window(number: int) -> Callable[[Sequence[PassShape]], int]:
     return largest
 
 
-def _passes(pairs: Int[np.ndarray, "part 3"], batching: Batching, *, two_pass: bool) -> Iterator[PassShape]:
+_NO_BRANCHES = np.zeros((0, 2), dtype=np.int64)
+
+
+def _passes(pairs: Int[np.ndarray, "part 3"], batching: Batching, *, two_pass: bool) -> Iterator[RunPass]:
     """The passes of the pairs of one micro-batch."""
     prompt, *sides = pairs.T
     if batching.name == "prefix_shared":
         responses, prompts, rejected = int(sum(sides).sum()), int(prompt.sum()), sides[1]
         tokens = _rounded(prompts + responses, batching.multiple_of)
-        yield PassShape(tokens, 1, responses, prompts, int(rejected.sum()), int((prompt + rejected).max(initial=0)))
+        longest = int((prompt + rejected).max(initial=0))
+        shape = PassShape(tokens, 1, responses, prompts, int(rejected.sum()), longest)
+        yield RunPass(shape, prompt + sides[0], np.stack([prompt, rejected], axis=1))
         return
     packed = batching.name == "packed"
     if packed and two_pass:
@@ -107,10 +138,14 @@ def _passes(pairs: Int[np.ndarray, "part 3"], batching: Batching, *, two_pass: b
         sequences = [prompt + side for side in group]
         scored = int(sum(group).sum())
         if packed:
-            yield PassShape(_rounded(int(sum(sequences).sum()), batching.multiple_of), 1, scored)
+            wholes = np.concatenate(sequences)
+            yield RunPass(
+                PassShape(_rounded(int(wholes.sum()), batching.multiple_of), 1, scored), wholes, _NO_BRANCHES
+            )
         else:
             rows = len(group) * len(pairs)
-            yield PassShape(rows * _rounded(int(np.max(sequences)), batching.multiple_of), rows, scored)
+            length = _rounded(int(np.max(sequences)), batching.multiple_of)
+            yield RunPass(PassShape(rows * length, rows, scored), np.full(rows, length), _NO_BRANCHES)
 
 
 def _rounded(tokens: int, multiple_of: int) -> int:

@@ -110,7 +110,8 @@ def make_layout(config: Config, world_size: int, model: Model | None = None, dev
         _check_fsdp(config, layout, device or config.device)
     elif model is not None:
         _check_pipeline(config, layout, len(model.layers))
-        for layer in model.layers:
+        # equal layers of a description are one object
+        for layer in {id(layer): layer for layer in model.layers}.values():
             _check_layer(config, layout, layer)
         if all(layer.experts is None for layer in model.layers):
             _check_dense(config, layout)

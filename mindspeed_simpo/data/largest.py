@@ -46,6 +46,27 @@ class RunPass(NamedTuple):
 
 
 @dataclass(frozen=True)
+class DealtStep:
+    """The pairs of a global batch, fillers included, and which of them each data-parallel rank has."""
+
+    pairs: Int[np.ndarray, "pair 3"]
+    """Tokens of prompt, chosen and rejected response."""
+    sizes: Sequence[int]
+    """:meth:`Batching.size_of` of each pair."""
+    dealt: Sequence[Sequence[int]]
+    """Indices of the pairs of each rank."""
+    batching: Batching
+    two_pass: bool
+
+    def passes_of(self, rank: int) -> list[RunPass]:
+        """The passes of a data-parallel rank, in their order."""
+        own = self.dealt[rank]
+        parts = self.batching.parts([self.sizes[index] for index in own])
+        pairs = self.pairs[own]
+        return [each for part in parts for each in _passes(pairs[part], self.batching, two_pass=self.two_pass)]
+
+
+@dataclass(frozen=True)
 class LargestPass:
     """The largest pass of any data-parallel rank, and what several passes together need."""
 
@@ -70,8 +91,11 @@ def largest_pass(
         batching: Of the run.
         layout: Of the run.
     """
-    dealt = steps_of_run(lengths, options, batching, layout.data, SIMULATED_PAIRS)
-    found = [[each.shape for each in passes] for ranks in dealt for passes in ranks]
+    found = [
+        [each.shape for each in step.passes_of(rank)]
+        for step in steps_of_run(lengths, options, batching, layout.data, SIMULATED_PAIRS)
+        for rank in range(layout.data)
+    ]
     shapes = [shape for step_shapes in found for shape in step_shapes]
     return LargestPass(
         shape=PassShape(*map(max, zip(*shapes, strict=True))),
@@ -82,8 +106,8 @@ def largest_pass(
 
 def steps_of_run(
     lengths: Int[np.ndarray, "pair 3"], options: TrainingOptions, batching: Batching, data_ranks: int, most_pairs: int
-) -> Iterator[list[list[RunPass]]]:
-    """The passes of each data-parallel rank in each step, from the start of the run, at most one epoch.
+) -> Iterator[DealtStep]:
+    """The steps of a run from its start, at most one epoch, with their pairs dealt to the data-parallel ranks.
 
     Args:
         lengths: As in :func:`largest_pass`.
@@ -95,16 +119,11 @@ def steps_of_run(
     size = options.global_batch_size
     stream = PairStream(len(lengths), options.seed)
     epoch = stream.steps_per_epoch(size)
-    two_pass = options.pair_schedule == "two_pass"
     for step in range(min(options.train_iters or epoch, epoch, -(-most_pairs // size))):
         taken = lengths[stream.take(stream.consumed_pairs(step, size), size)]
         pairs = np.concatenate([taken, np.zeros((size - len(taken), 3), taken.dtype)])  # filler pairs
         sizes = [batching.size_of(*row) for row in pairs.tolist()]
-        dealt = [(own, batching.parts([sizes[index] for index in own])) for own in batching.deal(sizes, data_ranks)]
-        yield [
-            [each for part in parts for each in _passes(pairs[own][part], batching, two_pass=two_pass)]
-            for own, parts in dealt
-        ]
+        yield DealtStep(pairs, sizes, batching.deal(sizes, data_ranks), batching, options.pair_schedule == "two_pass")
 
 
 def _window(number: int) -> Callable[[Sequence[PassShape]], int]:

@@ -7,7 +7,6 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from mindspeed_simpo.config.options import ALL_LINEAR, AdapterOptions
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
+from mindspeed_simpo.model.naming import Chunk, distinct_parts, pipeline_chunks
 from mindspeed_simpo.model.slots import HFTensor, Slot, Span, stack
 from mindspeed_simpo.model.weight_source import SeededTensors
 
@@ -124,8 +123,8 @@ class Adapters:
 
         The arguments are those of :func:`~mindspeed_simpo.training.memory.count_parameters`.
         """
-        slots = chain.from_iterable(self.slots_of(chunk, model) for chunk in chunks)
-        return sum(math.prod(slot.shape(0, tensor_ranks)) for slot in slots if experts in (None, slot.of_experts))
+        parts = distinct_parts(model, chunks)
+        return sum(number * _count(self, model, part, tensor_ranks, experts) for part, number in parts.items())
 
     def _adapted_experts(self, slot: Slot) -> list[AdaptedTensor]:
         found = []
@@ -207,3 +206,11 @@ def _factor_spans(slot: Slot, weight: HFTensor, factor: HFTensor, rank: int, siz
     """The elements of a factor for the rank's elements of the weight, with the same padding."""
     spans = [span for owner, span in spans_by_weight(slot, rank, size) if owner == weight]
     return [Span(factor if span.tensor is not None else None, span.start, span.stop) for span in spans]
+
+
+@functools.lru_cache(maxsize=4096)
+def _count(
+    adapters: Adapters, model: ModelDescription, part: Chunk, tensor_ranks: int, experts: bool | None
+) -> int:
+    slots = adapters.slots_of(part, model)
+    return sum(math.prod(slot.shape(0, tensor_ranks)) for slot in slots if experts in (None, slot.of_experts))

@@ -7,6 +7,7 @@ derives the parameters, ``model/megatron`` the modules and ``training/memory.py`
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -234,10 +235,23 @@ class ModelDescription:
     mxfp4: bool = False
     """Whether the checkpoint has the weights of the experts in MXFP4 (:mod:`mindspeed_simpo.model.mxfp4`)."""
 
+    def __post_init__(self) -> None:
+        # equal layers are one object: what is looked up by layer then compares no fields
+        of_each = {layer: layer for layer in reversed(self.layers)}
+        object.__setattr__(self, "layers", tuple(of_each[layer] for layer in self.layers))
+
+    def __hash__(self) -> int:
+        return hash((self.family, self.hidden_size, self.vocab_size, len(self.layers)))
+
     @property
     def num_layers(self) -> int:
         """Layers of the whole model."""
         return len(self.layers)
+
+    @functools.cached_property
+    def first_of_kind(self) -> dict[Layer, int]:
+        """Index of the first of each set of equal layers."""
+        return {layer: index for index, layer in reversed(list(enumerate(self.layers)))}
 
     @property
     def takes_images(self) -> bool:

@@ -5,8 +5,10 @@ Import, export, checkpoints, random initialisation and the tests use this mappin
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mindspeed_simpo.model.description import Attention, Layer, ModelDescription, Norm
@@ -49,6 +51,19 @@ class Chunk:
                 yield _vocabulary("output_layer.weight", "lm_head.weight", model)
             elif not self.has_embedding:
                 yield _vocabulary("output_layer.weight", _EMBEDDING, model, replica=True)
+
+
+def distinct_parts(model: ModelDescription, chunks: Iterable[Chunk]) -> Counter[Chunk]:
+    """How often each part occurs in some chunks: what is beside the layers, and one layer of each kind.
+
+    A part is a chunk; for counting parameters, which need not be named one by one.
+    """
+    found: Counter[Chunk] = Counter()
+    for chunk in chunks:
+        found[dataclasses.replace(chunk, pipeline_rank=0, virtual_pipeline_rank=0, first_layer=0, num_layers=0)] += 1
+        for layer, number in Counter(chunk.layers(model)).items():
+            found[Chunk(0, 0, model.first_of_kind[layer], 1, False, False, chunk.expert_tensor_ranks)] += number
+    return found
 
 
 def layers_per_pipeline_rank(num_layers: int, pipeline_size: int) -> list[int]:

@@ -114,8 +114,8 @@ class AdapterMemory:
         """Number of parameters of the adapters of a layer on one rank."""
         found = {}
         expert_ranks = self.layout.expert * self.layout.expert_tensor_ranks
-        for layer in dict.fromkeys(self.model.layers):
-            chunk = Chunk(0, 0, self.model.layers.index(layer), 1, False, False, self.layout.expert_tensor_ranks)
+        for layer, index in self.model.first_of_kind.items():
+            chunk = Chunk(0, 0, index, 1, False, False, self.layout.expert_tensor_ranks)
             dense = self.adapters.count(self.model, [chunk], self.layout.tensor, experts=False)
             found[layer] = dense + self.adapters.count(self.model, [chunk], expert_ranks, experts=True)
         return found

@@ -46,7 +46,7 @@ def communicators(model: ModelDescription, config: Config, layout: Layout, pipel
     Source: ``pointToPoint`` and ``batch_isend_irecv`` of torch_npu's ``ProcessGroupHCCL.cpp``;
     ``pipeline_parallel/p2p_communication.py`` of megatron-core.
     """
-    shared = {layer.attention.share(0, layout.tensor).kv_parts for layer in model.layers} - {1}
+    shared = {layer.attention.share(0, layout.tensor).kv_parts for layer in model.first_of_kind} - {1}
     is_last = pipeline_rank == layout.pipeline - 1
     at_an_end = pipeline_rank == 0 or is_last
     piped = layout.pipeline > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.largest import LargestPass
 from mindspeed_simpo.device import DeviceName
 from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
+from mindspeed_simpo.model.naming import Chunk, distinct_parts, pipeline_chunks
 from mindspeed_simpo.training.communicators import buffer_bytes
 from mindspeed_simpo.training.pass_memory import FP32, PassMemory
 
@@ -100,7 +101,18 @@ def count_parameters(
             :class:`~mindspeed_simpo.model.slots.Slot`.
         experts: Whether to count the parameters of experts alone, or those of the rest; None counts all.
     """
-    slots = [slot for chunk in chunks for slot in chunk.slots(model) if experts in (None, slot.of_experts)]
+    return _of_chunks(model, tuple(chunks), tensor_ranks, experts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_chunks(model: ModelDescription, chunks: tuple[Chunk, ...], tensor_ranks: int, experts: bool | None) -> int:
+    parts = distinct_parts(model, chunks)
+    return sum(number * _of_part(model, part, tensor_ranks, experts) for part, number in parts.items())
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_part(model: ModelDescription, part: Chunk, tensor_ranks: int, experts: bool | None) -> int:
+    slots = [slot for slot in part.slots(model) if experts in (None, slot.of_experts)]
     return sum(math.prod(slot.shape(0, tensor_ranks)) for slot in slots)
 
 
@@ -125,6 +137,6 @@ def _estimate(run: PassMemory, chunks: Sequence[Chunk]) -> MemoryEstimate:
         optimizer=(12 if has_main else 8) * held,
         activations=run.activation_bytes(chunks) + run.mask_bytes(),
         head=run.head_bytes() if chunks[-1].has_head else 0,
-        backward=max(run.backward_bytes(layer) for chunk in chunks for layer in chunk.layers(run.model)),
+        backward=run.largest_backward(chunks),
         communication=buffer_bytes(run.model, run.config, run.layout, place) if run.device == "npu" else 0,
     )

@@ -95,7 +95,7 @@ class PassMemory:
         """Saved tensors of a chunk's layers for one micro-batch, and the additional ones during recomputation."""
         residual = self.width * self.tokens * self.hidden
         layers = chunk.layers(self.model)
-        wholes = [self.layer_bytes(layer) for layer in layers]
+        wholes = [self._layer_bytes[layer] for layer in layers]
         positions = self.tokens // (self.batch.rows if self.config.batching_in_use == "padded" else 1)
         dims = sum(rotation.dims for rotation in {layer.attention.rotation for layer in layers})
         tables = 2 * self.width * positions * dims
@@ -107,9 +107,21 @@ class PassMemory:
             groups = [sum(wholes[first : first + group]) for first in range(0, len(wholes), group)]
             return tables + (len(groups) + 1) * residual, max(groups) - 2 * residual
         if self.config.recompute_granularity == "selective":
-            both = [[self.attention_bytes(layer.attention, recomputed=r) for r in (False, True)] for layer in layers]
-            return tables + sum(wholes) - sum(kept - left for kept, left in both) + residual, 0
+            return tables + sum(wholes) - sum(self._core_bytes[layer] for layer in layers) + residual, 0
         return tables + sum(wholes) + residual, 0
+
+    @functools.cached_property
+    def _layer_bytes(self) -> dict[Layer, int]:
+        return {layer: self.layer_bytes(layer) for layer in self.model.first_of_kind}
+
+    @functools.cached_property
+    def _core_bytes(self) -> dict[Layer, int]:
+        """Saved tensors of a layer's attention that ``recompute_granularity: selective`` does not save."""
+        kept, left = (
+            {layer: self.attention_bytes(layer.attention, recomputed=each) for layer in self.model.first_of_kind}
+            for each in (False, True)
+        )
+        return {layer: kept[layer] - left[layer] for layer in kept}
 
     def layer_bytes(self, layer: Layer) -> int:
         """Saved tensors of one layer without recomputation."""
@@ -227,6 +239,14 @@ class PassMemory:
         prefixes = 2 * self.batch.prefixes if self.batch.longest_branch else 0
         return self.tokens * (2 * self.layout.context + 1) // 2 + prefixes
 
+    def largest_backward(self, chunks: Sequence[Chunk]) -> int:
+        """:meth:`backward_bytes` of the layer of some chunks that allocates most."""
+        return max(self._backward_bytes[layer] for chunk in chunks for layer in chunk.layers(self.model))
+
+    @functools.cached_property
+    def _backward_bytes(self) -> dict[Layer, int]:
+        return {layer: self.backward_bytes(layer) for layer in self.model.first_of_kind}
+
     def backward_bytes(self, layer: Layer) -> int:
         """Peak of the tensors that the backward of one layer allocates."""
         mlp = 0 if layer.mlp is None else 4 * self.width * self.tokens * layer.mlp.width // self.layout.tensor
@@ -253,7 +273,7 @@ class PassMemory:
 
     def mask_bytes(self) -> int:
         """Masks: one for each window in use and, on CPUs, one for suffixes and for the chunks of context ranks."""
-        attentions = dict.fromkeys(layer.attention for layer in self.model.layers)
+        attentions = dict.fromkeys(layer.attention for layer in self.model.first_of_kind)
         blocks = {
             (block_size(each.window, each.softcap), each.window or 0, FP32 if each.softcap else self.width)
             for each in attentions

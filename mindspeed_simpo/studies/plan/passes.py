@@ -1,0 +1,186 @@
+"""The passes of a run's steps as arrays: tokens, response tokens and (query, key) pairs of each pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.layout import Layout
+from mindspeed_simpo.data.batching import Batching
+from mindspeed_simpo.data.largest import DealtStep, LargestPass, RunPass, largest_pass, steps_of_run
+
+FULLEST = 4
+"""Data-parallel ranks of a step, those with the most tokens, whose passes are simulated: the others wait for them."""
+_STEPS, _PAIRS = 8, 2048
+"""Largest number of simulated steps, and of their pairs, but at least one step."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes of one data-parallel rank in one step; each array has an element of each pass."""
+
+    tokens: Float[np.ndarray, " pass"]
+    """Of all rows, padding included, over all context-parallel ranks."""
+    rows: Float[np.ndarray, " pass"]
+    scored: Float[np.ndarray, " pass"]
+    """Response tokens."""
+    documents: Float[np.ndarray, " pass"]
+    """Calls of the attention kernel where it has no variable lengths."""
+    prefixes: Float[np.ndarray, " pass"]
+    """Tokens whose keys and values a second attention call reads again."""
+    attended: dict[int | None, Float[np.ndarray, " pass"]]
+    """(query, key) pairs that attention lets through, by the window of a layer."""
+
+    @property
+    def number(self) -> int:
+        """Passes of the step."""
+        return len(self.tokens)
+
+    @classmethod
+    def of(cls, passes: Sequence[RunPass], windows: Sequence[int | None], *, equal: bool) -> Passes:
+        """From the passes of a run.
+
+        Args:
+            passes: Of one rank in one step.
+            windows: The windows of the model's layers.
+            equal: Whether all passes are padded to the longest.
+        """
+        tokens = np.array([each.shape.tokens for each in passes], dtype=float)
+        attended = {
+            window: np.array(
+                [
+                    _attended(each.wholes, 0, window) + _attended(each.branches[:, 1], each.branches[:, 0], window)
+                    for each in passes
+                ]
+            )
+            for window in windows
+        }
+        rows = np.array([each.shape.rows for each in passes], dtype=float)
+        if equal:
+            longest = np.max(tokens / rows)
+            padding = longest - tokens / rows  # a document of its own
+            for window, pairs in attended.items():
+                attended[window] = pairs + np.array([rows_ * _attended(pad, 0, window) for rows_, pad in zip(rows, padding, strict=True)])
+            tokens = longest * rows
+        return cls(
+            tokens,
+            rows,
+            np.array([each.shape.scored for each in passes], dtype=float),
+            np.array([len(each.wholes) + len(each.branches) for each in passes], dtype=float),
+            np.array([each.shape.prefixes for each in passes], dtype=float),
+            attended,
+        )
+
+    def filled_to(self, number: int, tokens: int) -> Passes:
+        """With passes of a filler pair, of ``tokens`` tokens each, up to ``number`` passes."""
+        missing = number - self.number
+        if missing <= 0:
+            return self
+        values = {"tokens": tokens, "rows": 1, "documents": 1}
+        return Passes(
+            **{
+                each.name: np.append(getattr(self, each.name), np.full(missing, values.get(each.name, 0.0)))
+                for each in dataclasses.fields(self)
+                if each.name != "attended"
+            },
+            attended={window: np.append(pairs, np.zeros(missing)) for window, pairs in self.attended.items()},
+        )
+
+
+def _attended(queries: np.ndarray, prefix: np.ndarray | int, window: int | None) -> float:
+    """``sum over i <= queries of min(prefix + i, window)`` over all documents."""
+    queries = np.asarray(queries, dtype=float)
+    whole = queries if window is None else np.clip(window - np.asarray(prefix), 0, queries)
+    pairs = prefix * whole + whole * (whole + 1) / 2
+    if window is not None:
+        pairs = pairs + (queries - whole) * window
+    return float(np.sum(pairs))
+
+
+@dataclass(frozen=True)
+class StepPasses:
+    """The fullest data-parallel ranks of one step."""
+
+    ranks: tuple[Passes, ...]
+    """Fullest first."""
+    balance: float
+    """Mean over all ranks of their tokens, over those of the fullest rank."""
+    pairs: int
+    """Of the global batch, without fillers."""
+
+
+@dataclass
+class RunLengths:
+    """The lengths of a run's pairs, and what has been computed of them."""
+
+    lengths: Int[np.ndarray, "pair 3"]
+    windows: tuple[int | None, ...]
+    source: str
+    """Where the lengths are from, for the report."""
+    _dealt: dict[tuple[object, ...], list[DealtStep]] = field(default_factory=dict)
+    _steps: dict[tuple[object, ...], list[StepPasses]] = field(default_factory=dict)
+    _largest: dict[tuple[object, ...], LargestPass] = field(default_factory=dict)
+
+    def steps(self, config: Config, layout: Layout) -> list[StepPasses]:
+        """The simulated steps of a layout."""
+        batching, two_pass = Batching.of(config), config.pair_schedule == "two_pass"
+        key = (batching, layout.data, two_pass, layout.virtual_pipeline)
+        if key not in self._steps:
+            most = max(config.global_batch_size, min(_PAIRS, _STEPS * config.global_batch_size))
+            dealt_key = (batching.name, batching.micro_batch_size, layout.data, two_pass)
+            if dealt_key not in self._dealt:
+                self._dealt[dealt_key] = list(steps_of_run(self.lengths, config, batching, layout.data, most))
+            steps = [dataclasses.replace(step, batching=batching) for step in self._dealt[dealt_key]]
+            self._steps[key] = [self._step(step, equal=layout.virtual_pipeline) for step in steps]
+        return self._steps[key]
+
+    def _step(self, step: DealtStep, *, equal: bool) -> StepPasses:
+        loads = np.array([self._load(step, own) for own in step.dealt], dtype=float)
+        fullest = np.argsort(-loads, kind="stable")[:FULLEST]
+        found = [Passes.of(step.passes_of(rank), self.windows, equal=equal) for rank in fullest.tolist()]
+        if step.batching.equal_micro_batches:
+            number = max(each.number for each in found)
+            found = [each.filled_to(number, step.batching.multiple_of) for each in found]
+        pairs = int((step.pairs.sum(axis=1) > 0).sum())
+        return StepPasses(tuple(found), float(loads.mean() / max(loads.max(), 1)), pairs)
+
+    @staticmethod
+    def _load(step: DealtStep, own: Sequence[int]) -> int:
+        """Tokens of a rank, rounding aside."""
+        if step.batching.name != "padded":
+            return sum(step.sizes[index] for index in own)
+        size = step.batching.micro_batch_size
+        longest = (step.pairs[own, 0] + step.pairs[own, 1:].max(axis=1)).reshape(-1, size).max(axis=1)
+        return int(2 * size * longest.sum())
+
+    def largest(self, config: Config, layout: Layout) -> LargestPass:
+        """The largest pass of the whole run, as ``check`` computes it."""
+        batching = Batching.of(config)
+        key = (batching, layout.data, layout.pipeline, config.pair_schedule == "two_pass")
+        if key not in self._largest:
+            self._largest[key] = largest_pass(self.lengths, config, batching, layout)
+        return self._largest[key]
+
+
+def assumed_lengths(prompt: int, chosen: int, rejected: int, seq_length: int, pairs: int) -> Int[np.ndarray, "pair 3"]:
+    """Lengths of pairs with these means: log-normal, standard deviation of the logarithm 0.5, cut to ``seq_length``.
+
+    Args:
+        prompt: Mean tokens of a prompt; the next two those of the responses.
+        chosen: See ``prompt``.
+        rejected: See ``prompt``.
+        seq_length: Largest number of tokens of a prompt and one response.
+        pairs: Number of pairs.
+    """
+    generator, deviation = np.random.default_rng(0), 0.5
+    means = np.array([prompt, chosen, rejected])
+    drawn = np.exp(generator.normal(np.log(means) - deviation**2 / 2, deviation, size=(pairs, 3)))
+    lengths = np.maximum(1, np.rint(drawn)).astype(np.int64)
+    lengths[:, 1:] = np.clip(lengths[:, 1:], 1, seq_length // 2)
+    lengths[:, 0] = np.minimum(lengths[:, 0], seq_length - lengths[:, 1:].max(axis=1))
+    return lengths

@@ -96,11 +96,21 @@ def largest_pass(
         for step in steps_of_run(lengths, options, batching, layout.data, SIMULATED_PAIRS)
         for rank in range(layout.data)
     ]
-    shapes = [shape for step_shapes in found for shape in step_shapes]
+    return largest_of(found, layout.pipeline)
+
+
+def largest_of(steps: Sequence[Sequence[PassShape]], pipeline: int) -> LargestPass:
+    """The largest numbers of some steps' passes, each of one data-parallel rank.
+
+    Args:
+        steps: The passes of each step, at least one.
+        pipeline: Number of pipeline ranks.
+    """
+    shapes = [shape for passes in steps for shape in passes]
     return LargestPass(
         shape=PassShape(*map(max, zip(*shapes, strict=True))),
-        in_flight=tuple(max(map(_window(number), found)) for number in range(1, layout.pipeline + 1)),
-        passes=max(map(len, found)),
+        in_flight=tuple(max(map(_window(number), steps)) for number in range(1, pipeline + 1)),
+        passes=max(map(len, steps)),
     )
 
 

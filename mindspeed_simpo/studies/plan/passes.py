@@ -12,7 +12,15 @@ from jaxtyping import Float, Int
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.data.batching import Batching
-from mindspeed_simpo.data.largest import DealtStep, LargestPass, RunPass, largest_pass, steps_of_run
+from mindspeed_simpo.data.largest import (
+    DealtStep,
+    LargestPass,
+    PassShape,
+    RunPass,
+    largest_of,
+    largest_pass,
+    steps_of_run,
+)
 
 FULLEST = 4
 """Data-parallel ranks of a step, those with the most tokens, whose passes are simulated: the others wait for them."""
@@ -76,6 +84,31 @@ class Passes:
             attended,
         )
 
+    @classmethod
+    def joined(cls, several: Sequence[Passes]) -> Passes:
+        """The passes of several ranks or steps, one after the other."""
+        return cls(
+            **{
+                each.name: np.concatenate([getattr(one, each.name) for one in several])
+                for each in dataclasses.fields(cls)
+                if each.name != "attended"
+            },
+            attended={
+                window: np.concatenate([one.attended[window] for one in several]) for window in several[0].attended
+            },
+        )
+
+    def mean(self) -> Passes:
+        """One pass of mean size."""
+        return Passes(
+            **{
+                each.name: np.mean(getattr(self, each.name), keepdims=True)
+                for each in dataclasses.fields(self)
+                if each.name != "attended"
+            },
+            attended={window: np.mean(pairs, keepdims=True) for window, pairs in self.attended.items()},
+        )
+
     def filled_to(self, number: int, tokens: int) -> Passes:
         """With passes of a filler pair, of ``tokens`` tokens each, up to ``number`` passes."""
         missing = number - self.number
@@ -112,6 +145,8 @@ class StepPasses:
     """Mean over all ranks of their tokens, over those of the fullest rank."""
     pairs: int
     """Of the global batch, without fillers."""
+    shapes: tuple[tuple[PassShape, ...], ...]
+    """Of the passes of ``ranks``."""
 
 
 @dataclass
@@ -142,12 +177,14 @@ class RunLengths:
     def _step(self, step: DealtStep, *, equal: bool) -> StepPasses:
         loads = np.array([self._load(step, own) for own in step.dealt], dtype=float)
         fullest = np.argsort(-loads, kind="stable")[:FULLEST]
-        found = [Passes.of(step.passes_of(rank), self.windows, equal=equal) for rank in fullest.tolist()]
+        run = [step.passes_of(rank) for rank in fullest.tolist()]
+        shapes = tuple(tuple(each.shape for each in passes) for passes in run)
+        found = [Passes.of(passes, self.windows, equal=equal) for passes in run]
         if step.batching.equal_micro_batches:
             number = max(each.number for each in found)
             found = [each.filled_to(number, step.batching.multiple_of) for each in found]
         pairs = int((step.pairs.sum(axis=1) > 0).sum())
-        return StepPasses(tuple(found), float(loads.mean() / max(loads.max(), 1)), pairs)
+        return StepPasses(tuple(found), float(loads.mean() / max(loads.max(), 1)), pairs, shapes)
 
     @staticmethod
     def _load(step: DealtStep, own: Sequence[int]) -> int:
@@ -158,12 +195,15 @@ class RunLengths:
         longest = (step.pairs[own, 0] + step.pairs[own, 1:].max(axis=1)).reshape(-1, size).max(axis=1)
         return int(2 * size * longest.sum())
 
-    def largest(self, config: Config, layout: Layout) -> LargestPass:
-        """The largest pass of the whole run, as ``check`` computes it."""
-        batching = Batching.of(config)
-        key = (batching, layout.data, layout.pipeline, config.pair_schedule == "two_pass")
+    def largest(self, config: Config, layout: Layout, *, whole_run: bool) -> LargestPass:
+        """The largest pass of the simulated steps, or of the whole run as ``check`` computes it."""
+        key = (Batching.of(config), layout.data, layout.pipeline, config.pair_schedule == "two_pass", whole_run)
         if key not in self._largest:
-            self._largest[key] = largest_pass(self.lengths, config, batching, layout)
+            if whole_run:
+                self._largest[key] = largest_pass(self.lengths, config, Batching.of(config), layout)
+            else:
+                steps = self.steps(config, layout)
+                self._largest[key] = largest_of([shapes for step in steps for shapes in step.shapes], layout.pipeline)
         return self._largest[key]
 
 

@@ -86,7 +86,7 @@ def _order_of_rank(
         return [event(index, False) for index in range(total)]
     warm_up = pipeline - rank - 1
     if chunks > 1:
-        warm_up = total if passes == pipeline else 2 * warm_up + (chunks - 1) * pipeline
+        warm_up = 2 * warm_up + (chunks - 1) * pipeline
     warm_up = min(warm_up, total)
     order = [event(index, False) for index in range(warm_up)]
     for index in range(warm_up, total):

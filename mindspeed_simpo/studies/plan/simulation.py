@@ -1,0 +1,247 @@
+"""Memory and seconds of a step of one candidate, simulated over the lengths of the run's own pairs."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.layout import Layout
+from mindspeed_simpo.model.adapters import Adapters
+from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
+from mindspeed_simpo.studies.plan.collectives import Group, group_of, seconds, step_messages
+from mindspeed_simpo.studies.plan.devices import DeviceKind
+from mindspeed_simpo.studies.plan.passes import Passes, RunLengths, StepPasses
+from mindspeed_simpo.studies.plan.pipeline import makespan
+from mindspeed_simpo.studies.plan.work import PARTS, Costs
+from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, estimate_memory
+
+_BACKWARD_HOST = 1.5
+"""Host seconds of a layer's backward over those of its forward."""
+_OPTIMIZER_BYTES = 40
+"""Bytes that norm, clipping and Adam read and write for a parameter in fp32; and 4 more to set its gradient to zero."""
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration, resolved for model and device, and the layout that it has."""
+
+    config: Config
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step and what they are spent on."""
+
+    total: float
+    parts: dict[str, float]
+    """Compute, collectives by axis, idle time of the pipeline, waiting for fuller data-parallel ranks, gradients,
+    optimizer and host; their sum is ``total``."""
+    pairs: float
+    """Pairs of the step."""
+
+    @property
+    def pairs_per_second(self) -> float:
+        """Of all devices together."""
+        return self.pairs / self.total
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """Seconds of all passes on each virtual stage: ``[stage, part, pass]``."""
+
+    forward: np.ndarray
+    backward: np.ndarray
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """Simulates candidates of one model, run and kind of device."""
+
+    model: ModelDescription
+    kind: DeviceKind
+    run: RunLengths
+
+    def memory(self, candidate: Candidate, *, whole_run: bool = False) -> list[MemoryEstimate]:
+        """What ``check`` estimates for each pipeline rank, of the simulated steps' passes or of the whole run's."""
+        largest = self.run.largest(candidate.config, candidate.layout, whole_run=whole_run)
+        return estimate_memory(self.model, candidate.config, candidate.layout, largest, self.kind.device)
+
+    def lower_bound(self, candidate: Candidate) -> float:
+        """Seconds that a step takes at least: those of the busiest pipeline rank, if all its passes are of mean size.
+
+        The seconds of a pass are a convex function of its sizes, so that equal passes take least.
+        """
+        steps = [step.ranks[0] for step in self.run.steps(candidate.config, candidate.layout)]
+        joined = Passes.joined(steps)
+        number = joined.number / len(steps)
+        stages = self._stages(candidate, joined.mean())
+        busy = (stages.forward + stages.backward).sum(axis=1)[:, 0]
+        extra = self._scored_twice(candidate) * stages.forward.sum(axis=1)[:, 0]
+        ranks = candidate.layout.pipeline
+        of_rank = [float((busy + extra)[rank::ranks].sum()) * number for rank in range(ranks)]
+        return max(of_rank) + sum(self._of_step(candidate, rank=0).values())
+
+    def step(self, candidate: Candidate) -> StepTime:
+        """Simulate a step: the mean over the simulated steps."""
+        simulated = self.run.steps(candidate.config, candidate.layout)
+        spent = [self._passes_of_step(candidate, step) for step in simulated]
+        parts = {name: float(np.mean([each[name] for each in spent])) for name in spent[0]}
+        parts |= self._of_step(candidate, rank=0)
+        if self.kind.cores is not None:
+            parts["shared cores"] = self._waits_for_cores(candidate, parts)
+        return StepTime(sum(parts.values()), parts, float(np.mean([step.pairs for step in simulated])))
+
+    def _waits_for_cores(self, candidate: Candidate, parts: dict[str, float]) -> float:
+        """Seconds by which the ranks of a host, which share its cores, need longer than a step with a core each."""
+        assert self.kind.cores is not None
+        layout = candidate.layout
+        ranks = min(layout.ranks, self.kind.devices_per_host)
+        busy = ranks * (parts["compute"] + parts["optimizer"] + parts["host"])
+        return max(0.0, busy / self.kind.cores - sum(parts.values()))
+
+    def _passes_of_step(self, candidate: Candidate, step: StepPasses) -> dict[str, float]:
+        """Seconds of the passes of one step; the data-parallel ranks wait for the slowest."""
+        ranks = step.ranks
+        by_number: dict[int, list[Passes]] = defaultdict(list)
+        for passes in ranks:
+            by_number[passes.number].append(passes)
+        slowest, found = -1.0, {}
+        for number, several in by_number.items():
+            stages = self._stages(candidate, Passes.joined(several))
+            joint = candidate.layout.experts_span_data_ranks
+            forward, backward = (
+                _by_scenario(each, number, joint=joint) for each in (stages.forward, stages.backward)
+            )
+            spans = self._spans(candidate, several, forward.sum(axis=1), backward.sum(axis=1))
+            fullest = int(spans.argmax())
+            if spans[fullest] > slowest:
+                slowest = float(spans[fullest])
+                extra = self._scored_twice(candidate)
+                busy = (forward * (1 + extra) + backward)[..., fullest].sum(axis=2).sum(axis=0)
+                found = dict(zip(PARTS, busy / candidate.layout.pipeline, strict=True))
+        idle = slowest - sum(found.values())
+        found = {name: float(value) * step.balance for name, value in found.items()}
+        return found | {"pipeline": idle * step.balance, "imbalance": slowest * (1 - step.balance)}
+
+    def _spans(
+        self, candidate: Candidate, several: Sequence[Passes], forward: np.ndarray, backward: np.ndarray
+    ) -> np.ndarray:
+        """Seconds of each scenario from ``[stage, pass, scenario]``."""
+        layout, number = candidate.layout, several[0].number
+        costs = Costs(self.model, candidate.config, layout, self.kind, Passes.joined(several))
+        group = group_of("pipeline", layout, self.kind)
+        send = seconds("send", costs.traffic.between_stages(), group, self.kind).reshape(-1, number).T
+        if forward.shape[2] != send.shape[1]:  # ranks that share experts
+            send = send.max(axis=1, keepdims=True)
+        total = makespan(forward, backward, send, layout.pipeline)
+        if candidate.config.pair_schedule == "two_pass":  # the second halves are scored first
+            total = total + makespan(forward[:, 1::2], None, send[1::2], layout.pipeline)
+        if candidate.config.reference_is_base:
+            total = total + makespan(forward, None, send, layout.pipeline)
+        return total
+
+    @staticmethod
+    def _scored_twice(candidate: Candidate) -> float:
+        """Forwards without gradients, over those with gradients."""
+        halves = 0.5 if candidate.config.pair_schedule == "two_pass" else 0.0
+        return halves + candidate.config.reference_is_base
+
+    def _stages(self, candidate: Candidate, passes: Passes) -> _Stages:
+        config, layout = candidate.config, candidate.layout
+        costs = Costs(self.model, config, layout, self.kind, passes)
+        of_layers = {layer: costs.layer(layer) for layer in self.model.first_of_kind}
+        chunks = _chunks(self.model, layout, config.virtual_pipeline_size(self.model.num_layers) or 1)
+        forward, backward = [], []
+        for chunk in chunks:
+            there = np.zeros((len(PARTS), passes.number))
+            back = np.zeros_like(there)
+            again = 0
+            for layer, number in Counter(chunk.layers(self.model)).items():
+                layer_forward, layer_backward, core = of_layers[layer]
+                there += number * layer_forward
+                back += number * layer_backward
+                if config.recompute_granularity == "selective":
+                    back += number * core
+                elif config.recompute_granularity == "full":
+                    repeated = number * _recomputed(config, chunk)
+                    back += repeated * layer_forward
+                    again += repeated
+            for has, (end_forward, end_backward) in (
+                (chunk.has_embedding, costs.embedding()),
+                (chunk.has_head, costs.head()),
+            ):
+                there += has * end_forward
+                back += has * end_backward
+            host = self.kind.layer_host_s * chunk.num_layers + self.kind.pass_host_s
+            self._add_host(there, host)
+            self._add_host(back, _BACKWARD_HOST * host + again * self.kind.layer_host_s)
+            forward.append(there)
+            backward.append(back)
+        return _Stages(np.stack(forward), np.stack(backward))
+
+    def _add_host(self, times: np.ndarray, host: float) -> None:
+        """Add what the host needs; where it runs ahead of the device, what it needs longer than the device."""
+        times[0] += np.maximum(0, host - times.sum(axis=0)) if self.kind.asynchronous else host
+
+    def _of_step(self, candidate: Candidate, rank: int) -> dict[str, float]:
+        """Seconds of a step beside its passes, on one pipeline rank."""
+        config, layout = candidate.config, candidate.layout
+        dense, of_experts = trained_parameters(self.model, config, layout, rank)
+        chunks = [each for each in _chunks(self.model, layout, 1) if each.pipeline_rank == rank]
+        norms = 2 * self.model.hidden_size * sum(chunk.num_layers for chunk in chunks)
+        gradients = 0.0
+        for kind, axis, size in step_messages(config, layout, dense, of_experts, norms):
+            gradients += float(seconds(kind, size, group_of(axis, layout, self.kind), self.kind))
+        if self.model.tied and layout.pipeline > 1 and not config.lora_r:
+            size = _FP32 * self.model.vocab_size * self.model.hidden_size / layout.tensor
+            both = Group(2, min(2, group_of("pipeline", layout, self.kind).inside))
+            gradients += float(seconds("reduce", size, both, self.kind))
+        held: float = dense + of_experts
+        if config.use_distributed_optimizer:
+            copies = layout.data * layout.context
+            expert_copies = copies * layout.tensor / (layout.expert * layout.expert_tensor_ranks)
+            held = dense / copies + of_experts / expert_copies
+        moved = _OPTIMIZER_BYTES * held + _FP32 * (dense + of_experts)
+        optimizer = moved / self.kind.optimizer_bytes_per_s
+        return {"gradients": gradients, "optimizer": optimizer, "host": self.kind.step_host_s}
+
+
+@functools.lru_cache(maxsize=1024)
+def _chunks(model: ModelDescription, layout: Layout, virtual: int) -> list[Chunk]:
+    return pipeline_chunks(model, layout.pipeline, virtual, layout.expert_tensor_ranks)
+
+
+def trained_parameters(model: ModelDescription, config: Config, layout: Layout, rank: int) -> tuple[int, int]:
+    """Parameters that a rank of one pipeline rank trains: without experts, and of experts."""
+    chunks = [each for each in _chunks(model, layout, 1) if each.pipeline_rank == rank]
+    adapters, expert_ranks = Adapters.of(config, model), layout.expert * layout.expert_tensor_ranks
+    if adapters is not None:
+        return (
+            adapters.count(model, chunks, layout.tensor, experts=False),
+            adapters.count(model, chunks, expert_ranks, experts=True),
+        )
+    return (
+        count_parameters(model, chunks, layout.tensor, experts=False),
+        count_parameters(model, chunks, expert_ranks, experts=True),
+    )
+
+
+def _recomputed(config: Config, chunk: Chunk) -> float:
+    """Share of a chunk's layers that are recomputed."""
+    if config.recompute_method != "block" or not chunk.num_layers:
+        return 1.0
+    return min(config.recompute_num_layers or 1, chunk.num_layers) / chunk.num_layers
+
+
+def _by_scenario(times: np.ndarray, number: int, *, joint: bool) -> np.ndarray:
+    """``[stage, part, pass of all scenarios]`` -> ``[stage, part, pass, scenario]``; one scenario where ``joint``."""
+    found = times.reshape(*times.shape[:2], -1, number).swapaxes(2, 3)
+    return found.max(axis=3, keepdims=True) if joint else found

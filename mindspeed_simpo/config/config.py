@@ -6,6 +6,8 @@ have the option. The module imports no torch, so that a wrong configuration fail
 
 from __future__ import annotations
 
+import functools
+
 from pydantic import model_validator
 
 from mindspeed_simpo.config import supported
@@ -107,6 +109,10 @@ class Config(TaskOptions, ModelOptions, AdapterOptions, DataOptions, TrainingOpt
 
     def arithmetic(self, **values: object) -> dict[str, object]:
         """Values of the options with ``effect="arithmetic"``, ``batching`` resolved; ``values`` override options."""
-        names = [name for name, field in type(self).model_fields.items() if effect_of(field) == "arithmetic"]
-        found = {name: getattr(self, name) for name in names if name != "batching"}
+        found = {name: getattr(self, name) for name in _arithmetic_names() if name != "batching"}
         return {"batching": values.get("batching") or self.batching_in_use} | found | values
+
+
+@functools.cache
+def _arithmetic_names() -> tuple[str, ...]:
+    return tuple(name for name, field in Config.model_fields.items() if effect_of(field) == "arithmetic")

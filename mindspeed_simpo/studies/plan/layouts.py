@@ -59,9 +59,11 @@ class Space:
     def candidates(self) -> Iterator[Candidate]:
         """Each allowed layout and form of micro-batches, with the least work: :meth:`heavier` has the others."""
         for degrees in self.degrees():
-            for form in self.forms():
-                found = self.candidate({**degrees, **form, **self._least()})
-                if found is not None:
+            for sizes in self.forms():
+                for size in sizes:
+                    found = self.candidate({**degrees, **size, **self._least()})
+                    if found is None:  # what a layout refuses in small micro-batches it refuses in larger ones
+                        break
                     yield found
 
     def heavier(self, candidate: Candidate) -> Iterator[Candidate]:
@@ -123,18 +125,20 @@ class Space:
                     **expert,
                 }
 
-    def forms(self) -> Iterator[Values]:
-        """Forms and sizes of micro-batches."""
+    def forms(self) -> list[list[Values]]:
+        """For each form of micro-batches its sizes, from the smallest on."""
+        found: list[list[Values]] = []
         for form in self._given("batching", list(get_args(BatchingForm))):
             if form == "padded":
-                sizes = [each for each in _MICRO_BATCHES if self.base.global_batch_size % each == 0]
-                for size in self._given("micro_batch_size", sizes):
-                    yield {"batching": form, "micro_batch_size": size, "max_tokens_per_micro_batch": None}
+                pairs = self._given("micro_batch_size", _MICRO_BATCHES)
+                sizes = [{"micro_batch_size": each, "max_tokens_per_micro_batch": None} for each in pairs]
             else:
                 longest = 2 * self.base.seq_length
                 budgets = [None if share == 1 else int(share * longest) for share in _BUDGETS]
-                for budget in self._given("max_tokens_per_micro_batch", budgets):
-                    yield {"batching": form, "micro_batch_size": 1, "max_tokens_per_micro_batch": budget}
+                tokens = self._given("max_tokens_per_micro_batch", budgets)
+                sizes = [{"micro_batch_size": 1, "max_tokens_per_micro_batch": each} for each in tokens]
+            found.append([{"batching": form, **each} for each in sizes])
+        return found
 
     def _least(self) -> Values:
         return {**RECOMPUTE[0], "pair_schedule": SCHEDULES[0]}

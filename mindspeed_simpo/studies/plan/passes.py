@@ -24,7 +24,7 @@ from mindspeed_simpo.data.largest import (
 
 FULLEST = 4
 """Data-parallel ranks of a step, those with the most tokens, whose passes are simulated: the others wait for them."""
-_STEPS, _PAIRS = 8, 2048
+_STEPS, _PAIRS = 8, 1024
 """Largest number of simulated steps, and of their pairs, but at least one step."""
 
 
@@ -159,24 +159,34 @@ class RunLengths:
     """Where the lengths are from, for the report."""
     _dealt: dict[tuple[object, ...], list[DealtStep]] = field(default_factory=dict)
     _steps: dict[tuple[object, ...], list[StepPasses]] = field(default_factory=dict)
+    _means: dict[int, tuple[Passes, float]] = field(default_factory=dict)
     _largest: dict[tuple[object, ...], LargestPass] = field(default_factory=dict)
 
-    def steps(self, config: Config, layout: Layout) -> list[StepPasses]:
-        """The simulated steps of a layout."""
+    def steps(self, config: Config, layout: Layout, *, ranks: int = 1) -> list[StepPasses]:
+        """The simulated steps of a layout, with the passes of the ``ranks`` fullest data-parallel ranks."""
         batching, two_pass = Batching.of(config), config.pair_schedule == "two_pass"
-        key = (batching, layout.data, two_pass, layout.virtual_pipeline)
+        key = (batching, layout.data, two_pass, layout.virtual_pipeline, ranks)
         if key not in self._steps:
             most = max(config.global_batch_size, min(_PAIRS, _STEPS * config.global_batch_size))
             dealt_key = (batching.name, batching.micro_batch_size, layout.data, two_pass)
             if dealt_key not in self._dealt:
                 self._dealt[dealt_key] = list(steps_of_run(self.lengths, config, batching, layout.data, most))
             steps = [dataclasses.replace(step, batching=batching) for step in self._dealt[dealt_key]]
-            self._steps[key] = [self._step(step, equal=layout.virtual_pipeline) for step in steps]
+            self._steps[key] = [self._step(step, ranks, equal=layout.virtual_pipeline) for step in steps]
         return self._steps[key]
 
-    def _step(self, step: DealtStep, *, equal: bool) -> StepPasses:
+    def mean_pass(self, config: Config, layout: Layout) -> tuple[Passes, float]:
+        """One pass of the mean size of those of the fullest data-parallel ranks, and how many a step has."""
+        steps = self.steps(config, layout)
+        key = id(steps)
+        if key not in self._means:
+            joined = Passes.joined([step.ranks[0] for step in steps])
+            self._means[key] = joined.mean(), joined.number / len(steps)
+        return self._means[key]
+
+    def _step(self, step: DealtStep, ranks: int, *, equal: bool) -> StepPasses:
         loads = np.array([self._load(step, own) for own in step.dealt], dtype=float)
-        fullest = np.argsort(-loads, kind="stable")[:FULLEST]
+        fullest = np.argsort(-loads, kind="stable")[:ranks]
         run = [step.passes_of(rank) for rank in fullest.tolist()]
         shapes = tuple(tuple(each.shape for each in passes) for passes in run)
         found = [Passes.of(passes, self.windows, equal=equal) for passes in run]

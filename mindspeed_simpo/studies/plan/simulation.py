@@ -12,11 +12,11 @@ import numpy as np
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.model.adapters import Adapters
-from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.description import Layer, ModelDescription
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 from mindspeed_simpo.studies.plan.collectives import Group, group_of, seconds, step_messages
 from mindspeed_simpo.studies.plan.devices import DeviceKind
-from mindspeed_simpo.studies.plan.passes import Passes, RunLengths, StepPasses
+from mindspeed_simpo.studies.plan.passes import FULLEST, Passes, RunLengths, StepPasses
 from mindspeed_simpo.studies.plan.pipeline import makespan
 from mindspeed_simpo.studies.plan.work import PARTS, Costs
 from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, estimate_memory
@@ -79,10 +79,8 @@ class Simulator:
 
         The seconds of a pass are a convex function of its sizes, so that equal passes take least.
         """
-        steps = [step.ranks[0] for step in self.run.steps(candidate.config, candidate.layout)]
-        joined = Passes.joined(steps)
-        number = joined.number / len(steps)
-        stages = self._stages(candidate, joined.mean())
+        mean, number = self.run.mean_pass(candidate.config, candidate.layout)
+        stages = self._stages(candidate, mean)
         busy = (stages.forward + stages.backward).sum(axis=1)[:, 0]
         extra = self._scored_twice(candidate) * stages.forward.sum(axis=1)[:, 0]
         ranks = candidate.layout.pipeline
@@ -91,7 +89,7 @@ class Simulator:
 
     def step(self, candidate: Candidate) -> StepTime:
         """Simulate a step: the mean over the simulated steps."""
-        simulated = self.run.steps(candidate.config, candidate.layout)
+        simulated = self.run.steps(candidate.config, candidate.layout, ranks=FULLEST)
         spent = [self._passes_of_step(candidate, step) for step in simulated]
         parts = {name: float(np.mean([each[name] for each in spent])) for name in spent[0]}
         parts |= self._of_step(candidate, rank=0)
@@ -158,34 +156,29 @@ class Simulator:
         config, layout = candidate.config, candidate.layout
         costs = Costs(self.model, config, layout, self.kind, passes)
         of_layers = {layer: costs.layer(layer) for layer in self.model.first_of_kind}
+        ends = costs.embedding(), costs.head()
         chunks = _chunks(self.model, layout, config.virtual_pipeline_size(self.model.num_layers) or 1)
-        forward, backward = [], []
+        found: dict[object, tuple[np.ndarray, np.ndarray]] = {}  # of equal chunks, which most are
+        stages = []
         for chunk in chunks:
-            there = np.zeros((len(PARTS), passes.number))
-            back = np.zeros_like(there)
-            again = 0
-            for layer, number in Counter(chunk.layers(self.model)).items():
-                layer_forward, layer_backward, core = of_layers[layer]
-                there += number * layer_forward
-                back += number * layer_backward
-                if config.recompute_granularity == "selective":
-                    back += number * core
-                elif config.recompute_granularity == "full":
-                    repeated = number * _recomputed(config, chunk)
-                    back += repeated * layer_forward
-                    again += repeated
-            for has, (end_forward, end_backward) in (
-                (chunk.has_embedding, costs.embedding()),
-                (chunk.has_head, costs.head()),
-            ):
-                there += has * end_forward
-                back += has * end_backward
-            host = self.kind.layer_host_s * chunk.num_layers + self.kind.pass_host_s
-            self._add_host(there, host)
-            self._add_host(back, _BACKWARD_HOST * host + again * self.kind.layer_host_s)
-            forward.append(there)
-            backward.append(back)
-        return _Stages(np.stack(forward), np.stack(backward))
+            layers = _layers(self.model, chunk)
+            key = layers, chunk.has_embedding, chunk.has_head
+            if key not in found:
+                there, back = (np.zeros((len(PARTS), passes.number)) for _ in range(2))
+                for layer, number in layers:
+                    forward, backward, core = of_layers[layer]
+                    there += number * forward
+                    back += number * (backward + _again(config, chunk) * forward)
+                    back += number * (config.recompute_granularity == "selective") * core
+                for has, (forward, backward) in zip(key[1:], ends, strict=True):
+                    there += has * forward
+                    back += has * backward
+                host = self.kind.layer_host_s * chunk.num_layers
+                self._add_host(there, host + self.kind.pass_host_s)
+                self._add_host(back, (_BACKWARD_HOST + _again(config, chunk)) * host + self.kind.pass_host_s)
+                found[key] = there, back
+            stages.append(found[key])
+        return _Stages(*(np.stack(each) for each in zip(*stages, strict=True)))
 
     def _add_host(self, times: np.ndarray, host: float) -> None:
         """Add what the host needs; where it runs ahead of the device, what it needs longer than the device."""
@@ -219,6 +212,12 @@ def _chunks(model: ModelDescription, layout: Layout, virtual: int) -> list[Chunk
     return pipeline_chunks(model, layout.pipeline, virtual, layout.expert_tensor_ranks)
 
 
+@functools.lru_cache(maxsize=8192)
+def _layers(model: ModelDescription, chunk: Chunk) -> tuple[tuple[Layer, int], ...]:
+    """The kinds of layers of a chunk, and how many of each."""
+    return tuple(Counter(chunk.layers(model)).items())
+
+
 def trained_parameters(model: ModelDescription, config: Config, layout: Layout, rank: int) -> tuple[int, int]:
     """Parameters that a rank of one pipeline rank trains: without experts, and of experts."""
     chunks = [each for each in _chunks(model, layout, 1) if each.pipeline_rank == rank]
@@ -234,9 +233,11 @@ def trained_parameters(model: ModelDescription, config: Config, layout: Layout, 
     )
 
 
-def _recomputed(config: Config, chunk: Chunk) -> float:
-    """Share of a chunk's layers that are recomputed."""
-    if config.recompute_method != "block" or not chunk.num_layers:
+def _again(config: Config, chunk: Chunk) -> float:
+    """Share of a chunk's layers whose whole forward is recomputed."""
+    if config.recompute_granularity != "full" or not chunk.num_layers:
+        return 0.0
+    if config.recompute_method != "block":
         return 1.0
     return min(config.recompute_num_layers or 1, chunk.num_layers) / chunk.num_layers
 

@@ -1,0 +1,204 @@
+"""Rates of this host's processor, measured with single operators for some seconds: the device kind ``cpu``."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from mindspeed_simpo.device import operators
+from mindspeed_simpo.model.causal import causal_attention
+from mindspeed_simpo.studies.plan.devices import Collective, DeviceKind, Link
+
+_REPEATS = 7
+_HIDDEN, _TOKENS = 256, 512
+_BIG, _SMALL = 2**20, 64
+"""Numbers of a large and of a small message."""
+_KINDS: tuple[Collective, ...] = ("reduce", "gather", "scatter", "exchange", "send")
+
+
+def measure_cpu(ranks: int = 2) -> DeviceKind:
+    """Measure matrix products, attention, norms, Adam and gloo's collectives in fp32, one thread a rank.
+
+    No step of training is timed: host seconds of a layer are those of its operators on a few numbers.
+
+    Args:
+        ranks: Processes between which collectives are timed.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        matmul, attention = _matmul_flops(), _attention_flops()
+        peak = max(matmul, attention)
+        layer = _layer_host_s()
+        return DeviceKind(
+            name="cpu",
+            device="cpu",
+            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _cores(),
+            bf16_flops=peak,
+            fp32_flops=peak,
+            matmul_efficiency=matmul / peak,
+            attention_efficiency=attention / peak,
+            memory_bytes_per_s=_values_bytes_per_s(),
+            optimizer_bytes_per_s=_adam_bytes_per_s(),
+            devices_per_host=1024,
+            inside=_gloo(ranks),
+            outside=Link(latency_s=1e-3, bytes_per_s=1e9),
+            operator_s=_operator_s(),
+            layer_host_s=layer,
+            pass_host_s=2 * layer,
+            step_host_s=10 * layer,
+            cores=_cores(),
+            notes="Rates measured with single operators on this host, fp32, one thread a rank.",
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _median(run: Callable[[], object], repeats: int = _REPEATS) -> float:
+    """Median seconds of a call, after one that is not counted."""
+    run()
+    found = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found)
+
+
+def _matmul_flops() -> float:
+    """Of forward and backward of a projection."""
+    inputs = torch.randn(_TOKENS, _HIDDEN, requires_grad=True)
+    weight = torch.randn(4 * _HIDDEN, _HIDDEN, requires_grad=True)
+    upstream = torch.randn(_TOKENS, 4 * _HIDDEN)
+
+    def run() -> None:
+        torch.nn.functional.linear(inputs, weight).backward(upstream)
+
+    return 3 * 2 * _TOKENS * 4 * _HIDDEN * _HIDDEN / _median(run)
+
+
+def _attention_flops() -> float:
+    """Of forward and backward of causal attention, of the pairs that the mask lets through; 3.5 forwards together."""
+    heads, dim = 4, 64
+    query, key, value = (torch.randn(_TOKENS, 1, heads, dim, requires_grad=True) for _ in range(3))
+    upstream = torch.randn(_TOKENS, 1, heads * dim)
+
+    def run() -> None:
+        causal_attention(query, key, value, dim**-0.5).backward(upstream)
+
+    pairs = _TOKENS * (_TOKENS + 1) / 2
+    return 3.5 * 2 * pairs * heads * 2 * dim / _median(run)
+
+
+def _values_bytes_per_s() -> float:
+    """Of norm and activation, forward and backward, by the bytes that a simulation counts for them."""
+    norm_inputs = torch.randn(_TOKENS, _HIDDEN, requires_grad=True)
+    weight = torch.ones(_HIDDEN, requires_grad=True)
+    gates = torch.randn(_TOKENS, 8 * _HIDDEN, requires_grad=True)
+    upstreams = torch.randn(_TOKENS, _HIDDEN), torch.randn(_TOKENS, 4 * _HIDDEN)
+
+    def run() -> None:
+        operators.rms_norm(norm_inputs, weight, 1e-6).backward(upstreams[0])
+        operators.swiglu(gates).backward(upstreams[1])
+
+    # a norm reads and writes its input, the activation reads two numbers for each that it writes; backward twice that
+    counted = 3 * 4 * _TOKENS * (2 * _HIDDEN + 3 * 4 * _HIDDEN)
+    return counted / _median(run)
+
+
+def _adam_bytes_per_s() -> float:
+    parameters = [torch.nn.Parameter(torch.randn(2**18)) for _ in range(8)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    # a simulation counts 40 bytes of each parameter for norm, clipping and Adam, of which Adam has 28
+    return 28 * sum(parameter.numel() for parameter in parameters) / _median(optimizer.step)
+
+
+def _operator_s() -> float:
+    inputs, weight = torch.randn(2, 16), torch.randn(16, 16)
+    return _median(lambda: [torch.nn.functional.linear(inputs, weight) for _ in range(100)]) / 100
+
+
+def _layer_host_s() -> float:
+    """Forward of a layer's operators on a few numbers, where all of the time is the host's."""
+    tokens, hidden, heads = 4, 16, 2
+    inputs, weight = torch.randn(tokens, 1, hidden, requires_grad=True), torch.randn(hidden, hidden, requires_grad=True)
+    norm, gate = torch.ones(hidden, requires_grad=True), torch.randn(2 * hidden, hidden, requires_grad=True)
+
+    def run() -> None:
+        for _ in range(20):
+            states = operators.rms_norm(inputs, norm, 1e-6)
+            query, key, value = (
+                torch.nn.functional.linear(states, weight).unflatten(-1, (heads, hidden // heads)) for _ in range(3)
+            )
+            states = inputs + torch.nn.functional.linear(causal_attention(query, key, value, 0.35), weight)
+            inner = operators.swiglu(torch.nn.functional.linear(operators.rms_norm(states, norm, 1e-6), gate))
+            states + torch.nn.functional.linear(inner, weight)
+
+    return _median(run) / 20
+
+
+def _gloo(ranks: int) -> Link:
+    """Latency and rate of an all-reduce, and how much slower the other collectives are, between processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "seconds.pt"
+        mp.spawn(_time_collectives, args=(ranks, folder), nprocs=ranks)  # type: ignore[no-untyped-call]
+        found = torch.load(results, weights_only=True)
+    share, steps = (ranks - 1) / ranks, (ranks - 1).bit_length()
+    small, large = found["reduce"]
+    latency = small / (2 * steps)
+    rate = 4 * _BIG * 2 * share / max(large - small, 1e-9)
+    link = Link(latency_s=latency, bytes_per_s=rate)
+    slower = {}
+    for kind in _KINDS:
+        moved = {"reduce": 2 * share, "send": 1.0}.get(kind, share)
+        slower[kind] = max(0.1, found[kind][1] / (moved * (latency * steps + 4 * _BIG / rate)))
+    return link.model_copy(update={"slower": slower})
+
+
+def _time_collectives(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=2))
+    found = {}
+    for kind in _KINDS:
+        times = []
+        for numbers in (_SMALL, _BIG):
+            whole, part = torch.zeros(numbers), torch.zeros(numbers // ranks)
+            calls: dict[str, Callable[[], object]] = {
+                "reduce": lambda whole=whole: dist.all_reduce(whole),
+                "gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
+                "scatter": lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole),
+                "exchange": lambda whole=whole: dist.all_to_all_single(torch.empty_like(whole), whole),
+                "send": lambda whole=whole: _ping_pong(rank, whole),
+            }
+            dist.barrier()
+            times.append(_median(calls[kind]) / (2 if kind == "send" else 1))
+        found[kind] = times
+    if rank == 0:
+        torch.save(found, Path(folder) / "seconds.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _ping_pong(rank: int, tensor: torch.Tensor) -> None:
+    if rank == 0:
+        dist.send(tensor, 1)
+        dist.recv(tensor, 1)
+    elif rank == 1:
+        dist.recv(tensor, 0)
+        dist.send(tensor, 0)

@@ -60,20 +60,14 @@ class Passes:
         """
         tokens = np.array([each.shape.tokens for each in passes], dtype=float)
         attended = {
-            window: np.array(
-                [
-                    _attended(each.wholes, 0, window) + _attended(each.branches[:, 1], each.branches[:, 0], window)
-                    for each in passes
-                ]
-            )
-            for window in windows
+            window: np.array([float(_attended(each, window)) for each in passes]) for window in windows
         }
         rows = np.array([each.shape.rows for each in passes], dtype=float)
         if equal:
             longest = np.max(tokens / rows)
             padding = longest - tokens / rows  # a document of its own
             for window, pairs in attended.items():
-                attended[window] = pairs + np.array([rows_ * _attended(pad, 0, window) for rows_, pad in zip(rows, padding, strict=True)])
+                attended[window] = pairs + rows * _causal(padding, 0, window)
             tokens = longest * rows
         return cls(
             tokens,
@@ -125,14 +119,19 @@ class Passes:
         )
 
 
-def _attended(queries: np.ndarray, prefix: np.ndarray | int, window: int | None) -> float:
-    """``sum over i <= queries of min(prefix + i, window)`` over all documents."""
+def _attended(each: RunPass, window: int | None) -> float:
+    """(query, key) pairs of all documents of a pass."""
+    prefix, branch = each.branches.T
+    return float(_causal(each.wholes, 0, window).sum() + _causal(branch, prefix, window).sum())
+
+
+def _causal(queries: np.ndarray, prefix: np.ndarray | int, window: int | None) -> np.ndarray:
+    """``sum over i <= queries of min(prefix + i, window)`` of each document."""
     queries = np.asarray(queries, dtype=float)
-    whole = queries if window is None else np.clip(window - np.asarray(prefix), 0, queries)
-    pairs = prefix * whole + whole * (whole + 1) / 2
-    if window is not None:
-        pairs = pairs + (queries - whole) * window
-    return float(np.sum(pairs))
+    if window is None:
+        return prefix * queries + queries * (queries + 1) / 2
+    whole = np.clip(window - np.asarray(prefix), 0, queries)
+    return prefix * whole + whole * (whole + 1) / 2 + (queries - whole) * window
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def describe(candidate: Candidate) -> str:
     size = f"{config.micro_batch_size} pairs" if config.batching == "padded" else f"{config.token_budget} tokens"
     words = [str(candidate.layout)]
     if config.num_layers_per_virtual_pipeline_stage is not None:
-        words[0] += f" of {config.num_layers_per_virtual_pipeline_stage} layers"
+        words.append(f"{config.num_layers_per_virtual_pipeline_stage} layers a virtual stage")
     words.append(f"{config.batching} {size}")
     if config.pair_schedule != "concat":
         words.append(config.pair_schedule)

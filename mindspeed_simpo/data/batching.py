@@ -85,8 +85,10 @@ class Batching:
             The indices of each rank's pairs, ascending.
         """
         if self.name == "padded":
-            turns = [index // self.micro_batch_size % ranks for index in range(len(sizes))]
-            return [[index for index, turn in enumerate(turns) if turn == rank] for rank in range(ranks)]
+            dealt: list[list[int]] = [[] for _ in range(ranks)]
+            for index in range(len(sizes)):
+                dealt[index // self.micro_batch_size % ranks].append(index)
+            return dealt
         return spread(sizes, ranks)
 
     def number_of_micro_batches(self, sizes: Sequence[int], dealt: Sequence[Sequence[int]]) -> int:

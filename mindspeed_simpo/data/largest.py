@@ -168,9 +168,7 @@ def _passes(pairs: Int[np.ndarray, "part 3"], batching: Batching, *, two_pass: b
         scored = int(sum(group).sum())
         if packed:
             wholes = np.concatenate(sequences)
-            yield RunPass(
-                PassShape(_rounded(int(wholes.sum()), batching.multiple_of), 1, scored), wholes, _NO_BRANCHES
-            )
+            yield RunPass(PassShape(_rounded(int(wholes.sum()), batching.multiple_of), 1, scored), wholes, _NO_BRANCHES)
         else:
             rows = len(group) * len(pairs)
             length = _rounded(int(np.max(sequences)), batching.multiple_of)

@@ -209,8 +209,6 @@ def _factor_spans(slot: Slot, weight: HFTensor, factor: HFTensor, rank: int, siz
 
 
 @functools.lru_cache(maxsize=4096)
-def _count(
-    adapters: Adapters, model: ModelDescription, part: Chunk, tensor_ranks: int, experts: bool | None
-) -> int:
+def _count(adapters: Adapters, model: ModelDescription, part: Chunk, tensor_ranks: int, experts: bool | None) -> int:
     slots = adapters.slots_of(part, model)
     return sum(math.prod(slot.shape(0, tensor_ranks)) for slot in slots if experts in (None, slot.of_experts))

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _NO_DATA = "assumed lengths"
 """``data_path`` of a plan without data."""
-_ASSUMED_STEPS = 4
-"""Steps of pairs that are drawn where lengths are assumed."""
+_ASSUMED_PAIRS = 4096
+"""Pairs that are drawn where lengths are assumed, but at least a global batch."""
 
 
 def _plan(command: Any, _argv: Sequence[str]) -> int:
@@ -90,8 +90,7 @@ def _run_lengths(config: Config, model: ModelDescription, lengths: tuple[int, in
 
     windows = tuple(dict.fromkeys(layer.attention.window for layer in model.first_of_kind))
     if lengths is not None:
-        pairs = _ASSUMED_STEPS * config.global_batch_size
-        drawn = assumed_lengths(*lengths, config.seq_length, pairs)
+        drawn = assumed_lengths(*lengths, config.seq_length, max(_ASSUMED_PAIRS, config.global_batch_size))
         mean = " + ".join(f"{value:.0f}" for value in drawn.mean(axis=0))
         return RunLengths(drawn, windows, f"assumed pairs of {mean} tokens on average, log-normal")
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)

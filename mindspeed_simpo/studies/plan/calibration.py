@@ -174,6 +174,9 @@ def _time_collectives(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=2))
+    # newer versions of torch have other names for these
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     found = {}
     for kind in _KINDS:
         times = []
@@ -181,8 +184,8 @@ def _time_collectives(rank: int, ranks: int, folder: str) -> None:
             whole, part = torch.zeros(numbers), torch.zeros(numbers // ranks)
             calls: dict[str, Callable[[], object]] = {
                 "reduce": lambda whole=whole: dist.all_reduce(whole),
-                "gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
-                "scatter": lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole),
+                "gather": lambda whole=whole, part=part: all_gather(whole, part),
+                "scatter": lambda whole=whole, part=part: reduce_scatter(part, whole),
                 "exchange": lambda whole=whole: dist.all_to_all_single(torch.empty_like(whole), whole),
                 "send": lambda whole=whole: _ping_pong(rank, whole),
             }

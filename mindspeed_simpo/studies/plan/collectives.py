@@ -224,7 +224,11 @@ def step_messages(
         norms: Parameters that sequence-parallel ranks hold alike, whose gradients they add up.
     """
     width = 2 if config.bf16_in_use else 4
-    found: list[tuple[Collective, Axis, float]] = [("reduce", "world", 8), ("reduce", "world", 96), ("reduce", "world", 4)]
+    found: list[tuple[Collective, Axis, float]] = [
+        ("reduce", "world", 8),
+        ("reduce", "world", 96),
+        ("reduce", "world", 4),
+    ]
     if config.sequence_parallel and layout.tensor > 1:
         found.append(("reduce", "tensor", FP32 * norms))
     parts: list[tuple[Axis, int]] = [("data", dense), ("expert data", of_experts)]

@@ -101,9 +101,7 @@ class Space:
         widest = max(1, self.base.seq_length // LEAST_TOKENS)
         for tensor, pipeline, context in itertools.product(
             self._given("tensor_model_parallel_size", [each for each in divisors if each <= heads]),
-            self._given(
-                "pipeline_model_parallel_size", [each for each in divisors if each <= self.model.num_layers]
-            ),
+            self._given("pipeline_model_parallel_size", [each for each in divisors if each <= self.model.num_layers]),
             self._given("context_parallel_size", [each for each in divisors if each <= widest]),
         ):
             if self.devices % (tensor * pipeline * context):

@@ -59,9 +59,7 @@ class Passes:
             equal: Whether all passes are padded to the longest.
         """
         tokens = np.array([each.shape.tokens for each in passes], dtype=float)
-        attended = {
-            window: np.array([float(_attended(each, window)) for each in passes]) for window in windows
-        }
+        attended = {window: np.array([float(_attended(each, window)) for each in passes]) for window in windows}
         rows = np.array([each.shape.rows for each in passes], dtype=float)
         if equal:
             longest = np.max(tokens / rows)
@@ -156,7 +154,7 @@ class RunLengths:
     windows: tuple[int | None, ...]
     source: str
     """Where the lengths are from, for the report."""
-    _dealt: dict[tuple[object, ...], list[DealtStep]] = field(default_factory=dict)
+    _dealt: dict[tuple[object, ...], list[tuple[DealtStep, np.ndarray]]] = field(default_factory=dict)
     _steps: dict[tuple[object, ...], list[StepPasses]] = field(default_factory=dict)
     _means: dict[int, tuple[Passes, float]] = field(default_factory=dict)
     _largest: dict[tuple[object, ...], LargestPass] = field(default_factory=dict)
@@ -169,9 +167,12 @@ class RunLengths:
             most = max(config.global_batch_size, min(_PAIRS, _STEPS * config.global_batch_size))
             dealt_key = (batching.name, batching.micro_batch_size, layout.data, two_pass)
             if dealt_key not in self._dealt:
-                self._dealt[dealt_key] = list(steps_of_run(self.lengths, config, batching, layout.data, most))
-            steps = [dataclasses.replace(step, batching=batching) for step in self._dealt[dealt_key]]
-            self._steps[key] = [self._step(step, ranks, equal=layout.virtual_pipeline) for step in steps]
+                dealt = steps_of_run(self.lengths, config, batching, layout.data, most)
+                self._dealt[dealt_key] = [(step, _loads(step)) for step in dealt]
+            self._steps[key] = [
+                self._step(dataclasses.replace(step, batching=batching), loads, ranks, equal=layout.virtual_pipeline)
+                for step, loads in self._dealt[dealt_key]
+            ]
         return self._steps[key]
 
     def mean_pass(self, config: Config, layout: Layout) -> tuple[Passes, float]:
@@ -183,8 +184,7 @@ class RunLengths:
             self._means[key] = joined.mean(), joined.number / len(steps)
         return self._means[key]
 
-    def _step(self, step: DealtStep, ranks: int, *, equal: bool) -> StepPasses:
-        loads = np.array([self._load(step, own) for own in step.dealt], dtype=float)
+    def _step(self, step: DealtStep, loads: np.ndarray, ranks: int, *, equal: bool) -> StepPasses:
         fullest = np.argsort(-loads, kind="stable")[:ranks]
         run = [step.passes_of(rank) for rank in fullest.tolist()]
         shapes = tuple(tuple(each.shape for each in passes) for passes in run)
@@ -194,15 +194,6 @@ class RunLengths:
             found = [each.filled_to(number, step.batching.multiple_of) for each in found]
         pairs = int((step.pairs.sum(axis=1) > 0).sum())
         return StepPasses(tuple(found), float(loads.mean() / max(loads.max(), 1)), pairs, shapes)
-
-    @staticmethod
-    def _load(step: DealtStep, own: Sequence[int]) -> int:
-        """Tokens of a rank, rounding aside."""
-        if step.batching.name != "padded":
-            return sum(step.sizes[index] for index in own)
-        size = step.batching.micro_batch_size
-        longest = (step.pairs[own, 0] + step.pairs[own, 1:].max(axis=1)).reshape(-1, size).max(axis=1)
-        return int(2 * size * longest.sum())
 
     def largest(self, config: Config, layout: Layout, *, whole_run: bool) -> LargestPass:
         """The largest pass of the simulated steps, or of the whole run as ``check`` computes it."""
@@ -214,6 +205,15 @@ class RunLengths:
                 steps = self.steps(config, layout)
                 self._largest[key] = largest_of([shapes for step in steps for shapes in step.shapes], layout.pipeline)
         return self._largest[key]
+
+
+def _loads(step: DealtStep) -> np.ndarray:
+    """Tokens of each data-parallel rank, rounding aside."""
+    if step.batching.name != "padded":
+        return np.array([sum(step.sizes[index] for index in own) for own in step.dealt], dtype=float)
+    longest = step.pairs[:, 0] + step.pairs[:, 1:].max(axis=1)
+    of_batches = longest.reshape(-1, step.batching.micro_batch_size).max(axis=1)
+    return of_batches.reshape(-1, len(step.dealt)).sum(axis=0).astype(float)
 
 
 def assumed_lengths(prompt: int, chosen: int, rejected: int, seq_length: int, pairs: int) -> Int[np.ndarray, "pair 3"]:

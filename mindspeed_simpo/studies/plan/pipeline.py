@@ -67,9 +67,7 @@ def events(stages: int, passes: int, pipeline: int, backwards: bool) -> list[tup
     return found
 
 
-def _order_of_rank(
-    rank: int, chunks: int, passes: int, pipeline: int, backwards: bool
-) -> list[tuple[bool, int, int]]:
+def _order_of_rank(rank: int, chunks: int, passes: int, pipeline: int, backwards: bool) -> list[tuple[bool, int, int]]:
     """The order on one rank, of megatron-core's ``forward_backward_pipelining_with(out)_interleaving``."""
     total = passes * chunks
 

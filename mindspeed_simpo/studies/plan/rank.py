@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -22,7 +24,7 @@ class Ranked:
     candidate: Candidate
     time: StepTime
     memory_bytes: int
-    """Of the pipeline rank that needs most, in the whole run."""
+    """Of the pipeline rank that needs most, in the whole run; beyond the ``keep`` fastest in the simulated steps."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,10 @@ def search(space: Space, simulator: Simulator, keep: int) -> Plan:
     limit = USABLE * simulator.kind.memory_bytes
     while waiting and not (len(plan.ranked) >= keep and waiting[0][0] > plan.ranked[keep - 1].time.total):
         bound, _, candidate = heapq.heappop(waiting)
-        found = _judged(simulator, candidate, limit)
+        slowest = plan.ranked[keep - 1].time.total if len(plan.ranked) >= keep else math.inf
+        found = _judged(simulator, candidate, limit, slowest)
         if isinstance(found, Ranked):
-            plan.ranked.append(found)
-            plan.ranked.sort(key=lambda each: each.time.total)
+            bisect.insort(plan.ranked, found, key=lambda each: each.time.total)
             continue
         plan.refused.append(Refused(candidate, bound, found))
         for other in space.heavier(candidate):
@@ -86,14 +88,21 @@ def search(space: Space, simulator: Simulator, keep: int) -> Plan:
     return plan
 
 
-def _judged(simulator: Simulator, candidate: Candidate, limit: float) -> Ranked | int:
-    """The candidate with its seconds, or the bytes that it needs where these are above ``limit``."""
-    needed = 0
-    for whole_run in (False, True):  # the whole run has larger passes than the simulated steps, and takes longer
-        needed = max(each.total for each in simulator.memory(candidate, whole_run=whole_run))
+def _judged(simulator: Simulator, candidate: Candidate, limit: float, slowest: float) -> Ranked | int:
+    """The candidate with its seconds, or the bytes that it needs where these are above ``limit``.
+
+    The largest pass of the whole run takes long to find: a candidate that is slower than ``slowest`` is judged by the
+    simulated steps.
+    """
+    needed = max(each.total for each in simulator.memory(candidate))
+    if needed > limit:
+        return needed
+    time = simulator.step(candidate)
+    if time.total < slowest:
+        needed = max(each.total for each in simulator.memory(candidate, whole_run=True))
         if needed > limit:
             return needed
-    return Ranked(candidate, simulator.step(candidate), needed)
+    return Ranked(candidate, time, needed)
 
 
 def _key(candidate: Candidate) -> tuple[object, ...]:

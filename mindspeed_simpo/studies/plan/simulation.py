@@ -115,9 +115,7 @@ class Simulator:
         for number, several in by_number.items():
             stages = self._stages(candidate, Passes.joined(several))
             joint = candidate.layout.experts_span_data_ranks
-            forward, backward = (
-                _by_scenario(each, number, joint=joint) for each in (stages.forward, stages.backward)
-            )
+            forward, backward = (_by_scenario(each, number, joint=joint) for each in (stages.forward, stages.backward))
             spans = self._spans(candidate, several, forward.sum(axis=1), backward.sum(axis=1))
             fullest = int(spans.argmax())
             if spans[fullest] > slowest:

@@ -225,25 +225,26 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
 def table(result: dict[str, Any]) -> str:
     """Markdown of the result."""
     total, machine = result["summary"], result["machine"]
+    built = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [
         "# How well `plan` predicts",
         "",
-        f"{machine['processor']}, {machine['cores']} cores, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; "
+        f"{machine['processor']}, {machine['cores']} cores, {built}; "
         f"load average {machine['load_average_at_start']} at the start, {machine['load_average_at_end']} at the end. "
         "Written by `python -m scripts.validate_plan`.",
         "",
         f"{total['layouts']} layouts: rank correlation {total['rank_correlation']:.3f}, median error of the seconds "
-        f"{total['median_error']:.1%}, largest {total['largest_error']:.1%}; memory without the optimizer's state off by "
-        f"{total['median_memory_error']:.1%} in the median, {total['memory_error']:.1%} at most.",
+        f"{total['median_error']:.1%}, largest {total['largest_error']:.1%}; memory without the optimizer's state "
+        f"off by {total['median_memory_error']:.1%} in the median, {total['memory_error']:.1%} at most.",
         "",
         "| model | ranks | layout | measured, s | predicted, s | error | memory off by |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['model']} | {row['ranks']} | {row['layout']} | {row['measured_seconds']:.3f} | "
-            f"{row['predicted_seconds']:.3f} | {row['error']:+.0%} | {row['memory_error']:+.0%} |"
-        )
+    lines += [
+        f"| {row['model']} | {row['ranks']} | {row['layout']} | {row['measured_seconds']:.3f} | "
+        f"{row['predicted_seconds']:.3f} | {row['error']:+.0%} | {row['memory_error']:+.0%} |"
+        for row in result["rows"]
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -57,7 +57,7 @@ def _step(folder, options):
     return dict(sent), operations, lengths, groups.pipeline.rank()
 
 
-def _passes(config, layout, lengths, model):
+def _passes(config, lengths, model):
     from mindspeed_simpo.data.batching import Batching
     from mindspeed_simpo.data.largest import steps_of_run
     from mindspeed_simpo.studies.plan.passes import Passes
@@ -95,7 +95,7 @@ def test_the_messages_of_a_plan_are_those_of_a_step(tmp_path, family, options):
     counted, expected = Counter(), Counter()
     for sent, _, lengths, rank in run_ranks(_step, layout.ranks, folder, options):
         counted.update(sent)
-        traffic = Traffic(model, config, layout, _passes(config, layout, lengths, model))
+        traffic = Traffic(model, config, layout, _passes(config, lengths, model))
         [chunk] = [each for each in pipeline_chunks(model, layout.pipeline) if each.pipeline_rank == rank]
         first, last = chunk.has_embedding, chunk.has_head
         messages = [each for layer in chunk.layers(model) for each in traffic.forward(layer) + traffic.backward(layer)]
@@ -126,7 +126,7 @@ def test_the_matrix_products_of_a_plan_are_those_of_a_step(tmp_path, family):
     model = read_description(folder)
     [(_, counted, lengths, _)] = run_ranks(_step, 1, folder, options)
     layout = config.layout_with(data=1)
-    costs = Costs(model, config, layout, DEVICES["H100"], _passes(config, layout, lengths, model))
+    costs = Costs(model, config, layout, DEVICES["H100"], _passes(config, lengths, model))
     tokens, scored = costs.passes.tokens.sum(), costs.passes.scored.sum()
     operations = 3 * 2 * scored * model.vocab_size * model.hidden_size
     for layer in model.layers:

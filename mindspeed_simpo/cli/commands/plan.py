@@ -106,8 +106,8 @@ def _run_lengths(config: Config, model: ModelDescription, lengths: tuple[int, in
 def _nothing(plan: Any, devices: int, name: str) -> str:
     if not plan.refused:
         return (
-            f"no layout of {devices} devices is allowed: the devices, global_batch_size and the sizes of the model have "
-            "no common divisors; `check` says which numbers do not divide"
+            f"no layout of {devices} devices is allowed: devices, global_batch_size and the sizes of the model have no "
+            "common divisors; `check` says which numbers do not divide"
         )
     from mindspeed_simpo.studies.plan.report import describe
 

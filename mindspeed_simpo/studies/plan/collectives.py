@@ -130,15 +130,15 @@ class Traffic:
 
     def forward(self, layer: Layer) -> list[Message]:
         """Of the forward of a layer."""
-        return [*self._tensor(layer, backward=False), *self._attention(layer.attention, backward=False)] + (
-            self._experts(layer)
-        )
+        return self._of_layer(layer, backward=False)
 
     def backward(self, layer: Layer) -> list[Message]:
         """Of the backward of a layer, without recomputation."""
-        return [*self._tensor(layer, backward=True), *self._attention(layer.attention, backward=True)] + (
-            self._experts(layer)
-        )
+        return self._of_layer(layer, backward=True)
+
+    def _of_layer(self, layer: Layer, *, backward: bool) -> list[Message]:
+        attention = self._attention(layer.attention, backward=backward)
+        return [*self._tensor(layer, backward=backward), *attention, *self._experts(layer)]
 
     def _tensor(self, layer: Layer, *, backward: bool) -> list[Message]:
         if self.layout.tensor == 1:

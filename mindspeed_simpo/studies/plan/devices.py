@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -67,7 +67,7 @@ class DeviceKind(BaseModel):
 
 
 _GIB = 2**30
-_NPU = {
+_NPU: dict[str, Any] = {
     "device": "npu",
     "matmul_efficiency": 0.7,
     "attention_efficiency": 0.35,
@@ -77,7 +77,7 @@ _NPU = {
     "step_host_s": 30e-3,
     "notes": "Peaks and links from public figures; efficiencies, latencies and host seconds are assumptions.",
 }
-_GPU = {
+_GPU: dict[str, Any] = {
     "device": "cuda",
     "matmul_efficiency": 0.74,
     "attention_efficiency": 0.35,

@@ -127,9 +127,9 @@ def _causal(queries: np.ndarray, prefix: np.ndarray | int, window: int | None) -
     """``sum over i <= queries of min(prefix + i, window)`` of each document."""
     queries = np.asarray(queries, dtype=float)
     if window is None:
-        return prefix * queries + queries * (queries + 1) / 2
+        return np.asarray(prefix * queries + queries * (queries + 1) / 2)
     whole = np.clip(window - np.asarray(prefix), 0, queries)
-    return prefix * whole + whole * (whole + 1) / 2 + (queries - whole) * window
+    return np.asarray(prefix * whole + whole * (whole + 1) / 2 + (queries - whole) * window)
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _loads(step: DealtStep) -> np.ndarray:
         return np.array([sum(step.sizes[index] for index in own) for own in step.dealt], dtype=float)
     longest = step.pairs[:, 0] + step.pairs[:, 1:].max(axis=1)
     of_batches = longest.reshape(-1, step.batching.micro_batch_size).max(axis=1)
-    return of_batches.reshape(-1, len(step.dealt)).sum(axis=0).astype(float)
+    return np.asarray(of_batches.reshape(-1, len(step.dealt)).sum(axis=0), dtype=float)
 
 
 def assumed_lengths(prompt: int, chosen: int, rejected: int, seq_length: int, pairs: int) -> Int[np.ndarray, "pair 3"]:

@@ -51,7 +51,8 @@ def events(stages: int, passes: int, pipeline: int, backwards: bool) -> list[tup
     """Forwards and backwards ``(is_backward, stage, pass)`` of all ranks, each after those that it waits for."""
     own = [_order_of_rank(rank, stages // pipeline, passes, pipeline, backwards) for rank in range(pipeline)]
     done: set[tuple[bool, int, int]] = set()
-    places, found = [0] * pipeline, []
+    places = [0] * pipeline
+    found: list[tuple[bool, int, int]] = []
     while len(found) < sum(map(len, own)):
         for rank in range(pipeline):
             while places[rank] < len(own[rank]):

@@ -243,4 +243,4 @@ def _again(config: Config, chunk: Chunk) -> float:
 def _by_scenario(times: np.ndarray, number: int, *, joint: bool) -> np.ndarray:
     """``[stage, part, pass of all scenarios]`` -> ``[stage, part, pass, scenario]``; one scenario where ``joint``."""
     found = times.reshape(*times.shape[:2], -1, number).swapaxes(2, 3)
-    return found.max(axis=3, keepdims=True) if joint else found
+    return np.asarray(found.max(axis=3, keepdims=True) if joint else found)

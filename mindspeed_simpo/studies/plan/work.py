@@ -30,11 +30,11 @@ _FP32 = 4
 class Products:
     """The weight matrices of a layer on one rank, ``(outputs, inputs)``."""
 
-    sharded: tuple[tuple[int, int], ...]
+    sharded: tuple[tuple[int, ...], ...]
     """Multiplied by all tokens of a context-parallel rank."""
-    whole: tuple[tuple[int, int], ...]
+    whole: tuple[tuple[int, ...], ...]
     """Held by every tensor-parallel rank; multiplied by the rank's shard of the sequence."""
-    experts: tuple[tuple[int, int, int], ...]
+    experts: tuple[tuple[int, ...], ...]
     """Number of experts on the rank, outputs and inputs; multiplied by the rows of the experts."""
 
 
@@ -49,7 +49,9 @@ def products_of(model: ModelDescription, layer: Layer, layout_ranks: tuple[int, 
     """
     tensor, expert, expert_tensor = layout_ranks
     chunk = Chunk(0, 0, model.first_of_kind[layer], 1, False, False, expert_tensor)
-    sharded, whole, experts = [], [], []
+    sharded: list[tuple[int, ...]] = []
+    whole: list[tuple[int, ...]] = []
+    experts: list[tuple[int, ...]] = []
     for slot in chunk.slots(model):
         shape = slot.shape(0, expert * expert_tensor if slot.of_experts else tensor)
         if slot.of_experts and len(shape) == 3:
@@ -100,7 +102,7 @@ class Costs:
         device = np.maximum(
             operations / self.kind.matmul_flops(bf16=self.config.bf16_in_use), moved / self.kind.memory_bytes_per_s
         )
-        return device + self.kind.operator_s  # type: ignore[no-any-return]
+        return device + self.kind.operator_s
 
     def layer(self, layer: Layer) -> tuple[Seconds, Seconds, Seconds]:
         """Device seconds of a layer: its forward, its backward, and the core of its attention's forward."""
@@ -171,7 +173,7 @@ class Costs:
         operations = 2.0 * pairs * share.queries * (attention.head_dim + attention.value_dim)
         calls = self.passes.documents if self.kind.device == "cpu" and self._packed else 1 + (self.passes.prefixes > 0)
         copied = self.passes.prefixes * share.kv_heads * (attention.head_dim + attention.value_dim)
-        return (  # type: ignore[no-any-return]
+        return (
             operations / self.kind.attention_flops(bf16=self.config.bf16_in_use)
             + calls * self.kind.operator_s
             + 2 * self.traffic.width * copied / self.kind.memory_bytes_per_s
@@ -199,7 +201,7 @@ class Costs:
         if layer.experts is not None:
             width = layer.experts.width / self.layout.expert_tensor_ranks
             numbers = numbers + self.expert_rows(layer) * (3 * width + 8 * hidden)
-        return numbers * self.traffic.width / self.kind.memory_bytes_per_s  # type: ignore[no-any-return]
+        return numbers * self.traffic.width / self.kind.memory_bytes_per_s
 
     def embedding(self) -> tuple[Seconds, Seconds]:
         """Seconds of the embedding's forward and backward."""

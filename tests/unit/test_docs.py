@@ -43,6 +43,12 @@ _OTHER_FLAGS = {
     "stage",
     "dpo-exact",
     "signal",
+    "devices",
+    "device-kind",
+    "device-file",
+    "lengths",
+    "top",
+    "write",
 }
 
 

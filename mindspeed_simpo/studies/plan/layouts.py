@@ -61,7 +61,7 @@ class Space:
         for degrees in self.degrees():
             for sizes in self.forms():
                 for size in sizes:
-                    found = self.candidate({**degrees, **size, **self._least()})
+                    found = self.candidate({**self._least(), **degrees, **size})
                     if found is None:  # what a layout refuses in small micro-batches it refuses in larger ones
                         break
                     yield found
@@ -124,18 +124,32 @@ class Space:
                 }
 
     def forms(self) -> list[list[Values]]:
-        """For each form of micro-batches its sizes, from the smallest on."""
+        """For each form of micro-batches, and schedule of padded ones, its sizes, from the smallest on."""
         found: list[list[Values]] = []
         for form in self._given("batching", list(get_args(BatchingForm))):
             if form == "padded":
+                # the halves of two passes are padded each to their own longest row, and may have less work
+                schedules = self._given("pair_schedule", SCHEDULES)
                 pairs = self._given("micro_batch_size", _MICRO_BATCHES)
-                sizes = [{"micro_batch_size": each, "max_tokens_per_micro_batch": None} for each in pairs]
+                found += [
+                    [
+                        {
+                            "batching": form,
+                            "micro_batch_size": each,
+                            "max_tokens_per_micro_batch": None,
+                            "pair_schedule": schedule,
+                        }
+                        for each in pairs
+                    ]
+                    for schedule in schedules
+                ]
             else:
                 longest = 2 * self.base.seq_length
                 budgets = [None if share == 1 else int(share * longest) for share in _BUDGETS]
                 tokens = self._given("max_tokens_per_micro_batch", budgets)
-                sizes = [{"micro_batch_size": 1, "max_tokens_per_micro_batch": each} for each in tokens]
-            found.append([{"batching": form, **each} for each in sizes])
+                found.append(
+                    [{"batching": form, "micro_batch_size": 1, "max_tokens_per_micro_batch": each} for each in tokens]
+                )
         return found
 
     def _least(self) -> Values:

@@ -8,6 +8,7 @@ import json
 from typing import Annotated, Any, get_args, get_origin
 
 import tyro
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mindspeed_simpo.config.options import OPTION_GROUPS, takes_bool
@@ -32,15 +33,23 @@ def option_fields() -> list[tuple[str, Any, Any]]:
     return fields
 
 
+def own_fields(options: type[BaseModel]) -> list[tuple[str, Any, Any]]:
+    """The same fields for the options of one command alone, which are no keys of a configuration."""
+    return [_flag(name, field, "required") for name, field in options.model_fields.items()]
+
+
 def given(command: Any) -> dict[str, Any]:
     """The keys that the command line sets, with values that ``Config`` converts and checks."""
-    values = {}
+    values: dict[str, Any] = {}
     for group in OPTION_GROUPS:
-        for name in group.model_fields:
-            value = getattr(getattr(command, group.__name__), name)
-            if value is not None:
-                values[name] = _plain(value)
+        values |= own_given(getattr(command, group.__name__), group)
     return values
+
+
+def own_given(flags: Any, options: type[BaseModel]) -> dict[str, Any]:
+    """The options that flags set, with values that the options convert and check."""
+    values = {name: getattr(flags, name) for name in options.model_fields}
+    return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:
@@ -52,7 +61,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _flag(name: str, field: FieldInfo) -> tuple[str, Any, Any]:
+def _flag(name: str, field: FieldInfo, required: str = "required, here or in CONFIG") -> tuple[str, Any, Any]:
     kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)] or [field.annotation]
     metavar: str | None = None
     flag_type: Any = str
@@ -68,8 +77,8 @@ def _flag(name: str, field: FieldInfo) -> tuple[str, Any, Any]:
         metavar = "{" + ",".join(literals) + "}" if literals else _METAVARS[kinds[0]]
     behaviour = [describe_range(field)]
     if field.is_required():
-        behaviour.append("required, here or in CONFIG")
-    elif field.default is not None:
+        behaviour.append(required)
+    elif field.default not in (None, []):
         behaviour.append(f"default: {field.default}")
     hint = "; ".join(part for part in behaviour if part)
     argument = tyro.conf.arg(

@@ -31,7 +31,11 @@ class Journal:
         self.path = path
         self._offsets: dict[int, int] = {}
         self._file = path.open("a+b")
-        self._end = self._read()
+        try:
+            self._end = self._read()
+        except DataError:
+            self._file.close()
+            raise
         self._file.truncate(self._end)
         self._synced = time.monotonic()
 

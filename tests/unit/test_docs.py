@@ -126,7 +126,8 @@ def complaint_about(values):
 def test_flags_exist(page):
     options = {name.replace("_", "-") for name in Config.model_fields}
     scripts = {name for path in REPO.glob("scripts/*.py") for name in re.findall(r'"--([a-z-]+)"', read(path))}
-    known = options | {f"no-{name}" for name in options} | _OTHER_FLAGS | scripts
+    own = {argument[0].replace("_", "-") for command in COMMANDS for argument in command.arguments}
+    known = options | {f"no-{name}" for name in options} | own | _OTHER_FLAGS | scripts
     for span in spans(page):
         if span.startswith(("mindspeed-simpo ", "--")):
             assert set(_FLAG.findall(span)) <= known, f"{page.name}: `{span}`"

@@ -20,6 +20,7 @@ from mindspeed_simpo.studies.sampling.journal import Journal, check_facts, claim
 from mindspeed_simpo.studies.sampling.prompts import Rendering, read_prompts
 from mindspeed_simpo.studies.sampling.record import Candidates, Draw, SamplingPrompt
 from mindspeed_simpo.studies.sampling.rows import PairRows
+from mindspeed_simpo.studies.sampling.run import sample
 from mindspeed_simpo.studies.sampling.scorers.classifier import Classifier
 from mindspeed_simpo.studies.sampling.scorers.program import ScorerError, ScorerProgram
 from mindspeed_simpo.studies.sampling.scorers.ranker import PairRanker, mean_wins
@@ -28,6 +29,7 @@ from mindspeed_simpo.studies.sampling.selection import Scored, select
 from mindspeed_simpo.studies.sampling.settings import SamplingSettings
 from tests.completions import Completions, serving
 from tests.hf import make_checkpoint
+from tests.unit.conftest import FAKES
 
 USER = {"role": "user", "content": "Why?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -53,7 +55,7 @@ def settings_of(rows, tmp_path, **values):
 def prompts_of(folder, tmp_path, rows, config=None, **values):
     config = config or configured(folder)
     rendering = Rendering(config, AutoTokenizer.from_pretrained(folder))
-    return read_prompts(config, settings_of(rows, tmp_path, **values), rendering, takes_images=False), rendering
+    return read_prompts(config, settings_of(rows, tmp_path, **values), rendering), rendering
 
 
 def draw_of(folder, n=3, **values):
@@ -177,7 +179,7 @@ def test_a_server_answers(folder, tmp_path, monkeypatch, form, strict, requests)
     completions = Completions(folder, strict=strict)
     completions.faults = [] if strict else [503, 500]
     with serving(completions) as address:
-        generator = ServerGenerator(address, None, form, draw_of(folder), 1, 20.0, None)
+        generator = ServerGenerator(address, None, form, draw_of(folder), 1, 20.0, None, "own")
         answers = dict(generator.answers(found.prompts, frozenset({0, 1})))
     assert generator.model == "small"
     assert {index: len(each) for index, each in answers.items()} == {0: 3, 1: 3}
@@ -196,24 +198,25 @@ def test_servers_that_cannot_serve_are_told(folder, tmp_path, monkeypatch, caplo
     draw = draw_of(folder)
 
     class Other(Completions):
-        def reply(self, _path, body):
+        def reply(self, path, body):
             if body is None:
-                return 200, {"data": [{"id": "a"}, {"id": "b"}]}
+                return 200 if path == "/v1/models" else 404, {"data": [{"id": "a"}, {"id": "b"}]}
             return 200, {"choices": [{"text": "yes<|im_end|>junk", "finish_reason": "length"}] * 3,
                          "usage": {"prompt_tokens": 3}}  # fmt: skip
 
     with serving(Other(folder)) as address:
         with pytest.raises(ServerError, match="lists the models a, b: name one with --server-model"):
-            ServerGenerator(address, None, "ids", draw, 1, 5.0, None)
-        generator = ServerGenerator(address, "a", "ids", draw, 1, 5.0, None)
+            ServerGenerator(address, None, "ids", draw, 1, 5.0, None, "own")
+        assert ServerGenerator(address + "/none", None, "ids", draw, 1, 5.0, None, "own").model == "own"
+        generator = ServerGenerator(address, "a", "ids", draw, 1, 5.0, None, "own")
         [(_, answers)] = generator.answers(found.prompts, frozenset({0}))
     assert [(answer.text, answer.cut) for answer in answers] == [("yes", False)] * 3
     assert "counts 3 tokens in the prompt" in caplog.text
     with pytest.raises(ServerError, match=r"no reply: .*refused.*is the server running"):
-        ServerGenerator(address, None, "ids", draw, 1, 5.0, None)
+        ServerGenerator(address, None, "ids", draw, 1, 5.0, None, "own")
     completions = Completions(folder)
     with serving(completions) as address:
-        generator = ServerGenerator(address, "a", "ids", draw, 1, 5.0, None)
+        generator = ServerGenerator(address, "a", "ids", draw, 1, 5.0, None, "own")
         for faults, message in (([401], "HTTP 401.*OPENAI_API_KEY"), ([400, 400], "--server-prompt text"),
                                 ([503, 503], "HTTP 503")):  # fmt: skip
             completions.faults = faults
@@ -359,7 +362,7 @@ def test_selection(answers, limits, expected):
 )
 def test_rows_are_read_under_the_names_of_the_configuration(folder, tmp_path, map_keys):
     found, rendering = prompts_of(folder, tmp_path, [{"messages": [SYSTEM, USER, YES, USER]}])
-    rows = PairRows(map_keys, rendering, takes_images=False)
+    rows = PairRows(map_keys, rendering)
     row, tokens = rows.row(found.prompts[0], "The tide.", "No.", {"score_chosen": 1.0, "score_rejected": 0.5})
     assert json.loads(json.dumps(row)) == row
     assert tokens[0] > tokens[1] > 1
@@ -420,3 +423,27 @@ def test_wrong_flags_are_named(values, message):
     given = {"prompts": "p", "output": "o.jsonl", "scorer": "x"} | values
     with pytest.raises(ConfigError, match=message):
         SamplingSettings.of({name: value for name, value in given.items() if value is not None})
+
+
+def test_vllm_where_it_is_installed(folder, tmp_path, monkeypatch):
+    """By a stand-in with the names of vLLM's documentation, which generates with the real model."""
+    settings = settings_of(
+        [{"prompt": "Why?"}, {"prompt": "How?"}],
+        tmp_path,
+        max_new_tokens=6,
+        cut_answers="keep",
+        scorer=f'{sys.executable} -S -c "{LENGTHS}"',
+        vllm_options={"tensor_parallel_size": 2},
+    )
+    config = configured(folder, device="cpu")
+    with pytest.raises(ConfigError, match="--vllm-options goes with vLLM"):
+        sample(config, settings)
+    with pytest.raises(ConfigError, match="vLLM is not installed"):
+        sample(config, settings.model_copy(update={"generator": "vllm"}))
+    monkeypatch.syspath_prepend(FAKES / "engine")
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    report = sample(config, settings)
+    assert report["answers"] == 10
+    assert report["pairs"] == 2
+    assert sys.modules["vllm"].LLM.made == {"tensor_parallel_size": 2, "seed": 42, "max_model_len": 96}
+    monkeypatch.delitem(sys.modules, "vllm")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.processor import load_processor
@@ -41,13 +42,15 @@ class Engines:
     """
 
     def __init__(self, config: Config, settings: SamplingSettings) -> None:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self._config, self._settings = config, settings
         self.kind = _kind(config, settings)
         """``transformers``, ``vllm`` or ``server``."""
         self._folder = resolve_model(config.model_name_or_path, weights=self.kind != "server")
-        self.takes_images = _takes_images(self._folder)
-        """Whether the model takes images."""
-        self.tokenizer = _tokenizer(config, takes_images=self.takes_images)
+        self.images = load_processor(config.model_name_or_path) if _takes_images(self._folder) else None
+        """Processor of a model that takes images, whose chat template goes before the tokenizer's."""
+        of_processor = None if self.images is None else self.images.chat_template
+        self.tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template, of_processor)
         """Of the model, with the chat template of the configuration."""
 
     @cached_property
@@ -79,6 +82,7 @@ class Engines:
                 settings.concurrency,
                 settings.timeout,
                 config.chat_template_kwargs,
+                config.model_name_or_path,
             )
         if self.kind == "vllm":
             return VllmGenerator(self._folder, draw, config.seq_length, settings.vllm_options or {})
@@ -146,12 +150,6 @@ def _takes_images(folder: Path) -> bool:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder}: not a configuration that transformers accepts: {reason}") from None
-
-
-def _tokenizer(config: Config, *, takes_images: bool) -> PreTrainedTokenizerBase:
-    name = config.model_name_or_path
-    of_processor = load_processor(name).chat_template if takes_images else None
-    return load_tokenizer(name, config.chat_template, of_processor)
 
 
 def _end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, end_of_turn_id: int) -> frozenset[int]:

@@ -18,6 +18,7 @@ from mindspeed_simpo.data.conversations import ConversationPair
 from mindspeed_simpo.data.encoding import EncodedPair, PairEncoder
 from mindspeed_simpo.data.paths import open_sources
 from mindspeed_simpo.data.problems import ExampleError, malformed
+from mindspeed_simpo.data.processor import ImageProcessor
 from mindspeed_simpo.data.prompts import Prompt, PromptReader
 from mindspeed_simpo.data.template import ChatFormat, TemplateSettings
 from mindspeed_simpo.data.turns import Message
@@ -38,17 +39,23 @@ class Rendering:
     Args:
         config: Template variables and date, ``seq_length``.
         tokenizer: Of the model.
+        images: Processor of a model that takes images.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, images: ImageProcessor | None = None
+    ) -> None:
         template = TemplateSettings.of(config)
-        self._format = ChatFormat(tokenizer, template)
+        self.takes_images = images is not None
+        """Whether the model takes images, in rows with prompts of text alone."""
+        self._format = ChatFormat(tokenizer, template, images=self.takes_images)
         self._encoder = PairEncoder(
             tokenizer,
             seq_length=config.seq_length,
             prompt_limit=config.prompt_limit,
             truncation="error",
             template=template,
+            images=images,
         )
         self._seq_length = config.seq_length
         self.end_of_turn_id = self._format.end_of_turn_id
@@ -117,14 +124,13 @@ def _digest(facts: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def read_prompts(config: Config, settings: SamplingSettings, rendering: Rendering, *, takes_images: bool) -> PromptSet:
+def read_prompts(config: Config, settings: SamplingSettings, rendering: Rendering) -> PromptSet:
     """Read, render and tokenise the prompts of the run's shard.
 
     Args:
         config: ``map_keys``, ``data_errors`` and ``truncation``, which say what becomes of rows that cannot be used.
         settings: ``prompts``, ``shard``, ``max_new_tokens`` and ``scorer_columns``.
         rendering: Of the configuration.
-        takes_images: Whether the model takes images.
 
     Raises:
         DataError: where the rows cannot be read, where some cannot be used and ``data_errors`` is ``fail``, where
@@ -135,7 +141,7 @@ def read_prompts(config: Config, settings: SamplingSettings, rendering: Renderin
     problems: list[tuple[str, ExampleError]] = []
     prompts: list[SamplingPrompt] = []
     rows = 0
-    for where, found in _rendered_rows(config, settings, rendering, takes_images=takes_images):
+    for where, found in _rendered_rows(config, settings, rendering):
         rows += 1
         if isinstance(found, ExampleError):
             problems.append((where, found))
@@ -158,9 +164,9 @@ _Rendered = tuple[Prompt, tuple[str, list[int], int], Mapping[str, Any]]
 
 
 def _rendered_rows(
-    config: Config, settings: SamplingSettings, rendering: Rendering, *, takes_images: bool
+    config: Config, settings: SamplingSettings, rendering: Rendering
 ) -> Iterator[tuple[str, _Rendered | ExampleError]]:
-    reader = PromptReader(config.map_keys, takes_images=takes_images)
+    reader = PromptReader(config.map_keys, takes_images=rendering.takes_images)
     columns = settings.row_columns
     for source in open_sources(settings.prompts, "train", [*dict.fromkeys([*reader.column_names, *columns])]):
         for number, example in source.examples():

@@ -59,12 +59,12 @@ class Draw:
         """The seed of an answer: every answer of a run has its own, whatever the order of generation."""
         return (self.seed * 1_000_003 + prompt.index * self.n + answer) % 2**31
 
-    def answer(self, ids: Sequence[int], limit: int) -> Answer:
-        """The answer of generated token ids, which end with an end token unless they were cut."""
+    def answer(self, ids: Sequence[int], limit: int, *, ended: bool = False) -> Answer:
+        """The answer of generated token ids; without an end token among them it was cut, unless ``ended``."""
         ids = list(ids)[:limit]
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(str(text), end is None)
+        return Answer(str(text), end is None and not ended)
 
 
 class Generator(Protocol):

@@ -18,14 +18,11 @@ class PairRows:
     Args:
         map_keys: Column names of the configuration; rows have these names.
         rendering: Of the configuration.
-        takes_images: Whether the model takes images.
     """
 
-    def __init__(
-        self, map_keys: Mapping[str, str | dict[str, str]] | None, rendering: Rendering, *, takes_images: bool
-    ) -> None:
+    def __init__(self, map_keys: Mapping[str, str | dict[str, str]] | None, rendering: Rendering) -> None:
         self._names = ColumnNames.of(map_keys)
-        self._reader = ExampleReader(map_keys, takes_images=takes_images)
+        self._reader = ExampleReader(map_keys, takes_images=rendering.takes_images)
         self._rendering = rendering
 
     def row(

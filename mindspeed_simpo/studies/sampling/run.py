@@ -80,9 +80,8 @@ class _Run:
     def __init__(self, config: Config, settings: SamplingSettings) -> None:
         self._config, self._settings = config, settings
         self._engines = Engines(config, settings)
-        self._rendering = Rendering(config, self._engines.tokenizer)
-        self._takes_images = self._engines.takes_images
-        self._set: PromptSet = read_prompts(config, settings, self._rendering, takes_images=self._takes_images)
+        self._rendering = Rendering(config, self._engines.tokenizer, self._engines.images)
+        self._set: PromptSet = read_prompts(config, settings, self._rendering)
 
     def generate(self, journal: Journal) -> None:
         """Generate the answers that the journal does not have."""
@@ -139,7 +138,7 @@ class _Run:
         """
         found = self._set
         report = Report(found.rows, found.unusable, found.too_long, found.duplicates, len(found.prompts))
-        rows = PairRows(self._config.map_keys, self._rendering, takes_images=self._takes_images)
+        rows = PairRows(self._config.map_keys, self._rendering)
         lines = []
         for prompt in found.prompts:
             row = self._pair(prompt, _answers(answers, prompt.index), scores[prompt.index], rows, report)

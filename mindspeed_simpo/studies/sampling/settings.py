@@ -124,7 +124,9 @@ class SamplingSettings(BaseModel):
     def _server_is_an_address(cls, value: str | None) -> str | None:
         if value is not None and not re.match(r"https?://[^/\s]+", value):
             raise ValueError("expected an address such as http://host:8000/v1")
-        return value.rstrip("/") if value is not None else None
+        if value is None:
+            return None
+        return value.rstrip("/") if re.match(r"https?://[^/]+/[^/]", value) else value.rstrip("/") + "/v1"
 
     @model_validator(mode="after")
     def _choices_agree(self) -> SamplingSettings:

@@ -46,6 +46,7 @@ class ServerGenerator:
         concurrency: Requests at the same time.
         timeout: Longest silence, seconds.
         template_kwargs: Variables for the server's chat template.
+        name: Of the model where the server has no list.
 
     Raises:
         ServerError: where the server cannot be reached, or lists no or several models and none is named.
@@ -60,6 +61,7 @@ class ServerGenerator:
         concurrency: int,
         timeout: float,
         template_kwargs: dict[str, Any] | None,
+        name: str,
     ) -> None:
         self._address, self._form, self._draw = address, form, draw
         self._concurrency, self._timeout = concurrency, timeout
@@ -68,7 +70,7 @@ class ServerGenerator:
         self._special = any_of(special_tokens(draw.tokenizer))
         self._plain = False
         self._differs: int | None = None
-        self.model = model or self._only_model()
+        self.model = model or self._only_model(name)
 
     def answers(self, prompts: Sequence[SamplingPrompt], missing: frozenset[int]) -> Iterator[tuple[int, list[Answer]]]:
         """See :class:`~mindspeed_simpo.studies.sampling.record.Generator`.
@@ -153,8 +155,8 @@ class ServerGenerator:
     def _answer(self, choice: Any) -> Answer:
         try:
             text = (choice["message"]["content"] or "") if self._form == "chat" else choice["text"]
-            cut = choice["finish_reason"] != "stop"
-        except (KeyError, TypeError):
+            cut = choice.get("finish_reason") not in ("stop", None)
+        except (KeyError, TypeError, AttributeError):
             text, cut = None, False
         if not isinstance(text, str):
             raise ServerError(f"{self._address}{self._path}: not a choice with text: {json.dumps(choice)[:300]}")
@@ -174,8 +176,13 @@ class ServerGenerator:
                 self._address, counted, prompt.source, len(prompt.ids),
             )  # fmt: skip
 
-    def _only_model(self) -> str:
-        reply = self._request("/models", None, pauses=())
+    def _only_model(self, name: str) -> str:
+        try:
+            reply = self._request("/models", None, pauses=())
+        except _RefusedError as error:
+            if error.code not in (404, 405, 501):
+                raise
+            return name
         try:
             names = [str(model["id"]) for model in reply["data"]]
         except (KeyError, TypeError):

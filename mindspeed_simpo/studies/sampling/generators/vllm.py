@@ -51,12 +51,15 @@ class VllmGenerator:
                 use_tqdm=False,
             )
             for prompt, output in zip(part, outputs, strict=True):
-                yield prompt.index, [self._draw.answer(each.token_ids, prompt.limit) for each in output.outputs]
+                yield prompt.index, [self._answer(each, prompt.limit) for each in output.outputs]
 
     def close(self) -> None:
         """Give the engine's memory back, as far as vLLM does so."""
         del self._engine
         gc.collect()
+
+    def _answer(self, output: Any, limit: int) -> Answer:
+        return self._draw.answer(output.token_ids, limit, ended=output.finish_reason == "stop")
 
     def _params_of(self, prompt: SamplingPrompt) -> Any:
         draw = self._draw

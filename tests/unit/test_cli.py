@@ -78,7 +78,9 @@ def run_in_process(*words) -> tuple[int, list[str]]:
     return code, heavy
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["export", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["export", "--help"], ["sample", "--help"]]
+)
 def test_help_is_light(words):
     assert run_in_process(*words) == (0, [])
 

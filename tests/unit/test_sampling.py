@@ -394,9 +394,9 @@ def test_journals_lose_at_most_the_last_line(tmp_path):
 def test_a_run_that_goes_on_asks_for_the_same(tmp_path):
     journal, facts = Journal(tmp_path / "answers.jsonl"), tmp_path / "answers.json"
     check_facts(facts, {"n": 5, "seed": 1}, journal)
-    check_facts(facts, {"n": 4, "seed": 1}, journal)
+    begun = check_facts(facts, {"n": 4, "seed": 1}, journal)
     journal.add(0, {"answers": []})
-    check_facts(facts, {"n": 4, "seed": 1}, journal)
+    assert check_facts(facts, {"n": 4, "seed": 1}, journal) == begun
     with pytest.raises(ConfigError, match=r"n: 4 before, 5 now\n  top_p: none before, 1.0 now\nGive the same"):
         check_facts(facts, {"n": 5, "seed": 1, "top_p": 1.0}, journal)
     journal.close()

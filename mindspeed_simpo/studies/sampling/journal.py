@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,7 +113,7 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_facts(path: Path, facts: Mapping[str, Any], journal: Journal) -> None:
+def check_facts(path: Path, facts: Mapping[str, Any], journal: Journal) -> str:
     """Check that a run that goes on asks for what it began with; a run that begins writes the facts down.
 
     Args:
@@ -120,16 +121,21 @@ def check_facts(path: Path, facts: Mapping[str, Any], journal: Journal) -> None:
         facts: Everything that the lines of the journal depend on, by names that a message shows.
         journal: Their lines; without any, the run begins.
 
+    Returns:
+        An identity of the beginning, on which what is made of the lines depends.
+
     Raises:
         ConfigError: naming what differs.
     """
     facts = json.loads(json.dumps(facts))
     if not len(journal) or not path.exists():
-        write_whole(path, json.dumps(facts, indent=1) + "\n")
-        return
+        begun = uuid.uuid4().hex
+        write_whole(path, json.dumps({"begun": begun, "facts": facts}, indent=1) + "\n")
+        return begun
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        begun, before = str(record["begun"]), record["facts"]
+    except (ValueError, KeyError, TypeError):
         raise DataError(f"{path}: the file is damaged; remove it together with {path.stem}.jsonl") from None
     names = [name for name in {**before, **facts} if before.get(name) != facts.get(name)]
     if names:
@@ -138,6 +144,7 @@ def check_facts(path: Path, facts: Mapping[str, Any], journal: Journal) -> None:
             f"{path.parent}: the {path.stem} were begun with other settings:\n{listed}\n"
             f"Give the same settings to go on, another --output, or remove {path.stem}.jsonl to begin them again."
         )
+    return begun
 
 
 def write_whole(path: Path, text: str) -> None:

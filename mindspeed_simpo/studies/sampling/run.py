@@ -6,14 +6,16 @@ import json
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.data.problems import ExampleError
-from mindspeed_simpo.errors import ConfigError, DataError
+from mindspeed_simpo.data.problems import ExampleError, first_line
+from mindspeed_simpo.errors import ConfigError, DataError, ModelError
 from mindspeed_simpo.studies.sampling.engines import Engines
 from mindspeed_simpo.studies.sampling.generators.vllm import VllmGenerator
 from mindspeed_simpo.studies.sampling.journal import Journal, check_facts, claimed, write_whole
@@ -52,8 +54,7 @@ def sample(config: Config, settings: SamplingSettings) -> dict[str, Any]:
     with claimed(work):
         run = _Run(config, settings)
         with closing(Journal(work / "answers.jsonl")) as answers, closing(Journal(work / "scores.jsonl")) as scores:
-            run.generate(answers)
-            run.score(answers, scores)
+            run.score(answers, scores, begun=run.generate(answers))
             report = run.select(answers, scores, output)
     for line in report.lines():
         logger.info("%s", line)
@@ -83,17 +84,17 @@ class _Run:
         self._rendering = Rendering(config, self._engines.tokenizer, self._engines.images)
         self._set: PromptSet = read_prompts(config, settings, self._rendering)
 
-    def generate(self, journal: Journal) -> None:
-        """Generate the answers that the journal does not have."""
+    def generate(self, journal: Journal) -> str:
+        """Generate the answers that the journal does not have; returns the identity of its beginning."""
         prompts, engines = self._set.prompts, self._engines
         facts = engines.generator_facts() | {"prompts (digest)": self._set.digest}
-        check_facts(journal.path.with_suffix(".json"), facts, journal)
+        begun = check_facts(journal.path.with_suffix(".json"), facts, journal)
         missing = frozenset(prompt.index for prompt in prompts if prompt.index not in journal)
         if not missing:
-            return
+            return begun
         logger.info("%d answers each to %d prompts, by %s", self._settings.n, len(missing), engines.kind)
         generator = engines.generator(self._rendering.end_of_turn_id)
-        with counting("sampling", len(missing), shown=True) as advance:
+        with counting("sampling", len(missing), shown=True) as advance, self._memory_named():
             for index, answers in generator.answers(prompts, missing):
                 if index in missing and index not in journal:
                     journal.add(index, {"answers": [[answer.text, answer.cut] for answer in answers]})
@@ -101,10 +102,11 @@ class _Run:
         journal.sync()
         if isinstance(generator, VllmGenerator):
             generator.close()
+        return begun
 
-    def score(self, answers: Journal, scores: Journal) -> None:
+    def score(self, answers: Journal, scores: Journal, begun: str) -> None:
         """Score the different answers to each prompt that the journal of scores does not have."""
-        facts = self._engines.scorer_facts() | {"scorer_columns (digest)": self._set.columns_digest}
+        facts = self._engines.scorer_facts() | {"scorer_columns (digest)": self._set.columns_digest, "answers": begun}
         check_facts(scores.path.with_suffix(".json"), facts, scores)
         missing = [prompt for prompt in self._set.prompts if prompt.index not in scores]
         if not missing:
@@ -120,7 +122,7 @@ class _Run:
                 if len(kept.kept) > 1:
                     yield Candidates(prompt, [found[place].text for place in kept.kept])
 
-        with counting("scoring", len(missing), shown=True) as advance:
+        with counting("scoring", len(missing), shown=True) as advance, self._memory_named():
             for values in self._engines.scorer().scores(items()):
                 index, kept = sifted.popleft()
                 scores.add(index, {**vars(kept), "scores": values})
@@ -199,6 +201,16 @@ class _Run:
             gap=better.score - worse.score,
         )
         return row
+
+    @contextmanager
+    def _memory_named(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"out of memory: {first_line(error)}\n"
+                f"Lower --batch-size, which is {self._settings.batch_size}; what is done so far is kept."
+            ) from None
 
     def _sift(self, prompt: SamplingPrompt, answers: Sequence[Answer]) -> _Sifted:
         """The different answers that training would take. Of equal texts the first that was not cut counts."""

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from mindspeed_simpo.config.file import validate
@@ -262,8 +263,14 @@ def test_a_reward_model_scores_the_conversation(folder, tmp_path):
     [scores] = RewardModel(classifier(path)).scores([candidates("Yes.", "tide " * 5000)])
     assert scores[0] is not None
     assert scores[1] is None
-    with pytest.raises(ModelError, match=r"no weights for score\.weight"):
+    with pytest.raises(ModelError, match="Qwen2ForCausalLM is no model that scores"):
         classifier(folder)
+    headless = classifier_folder(tmp_path / "headless", folder)
+    tensors = load_file(headless / "model.safetensors")
+    del tensors["score.weight"]
+    save_file(tensors, headless / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"no weights for score\.weight"):
+        classifier(headless)
     with pytest.raises(ModelError, match="2 outputs; expected a model with one"):
         classifier(classifier_folder(tmp_path / "two", folder, labels=2))
     with pytest.raises(ModelError, match="--ranker: nowhere: not a sequence classifier"):
@@ -318,8 +325,9 @@ def test_a_program_scores_line_by_line_or_at_the_end(code, expected):
 def test_a_program_that_fails_is_told(code, message):
     with pytest.raises(ScorerError, match=message):
         list(program(code, 0.3 if "sleep" in code else 20.0).scores([candidates("a", "b")]))
-    with pytest.raises(ScorerError, match="cannot start '/no/such'"):
-        list(ScorerProgram("/no/such", 1.0).scores([]))
+    for command in ("/no/such", "", "/no"):
+        with pytest.raises(ScorerError, match=f"cannot start '{command}'"):
+            ScorerProgram(command, 1.0)
 
 
 def scored(*values, cut=(), lengths=None):

@@ -22,7 +22,7 @@ from mindspeed_simpo.studies.sampling.generators.local import TransformersGenera
 from mindspeed_simpo.studies.sampling.generators.server import ServerGenerator
 from mindspeed_simpo.studies.sampling.generators.vllm import VllmGenerator
 from mindspeed_simpo.studies.sampling.record import Draw, Generator, Scorer
-from mindspeed_simpo.studies.sampling.scorers.classifier import Classifier
+from mindspeed_simpo.studies.sampling.scorers.classifier import Classifier, read_classifier
 from mindspeed_simpo.studies.sampling.scorers.program import ScorerProgram
 from mindspeed_simpo.studies.sampling.scorers.ranker import PairRanker
 from mindspeed_simpo.studies.sampling.scorers.reward import RewardModel
@@ -89,6 +89,20 @@ class Engines:
         return TransformersGenerator(
             self._folder, config.lora_load, draw, settings.batch_size, self._device.torch_device, self._dtype
         )
+
+    def check_scorer(self) -> None:
+        """Find out before the answers are generated what can be known of the scorer without its weights.
+
+        Raises:
+            SimpoError: where the scorer's program or model cannot serve.
+        """
+        settings = self._settings
+        if settings.scorer is not None:
+            ScorerProgram(settings.scorer, settings.timeout)
+        elif settings.reward_model is not None:
+            read_classifier(settings.reward_model, "--reward-model")
+        elif settings.ranker is not None:
+            read_classifier(settings.ranker, "--ranker")
 
     def scorer(self) -> Scorer:
         """Open the scorer."""

@@ -92,6 +92,7 @@ class _Run:
         missing = frozenset(prompt.index for prompt in prompts if prompt.index not in journal)
         if not missing:
             return begun
+        engines.check_scorer()
         logger.info("%d answers each to %d prompts, by %s", self._settings.n, len(missing), engines.kind)
         generator = engines.generator(self._rendering.end_of_turn_id)
         with counting("sampling", len(missing), shown=True) as advance, self._memory_named():

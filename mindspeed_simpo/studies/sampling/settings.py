@@ -68,7 +68,7 @@ class SamplingSettings(BaseModel):
         description="Scores by a pairwise ranker: a sequence classifier with one output that compares two answers.",
     )
     ranker_format: str = Field(
-        PAIRRM_FORMAT, description="Text that the ranker reads, with {prompt}, {first} and {second}; default: PairRM's."
+        PAIRRM_FORMAT, description="Text that the ranker reads, with {prompt}, {first} and {second}, as PairRM's."
     )
     scorer: str | None = Field(
         None, description="Scores by a program: a command that reads JSON lines on stdin and writes JSON lines."

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from mindspeed_simpo.errors import ModelError
 
-Inputs = Sequence[int] | tuple[str, str] | str
 _UNBOUNDED = 1 << 20
 """``model_max_length`` of tokenizers that have none is larger."""
 
@@ -34,24 +39,17 @@ class Classifier:
 
     def __init__(self, name: str, flag: str, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
         self._name, self._device, self._batch_size = f"{flag}: {name}", device, batch_size
+        config, self.tokenizer = read_classifier(name, flag)
         try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
         except Exception as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ModelError(
-                f"{self._name}: not a sequence classifier that transformers loads (code in a model's folder is not "
-                f"run; --scorer takes a program that loads it): {reason}"
-            ) from None
+            raise _not_loaded(name, flag, error) from None
         if missing := sorted(found["missing_keys"]):
             raise ModelError(
                 f"{self._name}: the folder has no weights for {', '.join(missing[:5])}: it is no model that scores"
             )
-        if config.num_labels != 1:
-            raise ModelError(f"{self._name}: {config.num_labels} outputs; expected a model with one (num_labels: 1)")
         self._model: Any = model.to(device).eval()
         text = config.get_text_config()
         bounds = [self.tokenizer.model_max_length, getattr(text, "max_position_embeddings", None) or _UNBOUNDED]
@@ -99,3 +97,34 @@ class Classifier:
             )
             for name in rows[0]
         }
+
+
+def read_classifier(name: str, flag: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of a classifier, without its weights.
+
+    Args:
+        name: Hugging Face folder or hub id.
+        flag: That names it, for messages.
+
+    Raises:
+        ModelError: where it is no classifier with one output that transformers knows.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise _not_loaded(name, flag, error) from None
+    own = config.architectures or ["ForSequenceClassification"]
+    if not any("SequenceClassification" in architecture for architecture in own):
+        raise ModelError(f"{flag}: {name}: {', '.join(own)} is no model that scores: expected a sequence classifier")
+    if config.num_labels != 1:
+        raise ModelError(f"{flag}: {name}: {config.num_labels} outputs; expected a model with one (num_labels: 1)")
+    return config, tokenizer
+
+
+def _not_loaded(name: str, flag: str, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return ModelError(
+        f"{flag}: {name}: not a sequence classifier that transformers loads (code in a model's folder is not run; "
+        f"--scorer takes a program that loads it): {reason}"
+    )

@@ -8,6 +8,7 @@ import math
 import os
 import queue
 import shlex
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator
@@ -33,10 +34,19 @@ class ScorerProgram:
     Args:
         command: Words of the command as a shell would read them; no shell runs it.
         timeout: Longest time between two lines, seconds.
+
+    Raises:
+        ScorerError: where there is no such program.
     """
 
     def __init__(self, command: str, timeout: float) -> None:
         self._command, self._timeout = command, timeout
+        try:
+            self._words = shlex.split(command)
+        except ValueError as error:
+            raise ScorerError(f"--scorer: {command!r} is no command: {error}") from None
+        if not self._words or shutil.which(self._words[0]) is None:
+            raise ScorerError(f"--scorer: cannot start {command!r}: there is no such program")
 
     def scores(self, items: Iterable[Candidates]) -> Iterator[list[float | None]]:
         """See :class:`~mindspeed_simpo.studies.sampling.record.Scorer`.
@@ -61,14 +71,10 @@ class ScorerProgram:
 
     def _start(self) -> subprocess.Popen[bytes]:
         try:
-            words = shlex.split(self._command)
-        except ValueError as error:
-            raise ScorerError(f"--scorer: {self._command!r} is no command: {error}") from None
-        try:
             # a Python program that does not flush its lines would seem to be silent
             environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-            return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        except (OSError, IndexError) as error:
+            return subprocess.Popen(self._words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        except OSError as error:
             raise ScorerError(f"--scorer: cannot start {self._command!r}: {error}") from None
 
     def _next_line(

@@ -47,7 +47,7 @@ from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.naming import pipeline_chunks
 from mindspeed_simpo.model.weight_source import SafetensorsFolder
 from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, estimate_memory
-from mindspeed_simpo.training.watch.held_out import check_held_out
+from mindspeed_simpo.training.watch.required import check_held_out
 
 if TYPE_CHECKING:
     from mindspeed_simpo.model.fsdp.description import TransformersModel

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mindspeed_simpo.config.options import OPTION_GROUPS
+from mindspeed_simpo.config.options import OPTION_GROUPS, DataSource
 from mindspeed_simpo.config.ranges import describe_range
 from mindspeed_simpo.integrations.mindspeed_llm import stages
 from mindspeed_simpo.objectives import OBJECTIVES, Objective
@@ -26,8 +26,8 @@ Written by `scripts/make_configuration_docs.py` from `mindspeed_simpo/config/opt
 `mindspeed_simpo/objectives/`; do not edit it by hand.
 
 All keys live side by side in one YAML file. The key `simpo_beta` is the flag `--simpo-beta`; a flag wins over the file.
-Boolean keys are `--bf16` and `--no-bf16`; a list is `--data-path a.jsonl b.jsonl`; `--map-keys` takes JSON. An unknown
-key is an error that names the nearest known one. `mindspeed-simpo train --help` prints the same tables.
+Boolean keys are `--bf16` and `--no-bf16`; a list is `--data-path a.jsonl b.jsonl`; mappings are JSON, as in
+`--map-keys '{"prompt": "question"}'`. An unknown key is an error that names the nearest known one. `mindspeed-simpo train --help` prints the same tables.
 
 "required" means that the key must be given, in the file or as a flag. A dash means that the key has no value unless it
 is given; its description says what happens then.
@@ -106,8 +106,8 @@ def _kinds(annotation: Any) -> Iterator[str]:
     elif get_origin(annotation) is Literal:
         yield ", ".join(f"`{value}`" for value in get_args(annotation))
     elif get_origin(annotation) is list:
-        yield "list of texts"
-    elif get_origin(annotation) is dict:
+        yield "list of these" if DataSource in get_args(get_args(annotation)[0]) else "list of texts"
+    elif annotation is DataSource or get_origin(annotation) is dict:
         yield "mapping"
     else:
         for part in get_args(annotation):

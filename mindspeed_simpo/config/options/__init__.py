@@ -16,6 +16,7 @@ from mindspeed_simpo.config.options.base import (
 from mindspeed_simpo.config.options.data import DataOptions
 from mindspeed_simpo.config.options.model import ALL_LINEAR, AdapterOptions, ModelOptions
 from mindspeed_simpo.config.options.parallel import OutputOptions, ParallelOptions
+from mindspeed_simpo.config.options.sources import DataSource, split_weights
 from mindspeed_simpo.config.options.task import TaskOptions
 from mindspeed_simpo.config.options.training import TrainingOptions
 from mindspeed_simpo.config.options.watch import WatchOptions
@@ -42,6 +43,7 @@ __all__ = [
     "BatchingName",
     "ContextParallelAlgo",
     "DataOptions",
+    "DataSource",
     "ModelOptions",
     "OutputOptions",
     "ParallelOptions",
@@ -49,5 +51,6 @@ __all__ = [
     "TrainingOptions",
     "WatchOptions",
     "effect_of",
+    "split_weights",
     "takes_bool",
 ]

@@ -28,7 +28,7 @@ class HeldOut:
         self, session: Session, models: list[torch.nn.Module], data: PairDataset, table: ReferenceTable | None
     ) -> None:
         self._session, self._models = session, models
-        self._schedule, self._loader = session.schedule(models, table), session.loader(data)
+        self._data, self._schedule, self._loader = data, session.schedule(models, table), session.loader(data)
         self._generator = AnswerGenerator(session, data) if session.config.eval_generate else None
         self.pairs = len(data)
 
@@ -40,7 +40,8 @@ class HeldOut:
         """
         for model in self._models:
             model.eval()
-        metrics = mean_metrics(self._session, self._schedule, self._loader, self._session.config.eval_iters)
+        batches = self._session.config.eval_iters
+        metrics = mean_metrics(self._session, self._schedule, self._data, self._loader, batches)
         for model in self._models:
             model.train()
         answers = self._generator.generate() if self._generator is not None else []

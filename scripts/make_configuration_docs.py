@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mindspeed_simpo.config.options import OPTION_GROUPS
+from mindspeed_simpo.config.options import OPTION_GROUPS, DataSource
 from mindspeed_simpo.config.ranges import describe_range
 from mindspeed_simpo.integrations.mindspeed_llm import stages
 from mindspeed_simpo.objectives import OBJECTIVES, Objective
@@ -106,8 +106,8 @@ def _kinds(annotation: Any) -> Iterator[str]:
     elif get_origin(annotation) is Literal:
         yield ", ".join(f"`{value}`" for value in get_args(annotation))
     elif get_origin(annotation) is list:
-        yield "list of texts"
-    elif get_origin(annotation) is dict:
+        yield "list of these" if DataSource in get_args(get_args(annotation)[0]) else "list of texts"
+    elif annotation is DataSource or get_origin(annotation) is dict:
         yield "mapping"
     else:
         for part in get_args(annotation):

@@ -94,7 +94,7 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     if tokenizer is not None and parts:
         findings.warnings += _report_data(console, config, tokenizer, processor, parts)
     if "train" in parts:
-        findings.warnings += run_length_warnings(config, len(parts["train"]))
+        findings.warnings += run_length_warnings(config, parts["train"].mixture.pairs)
     findings.warnings += token_budget_warnings(config, parts)
     findings.warnings += setting_warnings(config)
     if spec is not None and not isinstance(spec, ModelDescription):
@@ -245,8 +245,10 @@ def _print_images(console: Console, pair: TokenizedPair, processor: ImageProcess
 def _largest(config: Config, layout: Layout, parts: dict[str, PairDataset]) -> LargestPass:
     half = config.seq_length // 2
     # without data: prompts and responses of half of seq_length, the longest pairs
-    lengths = parts["train"].lengths if "train" in parts else np.full((config.global_batch_size, 3), half)
-    return largest_pass(lengths, config, Batching.of(config), layout)
+    if "train" not in parts:
+        return largest_pass(np.full((config.global_batch_size, 3), half), config, Batching.of(config), layout)
+    train = parts["train"]
+    return largest_pass(train.lengths, config, Batching.of(config), layout, train.mixture)
 
 
 def _print_layout(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin
 import tyro
 from pydantic.fields import FieldInfo
 
-from mindspeed_simpo.config.options import OPTION_GROUPS, takes_bool
+from mindspeed_simpo.config.options import OPTION_GROUPS, DataSource, takes_bool
 from mindspeed_simpo.config.ranges import describe_range
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR"}
@@ -44,8 +44,9 @@ def given(command: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, list) and len(value) == 1:
-        return value[0]
+    if isinstance(value, list):
+        items = [_plain(item) for item in value]
+        return items[0] if len(items) == 1 else items
     if isinstance(value, str) and value.startswith("{"):
         with contextlib.suppress(ValueError):
             return json.loads(value)
@@ -60,8 +61,8 @@ def _flag(name: str, field: FieldInfo) -> tuple[str, Any, Any]:
         flag_type = bool
     elif any(get_origin(kind) is dict for kind in kinds):
         metavar = "JSON"
-    elif list[str] in kinds:
-        flag_type, item = list[str], "PATH" if name.endswith("path") else "NAME"
+    elif any(get_origin(kind) is list for kind in kinds):
+        flag_type, item = list[str], "PATH|JSON" if DataSource in kinds else "NAME"
         metavar = f"{item} [{item} ...]"
     else:
         literals = [value for kind in kinds for value in get_args(kind) or ([kind] if isinstance(kind, str) else [])]

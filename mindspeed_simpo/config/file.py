@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.options.sources import ENTRY_ERROR
 from mindspeed_simpo.config.recipes import configuration_path
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.objectives import DEFAULT_STAGE
@@ -131,6 +132,9 @@ def _explain(item: Any, where: str, flags: set[str], stage: str) -> str:
         hint = f"did you mean `{nearest[0]}`?" if nearest else "`mindspeed-simpo train --help` lists all keys"
         return f"{where}: unknown key `{key}`; {hint}"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == ENTRY_ERROR:
+        name = f"--{key.replace('_', '-')}" if key in flags else f"{where}: {key}"
+        return "\n".join(f"{name}{place}: {_shortened(text)}" for place, text in item["ctx"]["problems"])
     if item["type"] == "missing":
         return _required(key, where)
     if not key:
@@ -144,5 +148,8 @@ def _required(key: str, where: str) -> str:
 
 
 def _brief(value: Any) -> str:
-    text = repr(value)
+    return _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."

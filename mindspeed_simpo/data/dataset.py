@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
-from mindspeed_simpo.config.options import DataOptions
+from mindspeed_simpo.config.options import DataOptions, DataSource, split_weights
 from mindspeed_simpo.data.cache import IDS, CachedTable, cache_folder
 from mindspeed_simpo.data.conversations import ExampleReader
 from mindspeed_simpo.data.encoding import PairEncoder
+from mindspeed_simpo.data.examples import Examples, SourceExamples
 from mindspeed_simpo.data.images import StoredImage
+from mindspeed_simpo.data.mixture import Mixture
 from mindspeed_simpo.data.paths import Part, open_sources
 from mindspeed_simpo.data.preparation import Preparation
 from mindspeed_simpo.data.processor import ImageProcessor
@@ -32,18 +37,20 @@ _FORMAT = 2
 
 
 class PairDataset:
-    """Pairs in the order of the data, read from the memory-mapped cache."""
+    """Pairs in the order of the data, source by source, read from the memory-mapped cache."""
 
-    def __init__(self, table: Any, sources: Sequence[Source], fingerprint: str, report: DataReport) -> None:
-        self._table = table
-        self._kept = report.kept_rows
-        self._sources = list(sources)
+    def __init__(self, examples: Examples, report: DataReport, fingerprint: str, mixture: Mixture) -> None:
+        self._examples, self._kept = examples, report.kept_rows
         self.fingerprint = fingerprint
         """Hex digest of the token ids of all examples and of the part that this data set is; equal for equal ids,
         whatever versions of the libraries made them."""
         self.report = report
         self.lengths = report.lengths
         """Tokens of prompt, chosen and rejected response of each pair, ``int32[pair, 3]``."""
+        self.sources = examples.names
+        """Names of the sources."""
+        self.mixture = mixture
+        """Pairs of each source, and those of an epoch."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -54,23 +61,42 @@ class PairDataset:
         Raises:
             IndexError: outside ``0 .. len - 1``.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
-        row = int(self._kept[index])
-        ids = {name: self._table.column(name)[row].values.to_numpy().tolist() for name in IDS}
-        source, number, images = (self._table.column(name)[row].as_py() for name in ("source", "line", "images"))
-        stored = tuple(StoredImage(**image) for image in images or ())
-        return TokenizedPair(source=self._sources[source].where(number), images=stored, **ids)
+        row = int(self._kept[self._checked(index)])
+        table = self._examples.table
+        ids = {name: table.column(name)[row].values.to_numpy().tolist() for name in IDS}
+        stored = tuple(StoredImage(**image) for image in table.column("images")[row].as_py() or ())
+        return TokenizedPair(source=self._examples.where(row), images=stored, **ids)
+
+    def source_of(self, index: int) -> int:
+        """The source of the pair ``index``, as an index of ``sources``.
+
+        Raises:
+            IndexError: outside ``0 .. len - 1``.
+        """
+        return bisect_right(self.mixture.starts, self._checked(index)) - 1
 
     @property
     def has_images(self) -> bool:
         """Whether any example has images."""
-        return bool(self._table.column("images").null_count < self._table.num_rows)
+        images = self._examples.table.column("images")
+        return bool(images.null_count < len(images))
+
+    @property
+    def order_fingerprint(self) -> str:
+        """``fingerprint``, and the mixture where it is not all pairs once: what the order of training depends on."""
+        return self.fingerprint if self.mixture.is_whole else f"{self.fingerprint}: {self.mixture}"
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        return index
 
 
 def has_eval_data(options: DataOptions) -> bool:
-    """Whether the options name held-out pairs: ``eval_data_path``, or a second weight of ``split``."""
-    return options.eval_data_path is not None or _weights(options.split)[1] > 0
+    """Whether the options name held-out pairs: ``eval_data_path``, or a second weight of a source's ``split``."""
+    return options.eval_data_path is not None or any(
+        split_weights(source.sizes or options.split)[1] > 0 for source in options.sources
+    )
 
 
 def prepare_pairs(
@@ -102,34 +128,40 @@ def prepare_pairs(
         ModelError: where the chat template cannot serve.
         ConfigError: where the options name no evaluation data, or ``map_keys`` is wrong.
     """
-    work = preparation_of(options, tokenizer, part, vocab_size, images=images)
-    table = work.load_reusable()
-    if table is None:
-        work.tokenise_share(0, 1, num_workers=options.num_workers, progress=progress)
-        table = work.merge()
-    return dataset_of(options, part, work, table)
+    works = preparations_of(options, tokenizer, part, vocab_size, images=images)
+    tables = []
+    for work in works:
+        table = work.load_reusable()
+        if table is None:
+            work.tokenise_share(0, 1, num_workers=options.num_workers, progress=progress)
+            table = work.merge()
+        tables.append(table)
+    return dataset_of(options, part, works, tables)
 
 
-def preparation_of(
+def preparations_of(
     options: DataOptions,
     tokenizer: PreTrainedTokenizerBase,
     part: Part,
     vocab_size: int | None,
-    sources: Sequence[Source] | None = None,
+    files: Sequence[Sequence[Source]] | None = None,
     images: ImageProcessor | None = None,
-) -> Preparation:
-    """The work that :func:`prepare_pairs` does, for ranks that divide it; other arguments and errors as there.
+) -> list[Preparation]:
+    """The work that :func:`prepare_pairs` does for each source, for ranks that divide it; other arguments as there.
 
     Args:
         options: Of the data.
         tokenizer: Of the model.
         part: Which part.
         vocab_size: Of the model.
-        sources: :func:`sources_of` the part, with surveys; ``None`` reads all of their content here.
+        files: :func:`files_of` the part, with surveys; ``None`` reads all of their content here.
         images: Processor of a model that takes images.
+
+    Raises:
+        SimpoError: as :func:`prepare_pairs`.
     """
-    if sources is None:
-        sources = sources_of(options, part)
+    if files is None:
+        files = files_of(options, part)
     if vocab_size is not None and vocab_size > max(tokenizer.get_vocab().values()):
         vocab_size = None  # the model has every token: nothing to check, and the key does not depend on the model
     encoder = PairEncoder(
@@ -141,68 +173,105 @@ def preparation_of(
         template=TemplateSettings.of(options),
         images=images,
     )
-    key = _key(options, tokenizer, sources, vocab_size, images)
     folder = cache_folder(options.data_cache_dir) / "tokenised"
-    reader = ExampleReader(options.map_keys, takes_images=images is not None)
-    return Preparation(
-        sources, reader, encoder, folder / f"{key}.arrow", drops_unreadable=options.data_errors == "drop"
-    )
+    works = []
+    for source, its_files in zip(_sources(options, part), files, strict=True):
+        map_keys = source.map_keys or options.map_keys
+        key = _key(options, map_keys, tokenizer, its_files, vocab_size, images)
+        reader = ExampleReader(map_keys, takes_images=images is not None)
+        drops = options.data_errors == "drop"
+        works.append(Preparation(its_files, reader, encoder, folder / f"{key}.arrow", drops_unreadable=drops))
+    return works
 
 
-def sources_of(options: DataOptions, part: Part) -> list[Source]:
-    """The sources of one part of the data.
+def files_of(options: DataOptions, part: Part) -> list[list[Source]]:
+    """The files of each source of one part of the data.
 
     Raises:
         DataError: where there is no such data.
         ConfigError: where the options name no evaluation data, or ``map_keys`` is wrong.
     """
-    if part == "eval" and not has_eval_data(options):
-        raise ConfigError("no evaluation data: set eval_data_path, or give split a second weight, such as 95,5")
-    columns = ExampleReader(options.map_keys).column_names
-    if _has_own_paths(options, part):
-        return open_sources(options.eval_data_path or [], "eval", columns)
-    return open_sources(_training_paths(options), "train", columns)
+    split: Part = "eval" if _has_own_paths(options, part) else "train"
+    return [
+        open_sources(
+            source.path, split, ExampleReader(source.map_keys or options.map_keys).column_names, source.split_name
+        )
+        for source in _sources(options, part)
+    ]
 
 
-def dataset_of(options: DataOptions, part: Part, work: Preparation, cached: CachedTable | None) -> PairDataset:
-    """The data set of one part of tokenised examples.
+def dataset_of(
+    options: DataOptions, part: Part, works: Sequence[Preparation], cached: Sequence[CachedTable | None]
+) -> PairDataset:
+    """The data set of one part of the tokenised examples of each source.
 
     Raises:
-        DataError: as :func:`prepare_pairs`, and where ``cached`` is ``None``.
+        DataError: as :func:`prepare_pairs`, and where an entry of ``cached`` is ``None``.
     """
-    if cached is None:
-        raise DataError(f"{work.path}: the tokenised data of this host are missing: run again")
-    logger.info("tokenised data: %s", work.path)
-    table, rows = cached.table, cached.table.num_rows
-    first, last = (0, rows) if _has_own_paths(options, part) else _bounds(options.split, part, rows)
-    if first == last:
-        raise DataError(f"split {options.split} of {rows} rows leaves no row for the {part} part")
-    table = table.slice(first, last - first)
-    report = make_report(table, work.sources)
+    tables = []
+    for work, table in zip(works, cached, strict=True):
+        if table is None:
+            raise DataError(f"{work.path}: the tokenised data of this host are missing: run again")
+        logger.info("tokenised data: %s", work.path)
+        tables.append(table)
+    sources = _sources(options, part)
+    bounds = _bounds(options, part, [table.table.num_rows for table in tables])
+    facts, of_sources = [], []
+    for source, work, table, (first, last) in zip(sources, works, tables, bounds, strict=True):
+        if first == last and part == "eval":
+            continue  # its held-out examples are none
+        facts.append(f"{table.content} {table.table.num_rows} {first} {last}")
+        of_sources.append(SourceExamples(str(source.name), work.sources, table.table.slice(first, last - first)))
+    examples = Examples(of_sources)
+    report = make_report(examples)
     judge(report, options)
-    fingerprint = hashlib.sha256(f"{cached.content} {rows} {first} {last}".encode()).hexdigest()
-    return PairDataset(table, work.sources, fingerprint, report)
+    found = np.diff(np.searchsorted(report.kept_rows, examples.starts)).tolist()
+    fingerprint = hashlib.sha256("; ".join(facts).encode()).hexdigest()
+    left = [source for source in sources if source.name in examples.names]
+    return PairDataset(examples, report, fingerprint, _mixture(options, part, left, found))
+
+
+def _sources(options: DataOptions, part: Part) -> list[DataSource]:
+    """The sources of a part; of those that ``split`` divides, the ones that have one."""
+    if _has_own_paths(options, part):
+        return options.eval_sources
+    if part == "train":
+        if options.data_path is None:
+            raise ConfigError("no training data: set data_path")
+        return options.sources
+    if not has_eval_data(options):
+        raise ConfigError("no evaluation data: set eval_data_path, or give split a second weight, such as 95,5")
+    return [source for source in options.sources if split_weights(source.sizes or options.split)[1] > 0]
+
+
+def _mixture(options: DataOptions, part: Part, sources: Sequence[DataSource], found: Sequence[int]) -> Mixture:
+    if part == "train":
+        return Mixture.of(sources, found)
+    if not _has_own_paths(options, part):
+        return Mixture.of_all(*found)
+    for number, (source, pairs) in enumerate(zip(sources, found, strict=True)):
+        if source.pairs is not None and source.pairs > pairs:
+            raise DataError(
+                f"eval_data_path[{number}].pairs: {source.pairs}, but {source.name} ({source.path}) has {pairs}, and "
+                "held-out pairs are evaluated once each"
+            )
+    return Mixture.of(sources, found)
 
 
 def _has_own_paths(options: DataOptions, part: Part) -> bool:
     return part == "eval" and options.eval_data_path is not None
 
 
-def _training_paths(options: DataOptions) -> str | list[str]:
-    if options.data_path is None:
-        raise ConfigError("no training data: set data_path")
-    return options.data_path
-
-
 def _key(
     options: DataOptions,
+    map_keys: Mapping[str, Any] | None,
     tokenizer: PreTrainedTokenizerBase,
     sources: Sequence[Source],
     vocab_size: int | None,
     images: ImageProcessor | None,
 ) -> str:
     contents = [source.digest for source in sources]
-    encoding: list[Any] = [options.map_keys, options.seq_length, options.prompt_limit, options.truncation, vocab_size]
+    encoding: list[Any] = [map_keys, options.seq_length, options.prompt_limit, options.truncation, vocab_size]
     encoding += [options.chat_template_kwargs or {}, options.chat_template_date]
     if images is not None:  # paths of images begin at the folders of the files
         encoding += [images.digest, [str(source.folder and source.folder.absolute()) for source in sources]]
@@ -210,15 +279,37 @@ def _key(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _weights(split: str) -> list[float]:
-    weights = [float(part) for part in split.split(",")]
-    return [*weights, 0.0, 0.0][:3]
+def _bounds(options: DataOptions, part: Part, rows: Sequence[int]) -> list[tuple[int, int]]:
+    """First example of a part and the one after its last, of each source.
+
+    ``split`` divides plain paths as one sequence of examples; where an entry is a mapping, it divides each source.
+    """
+    if _has_own_paths(options, part):
+        return [(0, number) for number in rows]
+    entries = options.data_path if isinstance(options.data_path, list) else [options.data_path]
+    if all(isinstance(entry, str) for entry in entries):
+        starts = [0, *accumulate(rows)]
+        whole = _part(options.split, part, starts[-1], "split")
+        return [
+            (min(max(whole[0] - start, 0), number), min(max(whole[1] - start, 0), number))
+            for start, number in zip(starts, rows, strict=False)
+        ]
+    sources = _sources(options, part)
+    return [
+        _part(source.sizes or options.split, part, number, f"{source.name} ({source.path}): split")
+        for source, number in zip(sources, rows, strict=True)
+    ]
 
 
-def _bounds(split: str, part: Part, examples: int) -> tuple[int, int]:
-    """First example of a part and the one after its last."""
-    weights = _weights(split)
-    first = round(examples * weights[0] / sum(weights))
-    if part == "train":
-        return 0, first
-    return first, round(examples * (weights[0] + weights[1]) / sum(weights))
+def _part(split: str, part: Part, examples: int, key: str) -> tuple[int, int]:
+    """First example of a part and the one after its last.
+
+    Raises:
+        DataError: where no example is between them.
+    """
+    weights = split_weights(split)
+    middle, end = (round(examples * sum(weights[:number]) / sum(weights)) for number in (1, 2))
+    first, last = (0, middle) if part == "train" else (middle, end)
+    if first == last:
+        raise DataError(f"{key} {split} of {examples} rows leaves no row for the {part} part")
+    return first, last

@@ -14,6 +14,7 @@ from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.config.options import TrainingOptions
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.loader import PairStream
+from mindspeed_simpo.data.mixture import Mixture
 
 SIMULATED_PAIRS = 200_000
 """Pairs of the run, from its start, whose micro-batches are computed."""
@@ -48,7 +49,11 @@ class LargestPass:
 
 
 def largest_pass(
-    lengths: Int[np.ndarray, "pair 3"], options: TrainingOptions, batching: Batching, layout: Layout
+    lengths: Int[np.ndarray, "pair 3"],
+    options: TrainingOptions,
+    batching: Batching,
+    layout: Layout,
+    mixture: Mixture | None = None,
 ) -> LargestPass:
     """Divide the pairs of a run as :class:`~mindspeed_simpo.data.loader.PairLoader` does, and keep the largest numbers.
 
@@ -59,9 +64,10 @@ def largest_pass(
         options: ``global_batch_size``, ``train_iters``, ``seed`` and ``pair_schedule`` of the run.
         batching: Of the run.
         layout: Of the run.
+        mixture: Of the sources of the pairs; ``None`` for all pairs.
     """
     size = options.global_batch_size
-    stream = PairStream(len(lengths), options.seed)
+    stream = PairStream(mixture or Mixture.of_all(len(lengths)), options.seed)
     epoch = stream.steps_per_epoch(size)
     steps = min(options.train_iters or epoch, epoch, -(-SIMULATED_PAIRS // size))
     two_pass = options.pair_schedule == "two_pass"

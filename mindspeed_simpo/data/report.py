@@ -7,14 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
 from mindspeed_simpo.config.options import DataOptions
+from mindspeed_simpo.data.examples import Examples
 from mindspeed_simpo.data.problems import NO_FAULT, ProblemKind
-from mindspeed_simpo.data.source import Source
 from mindspeed_simpo.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -101,8 +100,9 @@ class DataReport:
         )
 
 
-def make_report(table: Any, sources: Sequence[Source]) -> DataReport:
-    """Count the examples of a cache table, batch by batch: what it needs of memory is what it returns."""
+def make_report(examples: Examples) -> DataReport:
+    """Count the examples, batch by batch: what it needs of memory is what it returns."""
+    table = examples.table
     size = table.column("kind").null_count
     kept_rows, lengths = np.empty(size, np.int64), np.empty((size, 3), np.int32)
     counts: Counter[str] = Counter()
@@ -125,13 +125,13 @@ def make_report(table: Any, sources: Sequence[Source]) -> DataReport:
         first, kept = first + batch.num_rows, part.stop
     prompt, chosen, rejected = lengths.T
     return DataReport(
-        files=tuple(source.name for source in sources),
+        files=examples.files,
         rows=table.num_rows,
         kept=size,
         **{kind: counts[kind] for kind in _KINDS},
         truncated_prompts=prompts_cut,
         truncated_responses=responses_cut,
-        problems=tuple(_problem(table, index, sources) for index in listed),
+        problems=tuple(_problem(examples, index) for index in listed),
         prompt_tokens=_statistics(prompt),
         chosen_tokens=_statistics(chosen),
         rejected_tokens=_statistics(rejected),
@@ -158,11 +158,9 @@ def _percentile(numbers: Int64[np.ndarray, " length"], share: float) -> float:
     return low + (high - low) * (place - math.floor(place))
 
 
-def _problem(table: Any, index: int, sources: Sequence[Source]) -> ExampleProblem:
-    source, number, kind, message = (
-        table.column(name)[index].as_py() for name in ("source", "line", "kind", "message")
-    )
-    return ExampleProblem(sources[source].where(number), kind, message)
+def _problem(examples: Examples, index: int) -> ExampleProblem:
+    kind, message = (examples.table.column(name)[index].as_py() for name in ("kind", "message"))
+    return ExampleProblem(examples.where(index), kind, message)
 
 
 def judge(report: DataReport, options: DataOptions) -> None:

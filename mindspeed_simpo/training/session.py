@@ -278,6 +278,7 @@ class _Loaders:
             data_parallel_rank=self._groups.data.rank(),
             data_parallel_size=self._groups.data.size(),
             images=self._checked_images() if data.has_images else None,
+            mixture=data.mixture,
         )
 
     def _checked_images(self) -> ImageInputs:

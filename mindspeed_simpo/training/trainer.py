@@ -132,7 +132,7 @@ class Run:
                 of the checkpoint.
         """
         with fail_together(self.session.groups.control):
-            check_resumable(folder, state, self.recorded, self.train_data.fingerprint)
+            check_resumable(folder, state, self.recorded, self.train_data.order_fingerprint)
             check_base(folder, state.base, self.session.base)
         checkpoint.load(folder, self.models, self.stepper, self.session.groups, self.session.device)
         self.session.running.load(state.running)
@@ -270,7 +270,7 @@ class Run:
         state = checkpoint.TrainingState(
             step=self.step,
             consumed_pairs=self.consumed_pairs,
-            data_fingerprint=self.train_data.fingerprint,
+            data_fingerprint=self.train_data.order_fingerprint,
             running=self.session.running.state(),
             base=self.session.base,
             config=self.recorded,

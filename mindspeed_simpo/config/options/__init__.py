@@ -16,6 +16,7 @@ from mindspeed_simpo.config.options.base import (
 from mindspeed_simpo.config.options.data import DataOptions
 from mindspeed_simpo.config.options.model import ALL_LINEAR, AdapterOptions, ModelOptions
 from mindspeed_simpo.config.options.parallel import OutputOptions, ParallelOptions
+from mindspeed_simpo.config.options.sources import DataSource, split_weights
 from mindspeed_simpo.config.options.task import TaskOptions
 from mindspeed_simpo.config.options.training import TrainingOptions
 
@@ -40,11 +41,13 @@ __all__ = [
     "BatchingName",
     "ContextParallelAlgo",
     "DataOptions",
+    "DataSource",
     "ModelOptions",
     "OutputOptions",
     "ParallelOptions",
     "TaskOptions",
     "TrainingOptions",
     "effect_of",
+    "split_weights",
     "takes_bool",
 ]

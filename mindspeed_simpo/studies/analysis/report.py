@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def _number(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.4g}"
 
 
-_ROWS = (
+_ROWS: tuple[tuple[str, Callable[[Numbers], str]], ...] = (
     ("accuracy of the rewards (95 % interval)", lambda model: _percent(model["accuracy"]["all"])),
     ("accuracy of the likelihoods (95 % interval)", lambda model: _percent(model["accuracy"]["of_likelihood"])),
     ("reward margin, mean", lambda model: _number(model["margins"]["mean"])),

@@ -115,12 +115,13 @@ def _score(contender: Contender, device: Device, groups: Groups, request: Reques
     if first is not None and not np.array_equal(data.report.kept_rows, first.data.report.kept_rows):
         raise on_every_rank(
             DataError(
-                f"--against: {request.against} leaves other pairs of the data, {len(data)} and not {len(first.data)}: its "
-                "tokenizer or chat template makes some of them too long or unusable; give a longer seq_length"
+                f"--against: {request.against} leaves other pairs of the data, {len(data)} and not {len(first.data)}: "
+                "its tokenizer or chat template makes some of them too long or unusable; give a longer seq_length"
             )
         )
-    pairs = _indices(len(data), request.max_pairs)
     loader = session.loader(data)
+    # of a mixture, which pairs an evaluation draws depends on the seed of the run
+    pairs = first.indices if first is not None else _spaced(np.unique(loader.eval_pairs()), request.max_pairs)
     [table] = configured_tables(session, session.config, [UsedPairs(data, pairs)])
     loaded = load_configured(session)
     schedule = session.schedule(session.backend.for_scoring(), table)
@@ -135,16 +136,17 @@ def _score(contender: Contender, device: Device, groups: Groups, request: Reques
     return _Passed(data, pairs, scores, shown, chosen, loaded[1].step if loaded is not None else None)
 
 
-def _indices(number: int, wanted: int | None) -> Int64[np.ndarray, " pair"]:
-    if wanted is None or wanted >= number:
-        return np.arange(number)
-    return (np.arange(wanted) * number) // wanted
+def _spaced(pairs: Int64[np.ndarray, " pair"], wanted: int | None) -> Int64[np.ndarray, " kept"]:
+    if wanted is None or wanted >= len(pairs):
+        return pairs
+    return pairs[np.arange(wanted) * len(pairs) // wanted]
 
 
 def _write(folder: Path, contenders: list[Contender], passed: list[_Passed]) -> None:
     first = passed[0]
-    places = [first.data[int(index)].source for index in first.indices]
-    pairs = Pairs(first.indices, places, ["all"], np.zeros(len(places), dtype=np.int64))
+    indices = first.indices.tolist()
+    source_of = np.array([first.data.source_of(index) for index in indices])
+    pairs = Pairs(first.indices, [first.data[index].source for index in indices], first.data.sources, source_of)
     titles = [contender.config.objective.title for contender in contenders]
     measured = []
     for contender, one in zip(contenders, passed, strict=True):
@@ -169,5 +171,5 @@ def _write(folder: Path, contenders: list[Contender], passed: list[_Passed]) -> 
 
 def _weights(contender: Contender, step: int | None) -> str:
     if contender.run is None:
-        return f"starting weights, {contender.config.model_name_or_path}"
+        return f"weights of {contender.config.model_name_or_path}"
     return f"step {step} of {contender.run}"

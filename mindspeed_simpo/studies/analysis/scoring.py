@@ -51,8 +51,8 @@ def score_pairs(
         weights = session.config.load or session.config.model_name_or_path
         raise on_every_rank(
             TrainingError(
-                f"the scores of {bad.size} of {len(pairs)} pairs are not finite, the first of pair {pairs[bad[0]]}: see "
-                f"the weights of {weights}"
+                f"the scores of {bad.size} of {len(pairs)} pairs are not finite, the first of pair {pairs[bad[0]]}: "
+                f"see the weights of {weights}"
             )
         )
     return PairScores(**{name: columns[:, number].copy() for number, name in enumerate(names)})

@@ -45,14 +45,14 @@ def _of_rewards(models: Sequence[Numbers]) -> list[Section]:
         ),
         Section(
             "Accuracy by length difference",
-            "Each bar is the share of pairs ranked right among those whose chosen answer is longer (+) or shorter (−) by "
-            "so many tokens, with its 95 % interval: bars that rise to the right say that the model prefers length.",
+            "Each bar is the share of pairs ranked right among those whose chosen answer is longer (+) or shorter (−) "
+            "by so many tokens, with its 95 % interval: bars that rise to the right say that the model prefers length.",
             figures.accuracy_by_length(models),
         ),
         Section(
             "Accuracy by source",
-            "Each bar is the share of a source's pairs (their number in brackets) ranked right, with its 95 % interval, "
-            "against the dotted line of a coin toss.",
+            "Each bar is the share of a source's pairs (their number in brackets) ranked right, with its 95 % "
+            "interval, against the dotted line of a coin toss.",
             figures.accuracy_by_source(models),
         ),
     ]
@@ -75,8 +75,8 @@ def _of_likelihoods(models: Sequence[Numbers]) -> list[Section]:
         Section(
             "Reward ranking against likelihood ranking",
             "Rows say whether the reward, columns whether the average log-probability of the chosen answer is "
-            "above that of the rejected one: pairs off the diagonal are those where a better reward does not mean a likelier "
-            "answer, and length-normalised SimPO has none by construction.",
+            "above that of the rejected one: pairs off the diagonal are those where a better reward does not mean a "
+            "likelier answer, and length-normalised SimPO has none by construction.",
             figures.rankings(models),
         ),
     ]

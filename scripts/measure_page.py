@@ -1,0 +1,143 @@
+"""How long the page of an analysis takes to open: from the navigation until every figure is drawn.
+
+The page is that of ``mindspeed-simpo analyse --against``, of made-up scores of two models, which its own code writes:
+numbers of so many pairs, and the longest texts that a page usually shows. A headless Chromium opens it from the disk,
+each time in a context of its own, without a cache.
+
+    python -m scripts.measure_page                 # 10,000 pairs
+    python -m scripts.measure_page --write         # and write docs/benchmarks/page.{json,md}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics as averages
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindspeed_simpo.studies.analysis.report import write_analysis
+from mindspeed_simpo.studies.analysis.scores import Measured, Pairs, PairScores, Piece, ShownAnswers
+from mindspeed_simpo.studies.analysis.statistics import extremes
+from scripts.machine import processor, versions
+from tests.browser import open_browser, open_page
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAIRS, SHOWN, SHOWN_TOKENS, STEPS, SOURCES = 10_000, 10, 500, 1000, ("dialogues", "mathematics", "programs", "stories")
+DRAWN = "document.querySelectorAll('.figure[data-drawn]').length == document.querySelectorAll('.figure').length"
+
+
+def made_up_analysis(folder: Path, pairs: int = PAIRS, shown_tokens: int = SHOWN_TOKENS, steps: int = STEPS) -> Path:
+    """Write an analysis of made-up scores of two models.
+
+    Args:
+        folder: Where to write; it exists.
+        pairs: Number of pairs.
+        shown_tokens: Tokens of each answer that is shown.
+        steps: Lines of metrics of each model.
+
+    Returns:
+        The page.
+    """
+    draw = np.random.default_rng(0)
+    lengths = draw.lognormal(5.3, 0.7, (2, pairs)).round() + 1
+    first, second = (_scores(draw, lengths, beta) for beta in (2.5, 0.1))
+    shown = extremes(first.margin, SHOWN)
+    answers = {place: _shown(draw, shown_tokens) for place in (*shown[0], *shown[1])}
+    history = [_line(step, steps) for step in range(0, steps + 1)]
+    measured = [
+        Measured(title, f"step {steps} of outputs/{title.lower()}", title.lower(), title, {"beta": beta}, "made up",
+                 steps, history, scores, answers)
+        for title, beta, scores in (("SimPO", 2.5, first), ("DPO", 0.1, second))
+    ]  # fmt: skip
+    places = [f"pairs.jsonl:{number}" for number in range(1, pairs + 1)]
+    source_of = draw.integers(len(SOURCES), size=pairs)
+    write_analysis(folder, Pairs(np.arange(pairs), places, SOURCES, source_of), measured, shown)
+    return folder / "index.html"
+
+
+def _scores(draw: np.random.Generator, lengths: Any, beta: float) -> PairScores:
+    means = draw.normal([[-1.0], [-1.2]], 0.35, lengths.shape)
+    rewards = beta * (means if beta > 1 else draw.normal([[0.4], [0.0]], 1.0, lengths.shape))
+    loss = np.log1p(np.exp(rewards[1] - rewards[0]))
+    return PairScores(*(means * lengths), *lengths, *rewards, loss)
+
+
+def _shown(draw: np.random.Generator, tokens: int) -> ShownAnswers:
+    words = np.array(["the ", "answer", " is ", "42", ".\n", "日本", "語", "مرحبا ", "<b>", "🙂"])
+
+    def answer() -> list[Piece]:
+        texts, values = words[draw.integers(len(words), size=tokens)], -draw.exponential(1.5, tokens)
+        return [Piece(str(text), (float(value),)) for text, value in zip(texts, values, strict=True)]
+
+    return ShownAnswers("What is the answer? " * 40, answer(), answer())
+
+
+def _line(step: int, steps: int) -> dict[str, Any]:
+    part = step / steps
+    values = {"logps/chosen": -1 - 0.1 * part, "logps/rejected": -1 - 0.3 * part}
+    return {"step": step, "split": "eval" if step % 50 == 0 else "train", **values}
+
+
+def open_seconds(browser: Any, page_file: Path, width: int = 1200) -> float:
+    """Seconds from the navigation until every figure is drawn."""
+    begin = time.perf_counter()
+    with open_page(browser, page_file.as_uri(), width=width) as page:
+        page.wait_for_function(DRAWN)
+        return time.perf_counter() - begin
+
+
+def main() -> None:
+    """Measure, and print or write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks/page.{json,md}")
+    arguments = parser.parse_args()
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        page = made_up_analysis(Path(folder), arguments.pairs)
+        written, size = time.perf_counter() - begin, page.stat().st_size
+        with open_browser() as browser:
+            chromium = browser.version
+            wide = [open_seconds(browser, page) for _ in range(arguments.repeats)]
+            narrow = [open_seconds(browser, page, width=375) for _ in range(arguments.repeats)]
+    result = {
+        "pairs": arguments.pairs,
+        "page_bytes": size,
+        "write_seconds": written,
+        "open_seconds": {"wide": wide, "phone": narrow},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "load": load},
+        **versions(),
+        "plotly": version("plotly"),
+        "chromium": chromium,
+    }
+    text = _sentence(result)
+    print(text)  # noqa: T201
+    if arguments.write:
+        target = DOCS / "benchmarks" / "page"
+        target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        target.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    machine, times = result["machine"], result["open_seconds"]
+    wide, phone = (f"{averages.median(times[name]):.2f} s ({max(times[name]):.2f} s)" for name in ("wide", "phone"))
+    return (
+        f"A page of {result['pairs']:,} pairs and two models ({result['page_bytes'] / 1e6:.1f} MB) opens in {wide} at 1200 "
+        f"pixels and in {phone} at 375 pixels, from the navigation until every figure is drawn: median (longest) of "
+        f"{len(times['wide'])}. Its files are written in {result['write_seconds']:.1f} s. {machine['processor']}, "
+        f"{machine['cores']} cores, load average {machine['load']:.1f} at the start; Chromium {result['chromium']}, plotly "
+        f"{result['plotly']}, mindspeed-simpo {result['mindspeed-simpo']}, python {result['python']}, date {result['date']}."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -131,11 +131,12 @@ def _sentence(result: dict[str, Any]) -> str:
     machine, times = result["machine"], result["open_seconds"]
     wide, phone = (f"{averages.median(times[name]):.2f} s ({max(times[name]):.2f} s)" for name in ("wide", "phone"))
     return (
-        f"A page of {result['pairs']:,} pairs and two models ({result['page_bytes'] / 1e6:.1f} MB) opens in {wide} at 1200 "
-        f"pixels and in {phone} at 375 pixels, from the navigation until every figure is drawn: median (longest) of "
-        f"{len(times['wide'])}. Its files are written in {result['write_seconds']:.1f} s. {machine['processor']}, "
-        f"{machine['cores']} cores, load average {machine['load']:.1f} at the start; Chromium {result['chromium']}, plotly "
-        f"{result['plotly']}, mindspeed-simpo {result['mindspeed-simpo']}, python {result['python']}, date {result['date']}."
+        f"A page of {result['pairs']:,} pairs and two models ({result['page_bytes'] / 1e6:.1f} MB) opens in {wide} at "
+        f"1200 pixels and in {phone} at 375 pixels, from the navigation until every figure is drawn: median (longest) "
+        f"of {len(times['wide'])}. Its files are written in {result['write_seconds']:.1f} s. {machine['processor']}, "
+        f"{machine['cores']} cores, load average {machine['load']:.1f} at the start; Chromium {result['chromium']}, "
+        f"plotly {result['plotly']}, mindspeed-simpo {result['mindspeed-simpo']}, python {result['python']}, date "
+        f"{result['date']}."
     )
 
 

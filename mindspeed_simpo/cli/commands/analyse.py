@@ -52,8 +52,8 @@ _AGAINST = Annotated[
     str | None,
     tyro.conf.arg(
         help="Second model, scored on the same pairs and shown beside the first: output folder or checkpoint of "
-        "another run, which is scored by its own objective; a Hugging Face folder; or `base`, the weights that training starts "
-        "from.",
+        "another run, which is scored by its own objective; a Hugging Face folder; or `base`, the weights that "
+        "training starts from.",
         metavar="BASE",
     ),
 ]

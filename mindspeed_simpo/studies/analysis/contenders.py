@@ -9,9 +9,10 @@ from typing import Any
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import validate
 from mindspeed_simpo.config.options import AdapterOptions, ModelOptions, TaskOptions
+from mindspeed_simpo.data import hub
 from mindspeed_simpo.errors import CheckpointError, ConfigError
 from mindspeed_simpo.parallel import Groups
-from mindspeed_simpo.parallel.collectives import fail_together
+from mindspeed_simpo.parallel.collectives import fail_together, of_first_rank
 from mindspeed_simpo.training import checkpoint
 
 STARTING_WEIGHTS = "base"
@@ -63,13 +64,10 @@ def rival_of(against: str, config: Config, groups: Groups) -> Contender:
         return Contender(_updated(config, "--against", load=None, lora_load=None), "starting weights", None)
     with fail_together(groups.control):
         given = Path(against).expanduser()
-        if not given.is_dir() or (given / "config.json").is_file():
+        if (given / "config.json").is_file() or (not given.is_dir() and hub.may_be_hub_id(against)):
             return Contender(_with_weights(config, str(given) if given.is_dir() else against), given.name, None)
-        if (given / "adapter_config.json").is_file():
-            raise ConfigError(
-                f"--against: {against} holds adapters without the model's weights; give the run that trained them"
-            )
-    folder = checkpoint.choose(against, groups.control)
+        chosen = _checkpoint_of(against)
+    folder = of_first_rank(chosen, groups.control)
     with fail_together(groups.control):
         try:
             theirs = checkpoint.read_state(folder).config
@@ -79,6 +77,22 @@ def rival_of(against: str, config: Config, groups: Groups) -> Contender:
         own = {name: getattr(theirs, name) for name in names}
         run = run_folder(folder)
         return Contender(_updated(config, f"--against {folder}", **own, load=str(folder)), run.name, run)
+
+
+def _checkpoint_of(against: str) -> Path:
+    given = Path(against).expanduser()
+    if (given / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"--against: {against} holds adapters without the model's weights; give the run that trained them"
+        )
+    try:
+        return checkpoint.choose(str(given), None)
+    except CheckpointError:
+        found = "holds none of them" if given.is_dir() else "is no folder"
+        raise ConfigError(
+            f"--against: expected the output folder or a checkpoint of a run, a Hugging Face folder or `base`; "
+            f"{against} {found}"
+        ) from None
 
 
 def run_folder(folder: Path) -> Path:

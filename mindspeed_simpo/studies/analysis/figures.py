@@ -31,8 +31,8 @@ def _margins(model: Numbers, colour: str) -> Figure:
     figure = _figure(model["label"], "reward margin (chosen − rejected)", "pairs")
     figure.add_trace(_histogram(model["margins"], colour, "margin"))
     mean = model["margins"]["mean"]
-    figure.add_vline(x=0, line={"color": _QUIET, "width": 1})
-    figure.add_vline(x=mean, line={"color": colour, "width": 2, "dash": "dash"})
+    figure.add_vline(x=0, line={"color": _INK, "width": 1})
+    figure.add_vline(x=mean, line={"color": _INK, "width": 2, "dash": "dash"})
     figure.update_layout(showlegend=False, bargap=0)
     return figure
 
@@ -102,7 +102,8 @@ def _lengths(model: Numbers) -> Figure:
             hovertemplate="%{x:.0f} tokens, %{y:.2f} nats per token: %{z} responses<extra></extra>",
         )
     )
-    figure.update_xaxes(type="log", nticks=6)
+    ticks = _round_lengths(grid["length_edges"][0], grid["length_edges"][-1])
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
     return figure
 
 
@@ -223,6 +224,13 @@ def _table(title: str | None, words: tuple[Sequence[str], Sequence[str]], cells:
 
 def _cells(numbers: Numbers, right_of_rows: str, right_of_columns: str) -> list[list[int]]:
     return [[numbers["both_right"], numbers[right_of_rows]], [numbers[right_of_columns], numbers["both_wrong"]]]
+
+
+def _round_lengths(low: float, high: float) -> list[int]:
+    """1, 2, 5, 10, ... within limits; powers of ten alone where these would be many."""
+    powers = [10**power for power in range(7)]
+    ticks = [first * power for power in powers for first in (1, 2, 5) if low <= first * power <= high]
+    return ticks if len(ticks) <= 8 else [tick for tick in ticks if tick in powers]
 
 
 def _range(group: Numbers) -> str:

@@ -136,7 +136,7 @@ def _percent(numbers: Numbers) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "not defined" if value is None else f"{value:.4g}"
+    return "not defined" if value is None else f"{value:.4f}"
 
 
 _ROWS: tuple[tuple[str, Callable[[Numbers], str]], ...] = (

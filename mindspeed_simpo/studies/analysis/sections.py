@@ -20,8 +20,7 @@ def sections(
         *_of_rewards(drawn),
         *_of_likelihoods(drawn),
         _of_training(drawn),
-        _pairs("The hardest pairs", "smallest", shown[0], pairs, models),
-        _pairs("The most confident pairs", "largest", shown[1], pairs, models),
+        *_of_pairs(pairs, models, shown),
     ]
 
 
@@ -68,8 +67,8 @@ def _of_likelihoods(models: Sequence[Numbers]) -> list[Section]:
         ),
         Section(
             "Likelihood and length",
-            "The darker a cell the more responses, chosen and rejected, have this length and this average "
-            "log-probability; a ρ far from zero says that likelihood goes with length (+: longer is likelier).",
+            "The stronger the colour of a cell the more responses, chosen and rejected, have this length and this "
+            "average log-probability; a ρ far from zero says that likelihood goes with length (+: longer is likelier).",
             figures.lengths(models),
         ),
         Section(
@@ -95,16 +94,21 @@ def _of_training(models: Sequence[Numbers]) -> Section:
     )
 
 
+def _of_pairs(pairs: Pairs, models: Sequence[Measured], shown: tuple[list[int], list[int]]) -> list[Section]:
+    kinds = ("The hardest pairs", "smallest", shown[0]), ("The most confident pairs", "largest", shown[1])
+    return [_pairs(title, extreme, positions, pairs, models) for title, extreme, positions in kinds if positions]
+
+
 def _pairs(title: str, extreme: str, positions: Sequence[int], pairs: Pairs, models: Sequence[Measured]) -> Section:
     reading = (
         f"The pairs with the {extreme} reward margins of {models[0].label}, the extreme one first: the stronger the "
         "colour of a token, the less likely the model finds it where it stands."
     )
-    body = "".join(_pair(position, number == 0, pairs, models) for number, position in enumerate(positions))
+    body = "".join(_pair(position, pairs, models) for position in positions)
     return Section(title, reading, body=texts.scale() + body)
 
 
-def _pair(position: int, opened: bool, pairs: Pairs, models: Sequence[Measured]) -> str:
+def _pair(position: int, pairs: Pairs, models: Sequence[Measured]) -> str:
     source, place = pairs.sources[int(pairs.source_of[position])], pairs.places[position]
     margins = ", ".join(f"{model.label} {model.scores.margin[position]:+.3f}" for model in models)
     origin = f"{source} · {place}" if len(pairs.sources) > 1 else place
@@ -113,7 +117,7 @@ def _pair(position: int, opened: bool, pairs: Pairs, models: Sequence[Measured])
     prompt = html.escape(texts.without_repeats(models[0].shown[position].prompt))
     answers = "".join(_answers(position, model) for model in models)
     return (
-        f'<details class="pair"{" open" if opened else ""}><summary>{head}</summary>'
+        f'<details class="pair"><summary>{head}</summary>'
         f'<h4>Prompt</h4><pre dir="auto">{prompt}</pre>{answers}</details>'
     )
 

@@ -20,6 +20,10 @@ STYLE = """
 .tokens u { text-decoration: none; color: var(--soft); }
 .l1 { background: #e6a84a38; } .l2 { background: #e69b3070; } .l3 { background: #e68a1ea8; }
 .l4 { background: #dd6f0ed9; } .l5 { background: #b8430a; color: #fff; }
+@media (prefers-color-scheme: dark) {
+  .l1 { background: #e6a84a22; } .l2 { background: #e69b3044; } .l3 { background: #e68a1e66; }
+  .l4 { background: #dd6f0e99; } .l5 { background: #c2410c; }
+}
 .tokens .n::before { content: "\\21b5"; opacity: .6; }
 .pair { border: 1px solid var(--line); border-radius: 6px; padding: 0 .75rem; margin: .5rem 0; }
 .pair h4 { font-size: .85rem; margin: .5rem 0 .1rem; color: var(--soft); font-weight: 600; }

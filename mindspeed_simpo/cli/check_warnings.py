@@ -80,13 +80,11 @@ def memory_warnings(config: Config, layout: Layout, estimates: Sequence[MemoryEs
 
 
 def token_warnings(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizerBase, end: int) -> Iterator[str]:
-    """Warnings about double or missing BOS, missing end-of-turn tokens, and evaluation prompts in the training data."""
+    """Warnings about double or missing BOS and missing end-of-turn tokens."""
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
-    prompts: dict[str, set[tuple[int, ...]]] = {}
     for part, dataset in parts.items():
         pairs = _inspected(dataset)
-        prompts[part] = {tuple(pair.prompt_ids) for pair in pairs}
         problems: dict[str, Callable[[TokenizedPair], bool]] = {
             "begin with two BOS tokens": lambda pair: bos is not None and pair.prompt_ids[:2] == [bos, bos],
             "begin without the BOS token that the tokenizer gives plain text": lambda pair: (
@@ -99,8 +97,6 @@ def token_warnings(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizer
         for problem, has in problems.items():
             if found := [pair for pair in pairs if has(pair)]:
                 yield f"{part}: {len(found)} of {len(pairs)} inspected pairs {problem}, first {found[0].source}"
-    if shared := prompts.get("eval", set()) & prompts.get("train", set()):
-        yield f"eval: {len(shared)} of {len(prompts['eval'])} inspected prompts are training prompts too"
 
 
 def _inspected(dataset: PairDataset) -> list[TokenizedPair]:

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt64
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
@@ -24,7 +25,8 @@ from mindspeed_simpo.data.mixture import Mixture
 from mindspeed_simpo.data.paths import Part, open_sources
 from mindspeed_simpo.data.preparation import Preparation
 from mindspeed_simpo.data.processor import ImageProcessor
-from mindspeed_simpo.data.report import DataReport, judge, make_report
+from mindspeed_simpo.data.prompts import prompt_digests
+from mindspeed_simpo.data.report import DataReport, judge, make_report, without
 from mindspeed_simpo.data.source import Source
 from mindspeed_simpo.data.template import TemplateSettings
 from mindspeed_simpo.data.tokenizer import tokenizer_digest
@@ -86,6 +88,31 @@ class PairDataset:
         """``fingerprint``, and the mixture where it is not all pairs once: what the order of training depends on."""
         return self.fingerprint if self.mixture.is_whole else f"{self.fingerprint}: {self.mixture}"
 
+    def prompt_digests(self, index: int = 0, shares: int = 1) -> UInt64[np.ndarray, " pair"]:
+        """Digests of the prompts of one share of the pairs, in order, see :func:`prompts.prompt_digests`."""
+        first, last = (len(self) * number // shares for number in (index, index + 1))
+        return prompt_digests(self._examples.table, self._kept[first:last])
+
+    def without_prompts(self, digests: UInt64[np.ndarray, " prompt"]) -> PairDataset:
+        """The held-out pairs whose prompt has none of ``digests``; a log line says how many that leaves out.
+
+        Raises:
+            DataError: where no pair is left.
+        """
+        dropped = np.isin(self.prompt_digests(), digests)
+        number = int(np.count_nonzero(dropped))
+        text = f"eval_decontaminate: {number} of {len(self)} held-out pairs are left out: their prompts are in training"
+        if not number:
+            logger.info("eval_decontaminate: no prompt of the %d held-out pairs is in training", len(self))
+            return self
+        if number == len(self):
+            raise DataError(f"{text}; no pair is left to evaluate: hold out other pairs, or leave the key out")
+        logger.warning("%s, first %s", text, self._examples.where(int(self._kept[dropped.argmax()])))
+        fingerprint = hashlib.sha256(f"{self.fingerprint} {np.flatnonzero(dropped).tolist()}".encode()).hexdigest()
+        return PairDataset(
+            self._examples, without(self.report, dropped), fingerprint, self.mixture.held_out_without(dropped)
+        )
+
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
@@ -137,6 +164,14 @@ def prepare_pairs(
             table = work.merge()
         tables.append(table)
     return dataset_of(options, part, works, tables)
+
+
+def shared_prompts(
+    held_out: PairDataset, training: PairDataset, index: int = 0, shares: int = 1
+) -> UInt64[np.ndarray, " prompt"]:
+    """Digests of the prompts of held-out pairs that pairs of one share of the training pairs have too."""
+    wanted = np.unique(held_out.prompt_digests())
+    return wanted[np.isin(wanted, training.prompt_digests(index, shares))]
 
 
 def preparations_of(

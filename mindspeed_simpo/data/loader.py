@@ -37,7 +37,8 @@ class PairLoader:
     with filler pairs: every epoch has ``ceil(pairs / global_batch_size)`` steps and the pairs that ``mixture`` gives
     it, without one each of its pairs once. The pairs of a global batch depend neither on the number of ranks nor on
     ``batching``, which divides them over ranks and micro-batches; with ``padded``, micro-batch ``m`` of rank ``d``
-    holds the pairs ``(m * data_parallel_size + d) * micro_batch_size`` and following. A loader has no state between steps: a resumed run needs ``consumed_pairs`` alone.
+    holds the pairs ``(m * data_parallel_size + d) * micro_batch_size`` and following. A loader has no state between
+    steps: a resumed run needs ``consumed_pairs`` alone.
 
     Args:
         dataset: At least one pair.
@@ -74,7 +75,8 @@ class PairLoader:
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"rank {data_parallel_rank} of {data_parallel_size}")
         self._dataset = dataset
-        self._stream = PairStream(mixture or Mixture.of_all(len(dataset)), seed)
+        self._mixture = mixture or Mixture.of_all(len(dataset))
+        self._stream = PairStream(self._mixture, seed)
         self.global_batch_size = global_batch_size
         self._batching = batching
         self._rank = data_parallel_rank
@@ -103,9 +105,14 @@ class PairLoader:
         return self.steps_of(self.eval_pairs(max_global_batches))
 
     def eval_pairs(self, max_global_batches: int | None = None) -> Int64[np.ndarray, " pair"]:
-        """Ascending indices of the pairs of the first epoch, and of its first global batches in that order."""
+        """Ascending indices of the pairs of the first epoch; with a limit its first ones, of several sources evenly."""
         pairs = self._stream.first_epoch
-        return pairs if max_global_batches is None else pairs[: max_global_batches * self.global_batch_size]
+        if max_global_batches is None or max_global_batches * self.global_batch_size >= len(pairs):
+            return pairs
+        wanted = np.arange(max_global_batches * self.global_batch_size)
+        if self._mixture.has_one_source:
+            return pairs[wanted]
+        return pairs[wanted * len(pairs) // len(wanted)]
 
     def train_pairs(self, first_step: int, last_step: int) -> Int64[np.ndarray, " pair"]:
         """Ascending indices of the distinct pairs of the global batches ``first_step`` to ``last_step - 1``."""

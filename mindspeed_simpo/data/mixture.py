@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from mindspeed_simpo.config.options import DataSource
 from mindspeed_simpo.errors import DataError
@@ -75,6 +75,11 @@ class Mixture:
         """Whether every source gives all of its pairs once."""
         return self.used == self.found
 
+    @property
+    def has_one_source(self) -> bool:
+        """Whether there is only one source."""
+        return len(self.found) == 1
+
     @cached_property
     def starts(self) -> list[int]:
         """Number of the first pair of each source, then the number of all pairs."""
@@ -94,6 +99,17 @@ class Mixture:
         for source, used in enumerate(self.used):
             order[places == source] = self._drawn(source, seed, epoch * used, (epoch + 1) * used)
         return order
+
+    def held_out_without(self, dropped: Bool[np.ndarray, " pair"]) -> Mixture:
+        """The mixture of held-out sources, each pair at most once, without some of the pairs."""
+        found = [int(np.count_nonzero(~part)) for part in np.split(dropped, self.starts[1:-1])]
+        return Mixture(tuple(found), tuple(map(min, self.used, found)))
+
+    def of_first_epoch(self, source: int, seed: int | None) -> Int64[np.ndarray, " pair"]:
+        """Numbers of the pairs of a source in the first epoch, those that are drawn several times as often."""
+        if self.is_whole:
+            return self.starts[source] + np.arange(self.found[source])
+        return self._drawn(source, seed, 0, self.used[source])
 
     def distinct(self, seed: int | None, first_epoch: int, last_epoch: int) -> Int64[np.ndarray, " pair"]:
         """Ascending numbers of the distinct pairs of the epochs ``first_epoch`` to ``last_epoch - 1``."""

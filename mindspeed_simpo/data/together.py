@@ -6,12 +6,13 @@ import os
 import uuid
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.config.options import DataOptions
 from mindspeed_simpo.data.cache import not_writable
-from mindspeed_simpo.data.dataset import PairDataset, dataset_of, files_of, preparations_of
+from mindspeed_simpo.data.dataset import PairDataset, dataset_of, files_of, preparations_of, shared_prompts
 from mindspeed_simpo.data.paths import Part
 from mindspeed_simpo.data.processor import ImageProcessor
 from mindspeed_simpo.data.source import survey_share, take_surveys
@@ -80,6 +81,26 @@ def prepare_together(
         verified = local_rank != 0
         tables = [table or work.load(verified=verified) for table, work in zip(tables, works, strict=True)]
         return dataset_of(options, part, works, tables)
+
+
+def decontaminate_together(held_out: PairDataset, training: PairDataset, group: dist.ProcessGroup) -> PairDataset:
+    """The held-out pairs whose prompt is that of no training pair, the same on every rank; a collective.
+
+    Each rank reads its share of the training prompts.
+
+    Args:
+        held_out: The eval part.
+        training: The train part.
+        group: All ranks.
+
+    Raises:
+        DataError: on every rank, where no pair is left.
+    """
+    with fail_together(group):
+        own = shared_prompts(held_out, training, group.rank(), group.size())
+    shared = np.unique(np.concatenate(of_all_ranks(own, group)))
+    with fail_together(group):
+        return held_out.without_prompts(shared)
 
 
 def _leave_mark(path: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mindspeed_simpo.config.options import OutputOptions
@@ -57,7 +58,26 @@ class MetricSums:
         total = torch.zeros(self.size, dtype=self.device.reduction_dtype, device=self.device.torch_device)
         if self.groups.contributes_loss:
             for item in scored:
-                total += self._sums(item)
+                total += self._values(item) @ item.inputs.valid.to(total.dtype)
+        return total
+
+    def local_by_source(
+        self, scored: Sequence[ScoredBatch], starts: Int[Tensor, " bound"]
+    ) -> Float[Tensor, "source _"]:
+        """The sums of :meth:`local`, of the pairs of each source apart.
+
+        Args:
+            scored: Records of micro-batches.
+            starts: int64 number of the first pair of each source, then the number of all pairs; on the device.
+        """
+        number = torch.arange(len(starts) - 1, device=self.device.torch_device)
+        total = torch.zeros(len(number), self.size, dtype=self.device.reduction_dtype, device=self.device.torch_device)
+        if self.groups.contributes_loss:
+            for item in scored:
+                source = torch.searchsorted(starts[1:], item.batch.pair_ids, right=True)
+                own = (source == number[:, None]) & item.inputs.valid
+                # not a product: a value that is not finite would reach the other sources
+                total += torch.where(own[:, None, :], self._values(item), 0).sum(dim=2)
         return total
 
     def reduce(self, sums: Tensor) -> Tensor:
@@ -66,16 +86,17 @@ class MetricSums:
         return sums
 
     def totals(self, sums: Tensor) -> Totals:
-        """Reduced sums as totals on the host; forces a host synchronisation."""
+        """Reduced sums as totals on the host; forces a host synchronisation. Without pairs there are no means."""
         *values, pairs, tokens = sums.tolist()
-        return Totals({name: value / pairs for name, value in zip(self.names, values, strict=True)}, pairs, tokens)
+        means = {name: value / pairs for name, value in zip(self.names, values, strict=True)} if pairs else {}
+        return Totals(means, pairs, tokens)
 
-    def _sums(self, item: ScoredBatch) -> Tensor:
+    def _values(self, item: ScoredBatch) -> Float[Tensor, "size pair"]:
+        """What the vector sums, of each pair."""
         dtype = self.device.reduction_dtype
-        valid = item.inputs.valid.to(dtype)
         metrics = pair_metrics(item.inputs, item.output, dtype)
         tokens = item.batch.lengths.to(dtype).view(2, -1).sum(dim=0)
-        return torch.stack([*(metrics[name] for name in self.names), torch.ones_like(valid), tokens]) @ valid
+        return torch.stack([*(metrics[name] for name in self.names), torch.ones_like(tokens), tokens])
 
 
 class MetricsWriter:

@@ -55,12 +55,19 @@ def check_resumable(folder: Path, state: TrainingState, config: Config, data_fin
         folder: The checkpoint.
         state: Its state.
         config: The configuration of this run.
-        data_fingerprint: Fingerprint of this run's training data.
+        data_fingerprint: ``order_fingerprint`` of this run's training data.
 
     Raises:
         CheckpointError: where the objective, the data, their order or the precision differ.
     """
-    if state.data_fingerprint != data_fingerprint:
+    theirs, ours = (fingerprint.partition(": ") for fingerprint in (state.data_fingerprint, data_fingerprint))
+    if theirs[0] == ours[0] and theirs != ours:
+        raise CheckpointError(
+            f"load: {folder} was written by a run on another mixture of the same data, with {theirs[2] or 'all pairs'} "
+            f"of each source in an epoch (now {ours[2] or 'all pairs'}); the order of the pairs would not go on where "
+            "it stopped. Give the same sources, weight and pairs"
+        )
+    if theirs[0] != ours[0]:
         raise CheckpointError(
             f"load: {folder} was written by a run on other data; the order of the pairs would not go on where it "
             "stopped. Give the same data, tokenizer, chat template and seq_length"

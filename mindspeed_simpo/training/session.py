@@ -23,7 +23,7 @@ from mindspeed_simpo.data.loader import PairLoader
 from mindspeed_simpo.data.paths import Part
 from mindspeed_simpo.data.pixels import ImageInputs
 from mindspeed_simpo.data.processor import ImageProcessor, load_processor
-from mindspeed_simpo.data.together import prepare_together
+from mindspeed_simpo.data.together import decontaminate_together, prepare_together
 from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import Device, open_device
 from mindspeed_simpo.errors import CheckpointError, SimpoError
@@ -62,7 +62,8 @@ class Session:
     running: RunningTracker
     """Running statistics of the objective's tracked value over the global batches."""
     prepare: Callable[[Part], PairDataset]
-    """Reads and tokenises the train or eval part of the data; a collective that raises on every rank or on none."""
+    """Reads and tokenises the train or eval part of the data, the latter without prompts of the former where that is
+    configured; a collective that raises on every rank or on none."""
     loader: Callable[[PairDataset], PairLoader]
     """Makes the loader of this rank's micro-batches of a dataset."""
     schedule: Callable[[list[torch.nn.Module], ReferenceTable | None], PairSchedule]
@@ -245,14 +246,39 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
         tokenizer,
         MetricSums(config.objective, groups, device),
         running,
-        prepare=partial(
-            prepare_together, config, tokenizer, group=groups.control, vocab_size=vocab_size, images=processor
+        prepare=_Parts(
+            partial(prepare_together, config, tokenizer, group=groups.control, vocab_size=vocab_size, images=processor),
+            groups,
+            decontaminates=config.eval_decontaminate,
         ),
         loader=_Loaders(backend, groups, processor),
         schedule=partial(build_schedule, config, backend, groups, device, running.current),
         export=partial(_export, backend, groups, tokenizer),
         base=base,
     )
+
+
+class _Parts:
+    """Prepares the parts of the data; the train part once, though the eval part may need it too.
+
+    Args:
+        prepare: Prepares a part; a collective.
+        groups: Process groups of this rank.
+        decontaminates: Whether held-out pairs whose prompt is that of a training pair are left out.
+    """
+
+    def __init__(self, prepare: Callable[..., PairDataset], groups: Groups, *, decontaminates: bool) -> None:
+        self._prepare, self._groups, self._decontaminates = prepare, groups, decontaminates
+        self._train: PairDataset | None = None
+
+    def __call__(self, part: Part) -> PairDataset:
+        if part == "train":
+            self._train = self._train or self._prepare(part="train")
+            return self._train
+        held_out = self._prepare(part="eval")
+        if not self._decontaminates:
+            return held_out
+        return decontaminate_together(held_out, self("train"), self._groups.control)
 
 
 class _Loaders:

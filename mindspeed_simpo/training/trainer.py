@@ -103,6 +103,7 @@ class Run:
         self.eval_schedule = session.schedule(models, tables[1])
         self.order = session.loader(train_data)
         self.train_loader = PrefetchingLoader(self.order)
+        self.eval_data = eval_data
         self.eval_loader = session.loader(eval_data) if eval_data is not None else None
         self.root = Path(config.output_dir)
         self.checkpoints = checkpoint.CheckpointWriter(
@@ -254,12 +255,13 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluate the held-out pairs, where there are any, and write a metrics line."""
-        if self.eval_loader is None:
+        if self.eval_data is None or self.eval_loader is None:
             return
         begin = time.perf_counter()
         for model in self.models:
             model.eval()
-        values = mean_metrics(self.session, self.eval_schedule, self.eval_loader, self.options.eval_iters)
+        schedule, batches = self.eval_schedule, self.options.eval_iters
+        values = mean_metrics(self.session, schedule, self.eval_data, self.eval_loader, batches)
         for model in self.models:
             model.train()
         line = {"step": self.step, "split": "eval", **values, "consumed_pairs": self.consumed_pairs}

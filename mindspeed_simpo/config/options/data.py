@@ -137,6 +137,12 @@ class DataOptions(Options):
             )
         return self
 
+    @model_validator(mode="after")
+    def _prompts_can_be_compared(self) -> DataOptions:
+        if self.eval_decontaminate and self.data_path is None:
+            raise ValueError("eval_decontaminate compares held-out prompts with training prompts: set data_path")
+        return self
+
     @property
     def prompt_limit(self) -> int:
         """``max_prompt_length`` with its default, tokens."""

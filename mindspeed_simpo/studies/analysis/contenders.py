@@ -26,8 +26,8 @@ class Contender:
 
     config: Config
     """Names the weights, the objective and the data."""
-    name: str | None
-    """Name in the legends where the objective does not tell it from the other model."""
+    name: str
+    """Name where the objective does not tell it from the other model."""
     run: Path | None
     """Output folder of the run; None for weights that belong to no run."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,14 +148,12 @@ def _write(folder: Path, contenders: list[Contender], passed: list[_Passed]) -> 
     indices = first.indices.tolist()
     source_of = np.array([first.data.source_of(index) for index in indices])
     pairs = Pairs(first.indices, [first.data[index].source for index in indices], first.data.sources, source_of)
-    titles = [contender.config.objective.title for contender in contenders]
     measured = []
-    for contender, one in zip(contenders, passed, strict=True):
+    for contender, one, label in zip(contenders, passed, _labels(contenders, passed), strict=True):
         objective = contender.config.objective
-        named = contender.run is None or len(set(titles)) < len(titles)
         measured.append(
             Measured(
-                label=f"{objective.title} ({contender.name})" if named else objective.title,
+                label=label,
                 weights=_weights(contender, one.step),
                 stage=objective.stage,
                 title=objective.title,
@@ -167,6 +166,18 @@ def _write(folder: Path, contenders: list[Contender], passed: list[_Passed]) -> 
             )
         )
     write_analysis(folder, pairs, measured, first.extremes)
+
+
+def _labels(contenders: Sequence[Contender], passed: Sequence[_Passed]) -> list[str]:
+    """Names of the models, as short as tells them apart: by objective, folder, step, path."""
+    forms: list[list[str]] = [[], [], [], []]
+    for contender, one in zip(contenders, passed, strict=True):
+        title, step = contender.config.objective.title, f", step {one.step}" if contender.run is not None else ""
+        named = f"{title} ({contender.name})"
+        labels = title if contender.run is not None else named, named, f"{title} ({contender.name}{step})"
+        for form, label in zip(forms, (*labels, f"{title} ({contender.run or contender.name}{step})"), strict=True):
+            form.append(label)
+    return next((form for form in forms if len(set(form)) == len(form)), [f"{forms[0][0]} 1", f"{forms[0][0]} 2"])
 
 
 def _weights(contender: Contender, step: int | None) -> str:

@@ -17,7 +17,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import IGNORE_INDEX, TokenizedPair
-from mindspeed_simpo.cli.check_sources import Prompts, count_prompts, print_sources, prompt_warnings
+from mindspeed_simpo.cli.check_sources import Prompts, count_prompts, decontaminate, print_sources, prompt_warnings
 from mindspeed_simpo.cli.check_warnings import (
     in_gib,
     memory_warnings,
@@ -31,7 +31,7 @@ from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.config.resolution import resolve
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
-from mindspeed_simpo.data.dataset import PairDataset, has_eval_data, prepare_pairs, shared_prompts
+from mindspeed_simpo.data.dataset import PairDataset, has_eval_data, prepare_pairs
 from mindspeed_simpo.data.largest import LargestPass, largest_pass
 from mindspeed_simpo.data.problems import ExampleError
 from mindspeed_simpo.data.processor import ImageProcessor, load_processor
@@ -93,8 +93,7 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     if tokenizer is not None:
         parts = _prepare(config, tokenizer, spec.vocab_size if spec is not None else None, processor, findings)
     prompts = count_prompts(parts)
-    if config.eval_decontaminate:
-        _decontaminate(parts, findings)
+    findings.attempt(lambda: decontaminate(config, parts, prompts))
     if tokenizer is not None and parts:
         findings.warnings += _report_data(console, config, tokenizer, processor, parts, prompts)
     if "train" in parts:
@@ -175,14 +174,6 @@ def _prepare(
     return parts
 
 
-def _decontaminate(parts: dict[str, PairDataset], findings: Findings) -> None:
-    """Leave out the held-out pairs that ``eval_decontaminate`` leaves out."""
-    if parts.keys() == {"train", "eval"}:
-        train, held_out = parts["train"], parts["eval"]
-        left = findings.attempt(lambda: held_out.without_prompts(shared_prompts(held_out, train)))
-        parts["eval"] = left or held_out
-
-
 def _report_data(
     console: Console,
     config: Config,
@@ -211,7 +202,7 @@ def _data_table(config: Config, parts: dict[str, PairDataset], prompts: dict[str
     for name in _COUNTS:
         table.add_row(name.replace("_", " "), *(str(getattr(report, name)) for report in reports))
     table.add_row("prompt again", *(str(prompts[part].all_repeated) for part in parts))
-    if "eval" in prompts:
+    if "eval" in prompts and prompts["eval"].in_training:
         in_training = f"{sum(prompts['eval'].in_training)}{', left out' if config.eval_decontaminate else ''}"
         table.add_row("prompt in training", *("" if part == "train" else in_training for part in parts))
     table.add_row("prompts truncated", *(str(report.truncated_prompts) for report in reports))

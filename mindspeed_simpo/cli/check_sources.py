@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -56,6 +57,17 @@ def count_prompts(parts: Mapping[str, PairDataset]) -> dict[str, Prompts]:
     return found
 
 
+def decontaminate(config: Config, parts: dict[str, PairDataset], prompts: dict[str, Prompts]) -> None:
+    """Leave the held-out pairs out of ``parts`` that ``eval_decontaminate`` leaves out.
+
+    Raises:
+        DataError: where no pair is left.
+    """
+    if config.eval_decontaminate and parts.keys() == {"train", "eval"}:
+        parts["eval"] = parts["eval"].without_prompts(prompts["train"].digests)
+        prompts["eval"] = dataclasses.replace(Prompts.of(parts["eval"]), in_training=prompts["eval"].in_training)
+
+
 def prompt_warnings(config: Config, prompts: Mapping[str, Prompts]) -> Iterator[str]:
     """Warning about held-out prompts that training shows the model."""
     held_out = prompts.get("eval")
@@ -69,40 +81,47 @@ def prompt_warnings(config: Config, prompts: Mapping[str, Prompts]) -> Iterator[
 def print_sources(
     console: Console, config: Config, parts: Mapping[str, PairDataset], prompts: Mapping[str, Prompts]
 ) -> None:
-    """Print a table of the sources of each part, where there are several or their numbers are not those of the data."""
+    """Print the sources of each part, where there are several or their numbers are not those of the data."""
     for part, pairs in parts.items():
-        if len(pairs.sources) > 1 or not pairs.mixture.is_whole:
-            held_out = parts.get("eval") if part == "train" and config.eval_data_path is None else None
-            console.print(_table(config, part, pairs, prompts[part], held_out))
+        if len(pairs.sources) == 1 and pairs.mixture.is_whole:
+            continue
+        held_out = parts.get("eval") if part == "train" and config.eval_data_path is None else None
+        columns: dict[str, Sequence[object]] = {"source": pairs.sources}
+        columns |= _numbers(config, part, pairs, held_out)
+        console.print(_table(f"Sources of {part}", columns))
+        columns = {"source": pairs.sources, "pairs": pairs.mixture.found}
+        columns |= {"prompt again": prompts[part].repeated, "in other sources": prompts[part].elsewhere}
+        if prompts[part].in_training:
+            columns["in training"] = prompts[part].in_training
+        console.print(_table(f"Prompts of {part}", columns))
 
 
-def _table(config: Config, part: str, pairs: PairDataset, prompts: Prompts, held_out: PairDataset | None) -> Table:
+def _numbers(
+    config: Config, part: str, pairs: PairDataset, held_out: PairDataset | None
+) -> dict[str, Sequence[object]]:
+    """Columns of the mixture; ``held_out`` are the pairs that ``split`` holds out of the train part."""
     mixture = pairs.mixture
-    used_name = "pairs of an epoch" if part == "train" else "pairs evaluated"
-    columns = ["pairs found", used_name, "times", "% of pairs", "% of tokens", "prompt again", "prompt elsewhere"]
-    columns += ["held out"] if held_out is not None else []
-    columns += ["prompt in training"] if prompts.in_training else []
-    table = Table(title=f"Sources of {part}", title_justify="left")
-    table.add_column("source", overflow="fold")
-    for name in columns:
-        table.add_column(name, justify="right")
+    columns: dict[str, Sequence[object]] = {"pairs found": mixture.found}
+    columns["per epoch" if part == "train" else "used"] = mixture.used
+    if part == "train":
+        times = zip(mixture.used, mixture.found, strict=True)
+        columns["times"] = [f"{used / found:.3g}" if found else "-" for used, found in times]
     tokens = [_tokens(pairs, mixture.of_first_epoch(source, config.seed)) for source in range(len(pairs.sources))]
-    of_held_out = {} if held_out is None else dict(zip(held_out.sources, held_out.mixture.found, strict=True))
-    rows = []
-    for source, name in enumerate(pairs.sources):
-        found, used = mixture.found[source], mixture.used[source]
-        shares = [f"{100 * part / whole:.1f}" for part, whole in ((used, mixture.pairs), (tokens[source], sum(tokens)))]
-        times = f"{used / found:.3g}" if found else "-"
-        counts = [found, used, times, *shares, prompts.repeated[source], prompts.elsewhere[source]]
-        counts += [of_held_out.get(name, 0)] if held_out is not None else []
-        counts += [prompts.in_training[source]] if prompts.in_training else []
-        rows.append([name, *map(str, counts)])
-    whole = [sum(mixture.found), mixture.pairs, "", "100.0", "100.0", prompts.all_repeated, sum(prompts.elsewhere)]
-    whole += [len(held_out)] if held_out is not None else []
-    whole += [sum(prompts.in_training)] if prompts.in_training else []
-    rows.append(["all", *map(str, whole)])
-    for number, row in enumerate(rows, start=1):
-        table.add_row(*map(Text, row), end_section=number == len(rows) - 1)
+    columns["% of pairs"] = [f"{100 * used / mixture.pairs:.1f}" for used in mixture.used]
+    columns["% of tokens"] = [f"{100 * of_source / sum(tokens):.1f}" for of_source in tokens]
+    if held_out is not None:
+        found = dict(zip(held_out.sources, held_out.mixture.found, strict=True))
+        columns["held out"] = [found.get(name, 0) for name in pairs.sources]
+    return columns
+
+
+def _table(title: str, columns: Mapping[str, Sequence[object]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("source", overflow="fold", min_width=min(24, max(map(len, map(str, columns["source"])))))
+    for name in [*columns][1:]:
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(Text(str(cell)) for cell in row))
     return table
 
 
@@ -111,5 +130,5 @@ def _tokens(pairs: PairDataset, drawn: Int64[np.ndarray, " pair"]) -> int:
     return int((pairs.lengths[drawn].astype(np.int64) @ np.array([2, 1, 1])).sum())
 
 
-def _numbers_in(sources: Sequence[UInt64[np.ndarray, " pair"]], digests: UInt64[np.ndarray, " prompt"]) -> list[int]:
+def _numbers_in(sources: Sequence[UInt64[np.ndarray, " _"]], digests: UInt64[np.ndarray, " prompt"]) -> list[int]:
     return [int(np.count_nonzero(np.isin(source, digests))) for source in sources]

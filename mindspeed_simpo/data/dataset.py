@@ -107,7 +107,7 @@ class PairDataset:
             return self
         if number == len(self):
             raise DataError(f"{text}; no pair is left to evaluate: hold out other pairs, or leave the key out")
-        logger.warning("%s, first %s", text, self._examples.where(int(self._kept[dropped.argmax()])))
+        logger.info("%s, first %s", text, self._examples.where(int(self._kept[dropped.argmax()])))
         fingerprint = hashlib.sha256(f"{self.fingerprint} {np.flatnonzero(dropped).tolist()}".encode()).hexdigest()
         return PairDataset(
             self._examples, without(self.report, dropped), fingerprint, self.mixture.held_out_without(dropped)
@@ -211,7 +211,7 @@ def preparations_of(
     folder = cache_folder(options.data_cache_dir) / "tokenised"
     works = []
     for source, its_files in zip(_sources(options, part), files, strict=True):
-        map_keys = source.map_keys or options.map_keys
+        map_keys = _map_keys(options, source)
         key = _key(options, map_keys, tokenizer, its_files, vocab_size, images)
         reader = ExampleReader(map_keys, takes_images=images is not None)
         drops = options.data_errors == "drop"
@@ -228,9 +228,7 @@ def files_of(options: DataOptions, part: Part) -> list[list[Source]]:
     """
     split: Part = "eval" if _has_own_paths(options, part) else "train"
     return [
-        open_sources(
-            source.path, split, ExampleReader(source.map_keys or options.map_keys).column_names, source.split_name
-        )
+        open_sources(source.path, split, ExampleReader(_map_keys(options, source)).column_names, source.split_name)
         for source in _sources(options, part)
     ]
 
@@ -263,7 +261,11 @@ def dataset_of(
     found = np.diff(np.searchsorted(report.kept_rows, examples.starts)).tolist()
     fingerprint = hashlib.sha256("; ".join(facts).encode()).hexdigest()
     left = [source for source in sources if source.name in examples.names]
-    return PairDataset(examples, report, fingerprint, _mixture(options, part, left, found))
+    mixture = _mixture(options, part, left, found)
+    if not mixture.is_whole:
+        numbers = zip(examples.names, mixture.used, mixture.found, strict=True)
+        logger.info("pairs of an epoch: %s", ", ".join(f"{name} {used} (of {its})" for name, used, its in numbers))
+    return PairDataset(examples, report, fingerprint, mixture)
 
 
 def _sources(options: DataOptions, part: Part) -> list[DataSource]:
@@ -277,6 +279,10 @@ def _sources(options: DataOptions, part: Part) -> list[DataSource]:
     if not has_eval_data(options):
         raise ConfigError("no evaluation data: set eval_data_path, or give split a second weight, such as 95,5")
     return [source for source in options.sources if split_weights(source.sizes or options.split)[1] > 0]
+
+
+def _map_keys(options: DataOptions, source: DataSource) -> Mapping[str, str | dict[str, str]] | None:
+    return options.map_keys if source.map_keys is None else source.map_keys
 
 
 def _mixture(options: DataOptions, part: Part, sources: Sequence[DataSource], found: Sequence[int]) -> Mixture:

@@ -57,7 +57,7 @@ def largest_pass(
 ) -> LargestPass:
     """Divide the pairs of a run as :class:`~mindspeed_simpo.data.loader.PairLoader` does, and keep the largest numbers.
 
-    One epoch is computed: later epochs have the same pairs in another order.
+    One epoch is computed: later epochs have the same pairs in another order, or pairs of the same sources.
 
     Args:
         lengths: Tokens of prompt, chosen and rejected response of every pair; at least one pair.

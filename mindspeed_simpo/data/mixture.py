@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int, Int64
 
 from mindspeed_simpo.config.options import DataSource
 from mindspeed_simpo.errors import DataError
@@ -92,9 +92,8 @@ class Mixture:
         """Numbers of the pairs of an epoch in training order; without a seed in the order of the data."""
         if self.is_whole:
             return shuffled(self.pairs, *_entropy(seed, epoch))
-        places = np.repeat(np.arange(len(self.used), dtype=np.int32), self.used)[
-            shuffled(self.pairs, *_entropy(seed, epoch))
-        ]
+        places = np.repeat(np.arange(len(self.used), dtype=np.int32), self.used)
+        _shuffle(places, *_entropy(seed, epoch))
         order = np.empty(self.pairs, np.int64)
         for source, used in enumerate(self.used):
             order[places == source] = self._drawn(source, seed, epoch * used, (epoch + 1) * used)
@@ -137,11 +136,15 @@ class Mixture:
 def shuffled(size: int, *entropy: int) -> Int64[np.ndarray, " pair"]:
     """``0 .. size - 1`` in an order that is a function of ``entropy``; ascending without any."""
     ids = np.arange(size)
+    _shuffle(ids, *entropy)
+    return ids
+
+
+def _shuffle(values: Int[np.ndarray, " pair"], *entropy: int) -> None:
     if entropy:
         # numpy guarantees the streams of RandomState across versions, those of Generator not; resumed runs need them.
         sequence = np.random.SeedSequence(entropy)
-        np.random.RandomState(np.random.MT19937(sequence)).shuffle(ids)
-    return ids
+        np.random.RandomState(np.random.MT19937(sequence)).shuffle(values)
 
 
 def _entropy(seed: int | None, *numbers: int) -> tuple[int, ...]:

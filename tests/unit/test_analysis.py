@@ -122,7 +122,16 @@ def test_a_character_of_several_tokens_is_one_piece():
     assert pieces[1].logprobs == (-1.0, -2.0)
     # half a character at the end, and a token that is not scored
     pieces = texts.pieces_of(decode, "é".encode()[:1] + b"a" + "é".encode()[:1], [None, -1.0, -2.0])
-    assert pieces == [Piece("\ufffda", (-1.0,)), Piece("\ufffd", (-2.0,))]
+    assert pieces == [Piece("\ufffd", ()), Piece("a", (-1.0,)), Piece("\ufffd", (-2.0,))]
+    # tokens that each end within the next character
+    tokens = [text.encode() for text in "涨落"]
+    tokens = [tokens[0][:1], tokens[0][1:] + tokens[1][:1], tokens[1][1:2], tokens[1][2:]] * 3
+
+    def decode_tokens(numbers):
+        return b"".join(tokens[number] for number in numbers).decode(errors="replace")
+
+    pieces = texts.pieces_of(decode_tokens, range(12), [-1.0] * 12)
+    assert [piece.text for piece in pieces] == ["涨落"] * 3
 
 
 def test_text_of_data_is_escaped():

@@ -30,7 +30,8 @@ STYLE = """
 .pair pre { font: inherit; font-size: .95rem; margin: 0 0 .5rem; max-height: 18rem; overflow-y: auto; }
 """
 
-_BYTES_OF_A_CHARACTER = 4
+_REPLACEMENT = "\ufffd"
+"""What a decoder puts in the place of bytes that are no character, or no whole one yet."""
 _REPEATED = re.compile(r"(<[^<>\s]{1,40}>)\1{7,}")
 
 
@@ -49,13 +50,18 @@ def pieces_of(
         # a token's text may depend on the one before, as a leading space does
         before = decode(ids[start:shown])
         text = decode(ids[start:stop])
-        if text.endswith("\ufffd") and stop - shown < _BYTES_OF_A_CHARACTER and stop < len(ids):
+        if text.endswith(_REPLACEMENT) and stop < len(ids) and not _stands(text, decode(ids[start : stop + 1])):
             continue
         new = text[len(before) :] if text.startswith(before) else decode(ids[shown:stop])
         scored = tuple(value for value in logprobs[shown:stop] if value is not None)
         pieces.append(Piece(new, scored))
         start, shown = shown, stop
     return pieces
+
+
+def _stands(text: str, longer: str) -> bool:
+    """Whether the replacement at the end of a text is there to stay when the next token follows."""
+    return longer.startswith(text) and len(longer) > len(text)
 
 
 def without_repeats(text: str) -> str:

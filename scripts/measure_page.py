@@ -29,7 +29,13 @@ from scripts.machine import processor, versions
 from tests.browser import open_browser
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAIRS, SHOWN, SHOWN_TOKENS, STEPS, SOURCES = 10_000, 10, 500, 1000, ("dialogues", "mathematics", "programs", "stories")
+PAIRS, SHOWN, SHOWN_TOKENS, STEPS, SOURCES = (
+    10_000,
+    10,
+    500,
+    1000,
+    ("dialogues", "mathematics", "programs", "a <i> & b"),
+)
 DRAWN = "document.querySelectorAll('.figure[data-drawn]').length == document.querySelectorAll('.figure').length"
 
 

@@ -100,8 +100,8 @@ def _section(number: int, section: Section) -> str:
     places = []
     for index, figure in enumerate(section.figures):
         name = f"figure{number}-{index}"
-        # in a script element only `</` could end the JSON early
-        text = json.dumps(json.loads(figure.to_json()), ensure_ascii=False).replace("</", "<\\/")
+        # within a script element `</` and `<!--` have meanings of their own
+        text = json.dumps(json.loads(figure.to_json()), ensure_ascii=False).replace("<", "\\u003c")
         parts.append(f'<script type="application/json" data-figure="{name}">{text}</script>')
         height = f' style="height: {figure.layout.height:.0f}px"' if figure.layout.height else ""
         places.append(f'<div class="figure" id="{name}"{height}></div>')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ def margins(models: Sequence[Numbers]) -> tuple[Figure, ...]:
 
 
 def _margins(model: Numbers, colour: str) -> Figure:
-    figure = _figure(model["label"], "reward margin (chosen − rejected)", "pairs")
+    figure = _figure(_label(model), "reward margin (chosen − rejected)", "pairs")
     figure.add_trace(_histogram(model["margins"], colour, "margin"))
     mean = model["margins"]["mean"]
     figure.add_vline(x=0, line={"color": _INK, "width": 1})
@@ -43,7 +44,7 @@ def likelihoods(models: Sequence[Numbers]) -> tuple[Figure, ...]:
 
 
 def _likelihoods(model: Numbers) -> Figure:
-    figure = _figure(model["label"], "average log-probability, nats per token", "responses")
+    figure = _figure(_label(model), "average log-probability, nats per token", "responses")
     for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
         trace = _histogram(model["mean_logprobs"][side], colour, side)
         figure.add_trace(trace.update(opacity=0.55))
@@ -71,7 +72,7 @@ def accuracy_by_source(models: Sequence[Numbers]) -> Figure:
     figure = _figure(None, "accuracy", None, height=130 + _ROW * len(sources) * len(models))
     for model, colour in zip(models, MODELS, strict=False):
         groups = model["accuracy"]["by_source"]
-        names = [f"{_short(group['source'])} ({group['pairs']})" for group in groups]
+        names = [f"{_text(group['source'], 28)} ({group['pairs']})" for group in groups]
         figure.add_trace(_accuracies(model, groups, names, colour, lying=True))
     figure.add_vline(x=0.5, line={"color": _QUIET, "width": 1, "dash": "dot"})
     figure.update_xaxes(range=[0, 1.05], tickformat=".0%")
@@ -89,7 +90,7 @@ def _lengths(model: Numbers) -> Figure:
     from plotly.graph_objects import Heatmap
 
     grid, rho = model["length_density"], model["spearman"]["both"]
-    name = f"{model['label']}: Spearman ρ = {_signed(rho)}"
+    name = f"{_label(model)}: Spearman ρ = {_signed(rho)}"
     figure = _figure(name, "response length, tokens", "nats per token")
     counts = [list(column) for column in zip(*grid["counts"], strict=True)]
     figure.add_trace(
@@ -112,7 +113,7 @@ def rankings(models: Sequence[Numbers]) -> tuple[Figure, ...]:
     words = ("reward right", "reward wrong"), ("likelihood right", "likelihood wrong")
     return tuple(
         _table(
-            f"{model['label']}: {model['contingency']['disagreement']:.1%} disagree",
+            f"{_label(model)}: {model['contingency']['disagreement']:.1%} disagree",
             words,
             _cells(model["contingency"], "reward_right_only", "likelihood_right_only"),
         )
@@ -122,7 +123,7 @@ def rankings(models: Sequence[Numbers]) -> tuple[Figure, ...]:
 
 def agreement(models: Sequence[Numbers], both: Numbers) -> Figure:
     """Which pairs each of two models ranks as the data do."""
-    run, against = (model["label"] for model in models)
+    run, against = map(_label, models)
     words = (f"{run} right", f"{run} wrong"), (f"{against} right", f"{against} wrong")
     return _table(None, words, _cells(both, "run_right_only", "against_right_only"))
 
@@ -135,7 +136,7 @@ def displacement(models: Sequence[Numbers]) -> tuple[Figure, ...]:
 def _displacement(model: Numbers) -> Figure:
     from plotly.graph_objects import Scatter
 
-    figure = _figure(model["label"], "step", "change, nats per token")
+    figure = _figure(_label(model), "step", "change, nats per token")
     for split, numbers in model["displacement"].items():
         held_out = split == "eval"
         for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
@@ -162,7 +163,7 @@ def _figure(title: str | None, across: str | None, upward: str | None, height: i
     figure = Figure()
     figure.update_layout(template="none", height=height, hoverlabel={"namelength": -1})
     if title is not None:
-        figure.update_layout(title={"text": _short(title, 48), "font": {"size": 15}, "x": 0.5, "xanchor": "center"})
+        figure.update_layout(title={"text": title, "font": {"size": 15}, "x": 0.5, "xanchor": "center"})
     axis = {"showline": False, "zeroline": False, "ticks": "", "automargin": True}
     figure.update_xaxes(title={"text": across, "standoff": 8}, showgrid=False, **axis)
     figure.update_yaxes(title={"text": upward, "standoff": 8}, **axis)
@@ -193,10 +194,10 @@ def _accuracies(
     return Bar(
         **values,
         orientation="h" if lying else "v",
-        name=model["label"],
+        name=_label(model),
         marker={"color": colour},
         customdata=[[group["right"], group["pairs"]] for group in groups],
-        hovertemplate="%{customdata[0]} of %{customdata[1]} pairs right<extra>" + model["label"] + "</extra>",
+        hovertemplate="%{customdata[0]} of %{customdata[1]} pairs right<extra>" + _label(model) + "</extra>",
     )
 
 
@@ -242,5 +243,10 @@ def _signed(value: float | None) -> str:
     return "not defined" if value is None else f"{value:+.2f}"
 
 
-def _short(text: str, longest: int = 28) -> str:
-    return text if len(text) <= longest else f"…{text[1 - longest :]}"
+def _label(model: Numbers) -> str:
+    return _text(model["label"], 40)
+
+
+def _text(text: str, longest: int) -> str:
+    """Text for a figure, where tags would be markup; the end of a long one, which tells paths apart."""
+    return html.escape(text if len(text) <= longest else f"…{text[1 - longest :]}", quote=False)

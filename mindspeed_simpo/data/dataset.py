@@ -7,7 +7,6 @@ import json
 import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,13 @@ from jaxtyping import UInt64
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import TokenizedPair
-from mindspeed_simpo.config.options import DataOptions, DataSource, split_weights
+from mindspeed_simpo.config.options import DataOptions
 from mindspeed_simpo.data.cache import IDS, CachedTable, cache_folder
-from mindspeed_simpo.data.conversations import ExampleReader
 from mindspeed_simpo.data.encoding import PairEncoder
 from mindspeed_simpo.data.examples import Examples, SourceExamples
 from mindspeed_simpo.data.images import StoredImage
 from mindspeed_simpo.data.mixture import Mixture
+from mindspeed_simpo.data.parts import bounds_of, has_own_paths, mixture_of, readers_of, sources_of
 from mindspeed_simpo.data.paths import Part, open_sources
 from mindspeed_simpo.data.preparation import Preparation
 from mindspeed_simpo.data.processor import ImageProcessor
@@ -30,7 +29,7 @@ from mindspeed_simpo.data.report import DataReport, judge, make_report, without
 from mindspeed_simpo.data.source import Source
 from mindspeed_simpo.data.template import TemplateSettings
 from mindspeed_simpo.data.tokenizer import tokenizer_digest
-from mindspeed_simpo.errors import ConfigError, DataError
+from mindspeed_simpo.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -121,9 +120,7 @@ class PairDataset:
 
 def has_eval_data(options: DataOptions) -> bool:
     """Whether the options name held-out pairs: ``eval_data_path``, or a second weight of a source's ``split``."""
-    return options.eval_data_path is not None or any(
-        split_weights(source.sizes or options.split)[1] > 0 for source in options.sources
-    )
+    return options.has_held_out
 
 
 def prepare_pairs(
@@ -210,11 +207,11 @@ def preparations_of(
     )
     folder = cache_folder(options.data_cache_dir) / "tokenised"
     works = []
-    for source, its_files in zip(_sources(options, part), files, strict=True):
-        map_keys = _map_keys(options, source)
+    drops = options.data_errors == "drop"
+    readers = readers_of(options, part, takes_images=images is not None)
+    for (source, reader), its_files in zip(readers, files, strict=True):
+        map_keys = options.map_keys if source.map_keys is None else source.map_keys
         key = _key(options, map_keys, tokenizer, its_files, vocab_size, images)
-        reader = ExampleReader(map_keys, takes_images=images is not None)
-        drops = options.data_errors == "drop"
         works.append(Preparation(its_files, reader, encoder, folder / f"{key}.arrow", drops_unreadable=drops))
     return works
 
@@ -226,10 +223,10 @@ def files_of(options: DataOptions, part: Part) -> list[list[Source]]:
         DataError: where there is no such data.
         ConfigError: where the options name no evaluation data, or ``map_keys`` is wrong.
     """
-    split: Part = "eval" if _has_own_paths(options, part) else "train"
+    split: Part = "eval" if has_own_paths(options, part) else "train"
     return [
-        open_sources(source.path, split, ExampleReader(_map_keys(options, source)).column_names, source.split_name)
-        for source in _sources(options, part)
+        open_sources(source.path, split, reader.column_names, source.split_name)
+        for source, reader in readers_of(options, part, takes_images=False)
     ]
 
 
@@ -247,12 +244,12 @@ def dataset_of(
             raise DataError(f"{work.path}: the tokenised data of this host are missing: run again")
         logger.info("tokenised data: %s", work.path)
         tables.append(table)
-    sources = _sources(options, part)
-    bounds = _bounds(options, part, [table.table.num_rows for table in tables])
+    sources = sources_of(options, part)
+    bounds = bounds_of(options, part, [table.table.num_rows for table in tables])
     facts, of_sources = [], []
     for source, work, table, (first, last) in zip(sources, works, tables, bounds, strict=True):
-        if first == last and part == "eval":
-            continue  # its held-out examples are none
+        if first == last and part == "eval" and not has_own_paths(options, part):
+            continue  # none of its examples are held out
         facts.append(f"{table.content} {table.table.num_rows} {first} {last}")
         of_sources.append(SourceExamples(str(source.name), work.sources, table.table.slice(first, last - first)))
     examples = Examples(of_sources)
@@ -261,46 +258,11 @@ def dataset_of(
     found = np.diff(np.searchsorted(report.kept_rows, examples.starts)).tolist()
     fingerprint = hashlib.sha256("; ".join(facts).encode()).hexdigest()
     left = [source for source in sources if source.name in examples.names]
-    mixture = _mixture(options, part, left, found)
+    mixture = mixture_of(options, part, left, found)
     if not mixture.is_whole:
         numbers = zip(examples.names, mixture.used, mixture.found, strict=True)
         logger.info("pairs of an epoch: %s", ", ".join(f"{name} {used} (of {its})" for name, used, its in numbers))
     return PairDataset(examples, report, fingerprint, mixture)
-
-
-def _sources(options: DataOptions, part: Part) -> list[DataSource]:
-    """The sources of a part; of those that ``split`` divides, the ones that have one."""
-    if _has_own_paths(options, part):
-        return options.eval_sources
-    if part == "train":
-        if options.data_path is None:
-            raise ConfigError("no training data: set data_path")
-        return options.sources
-    if not has_eval_data(options):
-        raise ConfigError("no evaluation data: set eval_data_path, or give split a second weight, such as 95,5")
-    return [source for source in options.sources if split_weights(source.sizes or options.split)[1] > 0]
-
-
-def _map_keys(options: DataOptions, source: DataSource) -> Mapping[str, str | dict[str, str]] | None:
-    return options.map_keys if source.map_keys is None else source.map_keys
-
-
-def _mixture(options: DataOptions, part: Part, sources: Sequence[DataSource], found: Sequence[int]) -> Mixture:
-    if part == "train":
-        return Mixture.of(sources, found)
-    if not _has_own_paths(options, part):
-        return Mixture.of_all(*found)
-    for number, (source, pairs) in enumerate(zip(sources, found, strict=True)):
-        if source.pairs is not None and source.pairs > pairs:
-            raise DataError(
-                f"eval_data_path[{number}].pairs: {source.pairs}, but {source.name} ({source.path}) has {pairs}, and "
-                "held-out pairs are evaluated once each"
-            )
-    return Mixture.of(sources, found)
-
-
-def _has_own_paths(options: DataOptions, part: Part) -> bool:
-    return part == "eval" and options.eval_data_path is not None
 
 
 def _key(
@@ -318,39 +280,3 @@ def _key(
         encoding += [images.digest, [str(source.folder and source.folder.absolute()) for source in sources]]
     facts = [_FORMAT, contents, tokenizer_digest(tokenizer), encoding]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _bounds(options: DataOptions, part: Part, rows: Sequence[int]) -> list[tuple[int, int]]:
-    """First example of a part and the one after its last, of each source.
-
-    ``split`` divides plain paths as one sequence of examples; where an entry is a mapping, it divides each source.
-    """
-    if _has_own_paths(options, part):
-        return [(0, number) for number in rows]
-    entries = options.data_path if isinstance(options.data_path, list) else [options.data_path]
-    if all(isinstance(entry, str) for entry in entries):
-        starts = [0, *accumulate(rows)]
-        whole = _part(options.split, part, starts[-1], "split")
-        return [
-            (min(max(whole[0] - start, 0), number), min(max(whole[1] - start, 0), number))
-            for start, number in zip(starts, rows, strict=False)
-        ]
-    sources = _sources(options, part)
-    return [
-        _part(source.sizes or options.split, part, number, f"{source.name} ({source.path}): split")
-        for source, number in zip(sources, rows, strict=True)
-    ]
-
-
-def _part(split: str, part: Part, examples: int, key: str) -> tuple[int, int]:
-    """First example of a part and the one after its last.
-
-    Raises:
-        DataError: where no example is between them.
-    """
-    weights = split_weights(split)
-    middle, end = (round(examples * sum(weights[:number]) / sum(weights)) for number in (1, 2))
-    first, last = (0, middle) if part == "train" else (middle, end)
-    if first == last:
-        raise DataError(f"{key} {split} of {examples} rows leaves no row for the {part} part")
-    return first, last

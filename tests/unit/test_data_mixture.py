@@ -172,8 +172,9 @@ def test_numbers_that_evaluation_does_not_know():
         "eval_data_path[0].weight",
         "eval_data_path[1].split",
     ]
-    with pytest.raises(ConfigError, match=r"eval_decontaminate compares .* set data_path"):
-        validate({"model_name_or_path": "m", "eval_data_path": "t", "eval_decontaminate": True}, "run.yaml")
+    for key, words in (("eval_data_path", "compares .* set data_path"), ("data_path", "no pairs are held out")):
+        with pytest.raises(ConfigError, match=f"eval_decontaminate.* {words}"):
+            validate({"model_name_or_path": "m", key: "t", "eval_decontaminate": True}, "run.yaml")
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,8 @@ def test_each_pair_knows_its_source_and_each_source_its_columns(files):
     assert [data[index].source for index in (5, 6)] == [f"{files / 'a.jsonl'}:6", f"{files / 'b.jsonl'}:1"]
     with pytest.raises(IndexError):
         data.source_of(16)
+    with pytest.raises(ConfigError, match=r"data_path\[1\].map_keys: unknown name `promt`"):
+        data_of(files, ["a.jsonl", B | {"map_keys": {"promt": "ask"}}])
     with pytest.raises(DataError, match=r"10 of 16 rows cannot be used:\n.*b.jsonl:1"):
         data_of(files, ["a.jsonl", "b.jsonl"])
 
@@ -246,6 +249,9 @@ def test_splits_of_sources(files):
     assert not has_eval_data(config_for(files, "x"))
     with pytest.raises(DataError, match=r"a \(.*a.jsonl\): split 99,1 of 6 rows leaves no row for the eval part"):
         data_of(files, [{"path": "a.jsonl", "split": "99,1"}, B], "eval")
+    assert data_of(files, ["a.jsonl", B], "eval", split="94,6").sources == ("questions",)  # 0 and 1 rows
+    with pytest.raises(DataError, match="split 99,1 leaves no row of any source for the eval part"):
+        data_of(files, ["a.jsonl", B], "eval", split="99,1")
     # plain paths are one sequence of rows
     write_jsonl(files / "c.jsonl", rows_of("c", 4))
     whole = [data_of(files, ["a.jsonl", "c.jsonl"], part, split="80,20") for part in ("train", "eval")]

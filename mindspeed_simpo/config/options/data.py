@@ -141,7 +141,18 @@ class DataOptions(Options):
     def _prompts_can_be_compared(self) -> DataOptions:
         if self.eval_decontaminate and self.data_path is None:
             raise ValueError("eval_decontaminate compares held-out prompts with training prompts: set data_path")
+        if self.eval_decontaminate and not self.has_held_out:
+            raise ValueError(
+                "eval_decontaminate: no pairs are held out: set eval_data_path, or give split a second weight"
+            )
         return self
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are held-out pairs: ``eval_data_path``, or a second weight of a source's ``split``."""
+        return self.eval_data_path is not None or any(
+            split_weights(source.sizes or self.split)[1] > 0 for source in self.sources
+        )
 
     @property
     def prompt_limit(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -59,10 +58,8 @@ def score_pairs(
 
 
 def _values(item: ScoredBatch) -> Sequence[Tensor]:
-    inputs, output = item.inputs, item.output
-    found = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
-    found |= {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    return [found[name] for name in PairScores.names()]
+    of_pairs = vars(item.inputs) | vars(item.output)
+    return [of_pairs[name] for name in PairScores.names()]
 
 
 def token_logprobs(

@@ -133,7 +133,7 @@ def main() -> None:
         "write_seconds": written,
         "open_seconds": {"wide": [each for each, _ in wide], "phone": [each for each, _ in narrow]},
         "work_seconds": averages.median(work for _, work in (*wide, *narrow)),
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "load": load},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "load": load, "priority": _priority()},
         **versions(),
         "plotly": version("plotly"),
         "chromium": chromium,
@@ -146,6 +146,12 @@ def main() -> None:
         target.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
 
 
+def _priority() -> str:
+    """With real-time priority (``chrt -r 10``) other programs do not take part in the measurement."""
+    real_time = os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)
+    return "real-time" if real_time else "ordinary"
+
+
 def _sentence(result: dict[str, Any]) -> str:
     machine, times = result["machine"], result["open_seconds"]
     wide, phone = (f"{averages.median(times[name]):.2f} s ({max(times[name]):.2f} s)" for name in ("wide", "phone"))
@@ -153,10 +159,9 @@ def _sentence(result: dict[str, Any]) -> str:
         f"A page of {result['pairs']:,} pairs and two models ({result['page_bytes'] / 1e6:.1f} MB) opens in {wide} at "
         f"1200 pixels and in {phone} at 375 pixels, from the navigation until every figure is drawn: median (longest) "
         f"of {len(times['wide'])}. The page's thread works {result['work_seconds']:.2f} s of it. The files are written "
-        f"in {result['write_seconds']:.1f} s. {machine['processor']}, "
-        f"{machine['cores']} cores, load average {machine['load']:.1f} at the start; Chromium {result['chromium']}, "
-        f"plotly {result['plotly']}, mindspeed-simpo {result['mindspeed-simpo']}, python {result['python']}, date "
-        f"{result['date']}."
+        f"in {result['write_seconds']:.1f} s. {machine['processor']}, {machine['cores']} cores, load average {machine['load']:.1f} at the start, {machine['priority']} priority; "
+        f"Chromium {result['chromium']}, plotly {result['plotly']}, mindspeed-simpo "
+        f"{result['mindspeed-simpo']}, python {result['python']}, date {result['date']}."
     )
 
 

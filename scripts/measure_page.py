@@ -159,9 +159,10 @@ def _sentence(result: dict[str, Any]) -> str:
         f"A page of {result['pairs']:,} pairs and two models ({result['page_bytes'] / 1e6:.1f} MB) opens in {wide} at "
         f"1200 pixels and in {phone} at 375 pixels, from the navigation until every figure is drawn: median (longest) "
         f"of {len(times['wide'])}. The page's thread works {result['work_seconds']:.2f} s of it. The files are written "
-        f"in {result['write_seconds']:.1f} s. {machine['processor']}, {machine['cores']} cores, load average {machine['load']:.1f} at the start, {machine['priority']} priority; "
-        f"Chromium {result['chromium']}, plotly {result['plotly']}, mindspeed-simpo "
-        f"{result['mindspeed-simpo']}, python {result['python']}, date {result['date']}."
+        f"in {result['write_seconds']:.1f} s. {machine['processor']}, {machine['cores']} cores, load average "
+        f"{machine['load']:.1f} at the start, {machine['priority']} priority; Chromium {result['chromium']}, plotly "
+        f"{result['plotly']}, mindspeed-simpo {result['mindspeed-simpo']}, python {result['python']}, date "
+        f"{result['date']}."
     )
 
 

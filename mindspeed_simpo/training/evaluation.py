@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 
@@ -34,18 +35,10 @@ def evaluate(config: Config, device: Device) -> dict[str, float]:
         SimpoError: on every rank.
     """
     with open_session(config, device) as session:
-        config = session.config
         data = session.prepare("eval")
         loader = session.loader(data)
-        [table] = configured_tables(session, config, [UsedPairs(data, loader.eval_pairs())])
-        if config.load is not None:
-            load = config.output_dir if config.load == "auto" else config.load
-            folder, state = checkpoint.find(load, session.groups.control)
-            with fail_together(session.groups.control):
-                check_adapters(folder, state, config)
-                check_base(folder, state.base, session.base)
-            checkpoint.load(folder, session.models, None, session.groups, device)
-            session.running.load(state.running)
+        [table] = configured_tables(session, session.config, [UsedPairs(data, loader.eval_pairs())])
+        load_configured(session)
         schedule = session.schedule(session.backend.for_scoring(), table)
         values = mean_metrics(session, schedule, data, loader, None)
     if not math.isfinite(values["loss"]):
@@ -54,6 +47,30 @@ def evaluate(config: Config, device: Device) -> dict[str, float]:
             TrainingError(f"the loss of the held-out pairs is not finite: see the weights of {weights}")
         )
     return values
+
+
+def load_configured(session: Session) -> tuple[Path, checkpoint.TrainingState] | None:
+    """Load the checkpoint that ``load`` names into the session's model, which keeps its starting weights without one.
+
+    A collective of the world. The starting weights may be the reference, whose sums must have been computed before.
+
+    Returns:
+        Folder and state of the checkpoint.
+
+    Raises:
+        SimpoError: on every rank, where the checkpoint cannot be used.
+    """
+    config, groups = session.config, session.groups
+    if config.load is None:
+        return None
+    load = config.output_dir if config.load == "auto" else config.load
+    folder, state = checkpoint.find(load, groups.control)
+    with fail_together(groups.control):
+        check_adapters(folder, state, config)
+        check_base(folder, state.base, session.base)
+    checkpoint.load(folder, session.models, None, groups, session.device)
+    session.running.load(state.running)
+    return folder, state
 
 
 def mean_metrics(

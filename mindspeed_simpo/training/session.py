@@ -184,12 +184,24 @@ def open_session(config: Config, device: Device, *, starting_weights: bool = Tru
     Raises:
         SimpoError: on every rank.
     """
+    with open_groups(config, device) as groups:
+        yield build_session(config, device, groups, starting_weights=starting_weights)
+
+
+@contextmanager
+def open_groups(config: Config, device: Device) -> Iterator[Groups]:
+    """Set up the process groups, for sessions of one layout that follow each other; destroy them at the end.
+
+    Args:
+        config: A validated configuration.
+        device: See :func:`open_session`.
+    """
     layout = make_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     try:
         with naming_lost_ranks():
             groups = initialize(layout, device, config.distributed_timeout_minutes)
             set_up_logging(is_main=groups.world.rank() == 0)
-            yield build_session(config, device, groups, starting_weights=starting_weights)
+            yield groups
     finally:
         shutdown()
 

@@ -9,6 +9,7 @@ code: every file is safetensors or JSON.
 
 from mindspeed_simpo.training.checkpoint.folder import (
     TrainingState,
+    choose,
     find,
     find_newest,
     folder_of,
@@ -22,6 +23,7 @@ from mindspeed_simpo.training.checkpoint.writer import CheckpointWriter
 __all__ = [
     "CheckpointWriter",
     "TrainingState",
+    "choose",
     "find",
     "find_newest",
     "folder_of",

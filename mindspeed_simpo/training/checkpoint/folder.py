@@ -120,9 +120,7 @@ def find(load: str, world: dist.ProcessGroup | None) -> tuple[Path, TrainingStat
         CheckpointError: on every rank, where there is no checkpoint, or it is incomplete or damaged; the message names
             the defect and the newest valid checkpoint before it.
     """
-    with fail_together(world):
-        chosen = _chosen(load)
-    chosen = of_first_rank(chosen, world)
+    chosen = choose(load, world)
     problem = _find_problem(chosen, world)
     if problem is None:
         return chosen, read_state(chosen)
@@ -131,6 +129,17 @@ def find(load: str, world: dist.ProcessGroup | None) -> tuple[Path, TrainingStat
     raised = CheckpointError(f"load: {chosen} cannot be used: {problem}; {advice}")
     raised.everywhere = True
     raise raised
+
+
+def choose(load: str, world: dist.ProcessGroup | None) -> Path:
+    """The checkpoint that :func:`find` finds, not verified; a collective.
+
+    Raises:
+        CheckpointError: on every rank, where there is no checkpoint.
+    """
+    with fail_together(world):
+        chosen = _chosen(load)
+    return of_first_rank(chosen, world)
 
 
 def find_newest(root: Path, world: dist.ProcessGroup | None) -> tuple[Path, TrainingState] | None:

@@ -33,6 +33,7 @@ from mindspeed_simpo.training.output import claimed
 from mindspeed_simpo.training.progress import Progress, log_to_file
 from mindspeed_simpo.training.reference_pass import UsedPairs, configured_tables
 from mindspeed_simpo.training.resume import check_resumable, find_resumed
+from mindspeed_simpo.training.run_facts import facts_of
 from mindspeed_simpo.training.session import Session, on_every_rank, open_session
 from mindspeed_simpo.training.stepper import Stepper
 from mindspeed_simpo.training.stop import StopRequests
@@ -104,6 +105,13 @@ class Run:
         self.order = session.loader(train_data)
         self.train_loader = PrefetchingLoader(self.order)
         self.eval_loader = session.loader(eval_data) if eval_data is not None else None
+        self.facts = facts_of(
+            config,
+            device=session.device.name,
+            ranks=session.groups.world.size(),
+            train_pairs=len(train_data),
+            eval_pairs=None if eval_data is None else len(eval_data),
+        )
         self.root = Path(config.output_dir)
         self.checkpoints = checkpoint.CheckpointWriter(
             self.root / "checkpoints",
@@ -183,7 +191,7 @@ class Run:
                     return self._stopped(stop)
             self.checkpoints.wait()
         if options.export_hf:
-            self.session.export(self.root / "hf", False)
+            self.session.export(self.root / "hf", False, self.state(), self.root)
         return 0
 
     def _stopped(self, signal: Signals) -> int:
@@ -265,17 +273,21 @@ class Run:
         line = {"step": self.step, "split": "eval", **values, "consumed_pairs": self.consumed_pairs}
         self.report(line | {"step_seconds": time.perf_counter() - begin})
 
-    def save(self) -> None:
-        """Write a checkpoint of the current step."""
-        state = checkpoint.TrainingState(
+    def state(self) -> checkpoint.TrainingState:
+        """The state of the current step apart from parameters, optimizer and random state."""
+        return checkpoint.TrainingState(
             step=self.step,
             consumed_pairs=self.consumed_pairs,
             data_fingerprint=self.train_data.fingerprint,
             running=self.session.running.state(),
             base=self.session.base,
+            facts=self.facts,
             config=self.recorded,
         )
-        self.checkpoints.save(state, self.models, self.stepper)
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step."""
+        self.checkpoints.save(self.state(), self.models, self.stepper)
 
     def report(self, line: dict[str, Any]) -> None:
         """Show and write a metrics line; does nothing except on the main rank.

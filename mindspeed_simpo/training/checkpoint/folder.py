@@ -17,6 +17,7 @@ from mindspeed_simpo.errors import CheckpointError
 from mindspeed_simpo.loss.running import RunningState
 from mindspeed_simpo.parallel.collectives import fail_together, of_all_ranks, of_first_rank
 from mindspeed_simpo.training.base_model import Base
+from mindspeed_simpo.training.run_facts import RunFacts
 
 STATE = "state.json"
 FILES = "files.json"
@@ -47,6 +48,8 @@ class TrainingState(BaseModel):
     """Statistics of the objective's tracked value."""
     base: Base | None = None
     """The model that the adapters belong to; None where the checkpoint holds all weights."""
+    facts: RunFacts | None = None
+    """What the card of the model says beside the configuration; None in checkpoints of earlier versions."""
     config: Config
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCardData
 
 from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.config.options import TaskOptions, TrainingOptions, effect_of
+from mindspeed_simpo.config.options import OPTION_GROUPS, TaskOptions, TrainingOptions, effect_of
 from mindspeed_simpo.objectives import OBJECTIVES
 from mindspeed_simpo.training.run_facts import Named, RunFacts, data_names, library_versions, model_name
 
@@ -168,7 +168,8 @@ def _settings(config: Config, steps: int) -> str:
     always = {*TaskOptions.model_fields, *TrainingOptions.model_fields, "seq_length"}
     names = [
         name
-        for name, field in Config.model_fields.items()
+        for group in OPTION_GROUPS
+        for name, field in group.model_fields.items()
         if effect_of(field) == "result"
         and name not in (*_OTHER_SECTIONS, *others)
         and getattr(config, name) is not None
@@ -187,7 +188,8 @@ def _metrics(evaluations: Sequence[Mapping[str, Any]]) -> str:
     names = [name for name in shown[-1] if name not in _NOT_A_METRIC]
     rows = [(_code(name), *(_number(line.get(name)) for line in shown)) for name in names]
     table = _table(("metric", *(f"step {line['step']}" for line in shown)), rows)
-    return f"## Metrics\n\nOf the held-out pairs; log-probabilities in nats per token.\n\n{table}"
+    before = " Step 0 is the model before training." if shown[0]["step"] == 0 else ""
+    return f"## Metrics\n\nOf the held-out pairs; log-probabilities in nats per token.{before}\n\n{table}"
 
 
 def _environment(config: Config, facts: RunFacts | None) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -79,10 +79,15 @@ def model_name(path: str) -> Named:
     return _named(path, on_hub=_MODEL_ID.fullmatch(path) is not None and not hub.exists(Path(path)))
 
 
-def data_names(paths: str | Sequence[str] | None) -> list[Named]:
-    """The publishable names of the data sets that ``data_path`` or ``eval_data_path`` names, each once."""
-    names = [paths] if isinstance(paths, str) else paths or []
-    found = [_named(name, on_hub=_is_hub_data(name)) for name in names]
+def data_names(entries: Any) -> list[Named]:
+    """The publishable names of data sets, each once.
+
+    Args:
+        entries: Value of ``data_path`` or ``eval_data_path``: a path, a record with ``path``, a list of these, or None.
+    """
+    listed = entries if isinstance(entries, list | tuple) else [] if entries is None else [entries]
+    paths = [str(getattr(entry, "path", entry)) for entry in listed]
+    found = [_named(path, on_hub=_is_hub_data(path)) for path in paths]
     return list({named.name: named for named in found}.values())
 
 

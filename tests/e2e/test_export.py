@@ -76,7 +76,7 @@ def assert_card_tells_of_the_run(exported, program, train_pairs, eval_pairs):
     for path in (program.folder, train_pairs.parent, eval_pairs.parent):
         assert str(path) not in card.content
     [snippet] = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    compile(snippet, "README.md", "exec")
+    exec(snippet.replace("=256", "=4"), {"name": str(exported)})  # noqa: S102 - what a reader would type
 
 
 def test_what_stands_at_the_output_is_not_written_over(program, tmp_path):

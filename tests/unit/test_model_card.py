@@ -1,6 +1,7 @@
 """The card of an exported model: what it tells of a run, and what no configuration can make it say."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -99,6 +100,12 @@ def test_names_of_models(tmp_path, monkeypatch, path, name, on_hub):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert model_name(path).model_dump() == {"name": name, "on_hub": on_hub}
+
+
+def test_entries_of_data_may_be_records():
+    entries = ["org/pairs", SimpleNamespace(path="/data/pairs.jsonl", weight=2.0), SimpleNamespace(path="org/pairs")]
+    assert [named.name for named in data_names(entries)] == ["org/pairs", "pairs.jsonl"]
+    assert data_names(None) == []
 
 
 def test_names_of_data_that_is_gone_are_not_taken_for_ids():

@@ -293,11 +293,12 @@ def _export(
     config = backend.config
     folder = resolve_model(config.model_name_or_path, weights=False)
     template = None if config.chat_template is None else str(tokenizer.chat_template)
+    card = None
     with fail_together(groups.control):
-        card = None
         if groups.world.rank() == 0:
             adapters = config.lora_r > 0 and not merge_adapters
             weights = Weights(adapters=adapters, images=backend.description.takes_images)
             trained = Trained(state.config, state.facts, state.step, state.consumed_pairs, state.data_fingerprint)
             card = model_card(trained, held_out_lines(run, state.step), weights)
+    with fail_together(groups.control):
         backend.export(output, merge_adapters=merge_adapters, beside=Companions(folder, tokenizer, template, card))

@@ -39,15 +39,20 @@ def recipes() -> list[Recipe]:
 def configuration_path(name: str) -> Path:
     """The file of a configuration: ``name`` itself where there is such a file, else that of the recipe.
 
+    Args:
+        name: A path, or the name of a recipe, with or without ``.yaml``.
+
     Raises:
         ConfigError: where ``name`` is no file, and could be a recipe's name that there is not.
     """
     path = Path(name)
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if path.exists() or len(path.parts) != 1:
         return path
     known = {recipe.name: recipe.path for recipe in recipes()}
-    if name in known:
-        return known[name]
+    if (stem := name.removesuffix(".yaml")) in known:
+        return known[stem]
+    if path.suffix:
+        return path
     near = difflib.get_close_matches(name, known, 1, 0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ConfigError(f"{name}: neither a file nor a recipe (`mindspeed-simpo recipes` lists them){hint}")

@@ -33,6 +33,7 @@ from mindspeed_simpo.loss.reference import ReferenceTable, StepReference
 from mindspeed_simpo.loss.running import RunningTracker
 from mindspeed_simpo.loss.scoring import PairScorer
 from mindspeed_simpo.losses import RunningStatistics
+from mindspeed_simpo.model.export_folder import Companions
 from mindspeed_simpo.model.folder import resolve_model
 from mindspeed_simpo.parallel import Groups, initialize, seed_model_ranks, shutdown
 from mindspeed_simpo.parallel.collectives import fail_together
@@ -41,6 +42,7 @@ from mindspeed_simpo.training import checkpoint
 from mindspeed_simpo.training.backends import Backend, open_backend
 from mindspeed_simpo.training.base_model import Base, check_base, identify_base
 from mindspeed_simpo.training.metrics import MetricSums
+from mindspeed_simpo.training.model_card import Trained, Weights, held_out_lines, model_card
 from mindspeed_simpo.training.progress import set_up_logging
 from mindspeed_simpo.training.schedule.runner import PairSchedule
 
@@ -68,9 +70,10 @@ class Session:
     """Makes the loader of this rank's micro-batches of a dataset."""
     schedule: Callable[[list[torch.nn.Module], ReferenceTable | None], PairSchedule]
     """Makes the configured pair schedule over pipeline chunks, wrapped or not."""
-    export: Callable[[Path, bool], None]
-    """``export(folder, merge_adapters)`` writes the current weights as a Hugging Face folder, or the adapters as a
-    folder of peft unless they are to be merged; a collective that raises on every rank or on none."""
+    export: Callable[[Path, bool, checkpoint.TrainingState, Path], None]
+    """``export(folder, merge_adapters, state, run)`` writes the current weights as a Hugging Face folder, or the
+    adapters as a folder of peft unless they are to be merged, with a model card of the state and of the metrics in the
+    output folder ``run``; a collective that raises on every rank or on none."""
     base: Base | None
     """The model that the adapters belong to; None without adapters, and where its weights are not read."""
 
@@ -168,7 +171,7 @@ def export_checkpoint(load: str, output: Path, *, merge_adapters: bool = False) 
         if merge_adapters:
             check_base(folder, state.base, session.base)
         checkpoint.load(folder, session.models, None, session.groups, session.device)
-        session.export(output, merge_adapters)
+        session.export(output, merge_adapters, state, folder.parent.parent)
 
 
 @contextmanager
@@ -318,12 +321,23 @@ class _Loaders:
 
 
 def _export(
-    backend: Backend, groups: Groups, tokenizer: PreTrainedTokenizerBase, output: Path, merge_adapters: bool
+    backend: Backend,
+    groups: Groups,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    merge_adapters: bool,
+    state: checkpoint.TrainingState,
+    run: Path,
 ) -> None:
     config = backend.config
     folder = resolve_model(config.model_name_or_path, weights=False)
     template = None if config.chat_template is None else str(tokenizer.chat_template)
+    card = None
     with fail_together(groups.control):
-        backend.export(
-            output, merge_adapters=merge_adapters, source=folder, tokenizer=tokenizer, chat_template=template
-        )
+        if groups.world.rank() == 0:
+            adapters = config.lora_r > 0 and not merge_adapters
+            weights = Weights(adapters=adapters, images=backend.description.takes_images)
+            trained = Trained(state.config, state.facts, state.step, state.consumed_pairs, state.data_fingerprint)
+            card = model_card(trained, held_out_lines(run, state.step), weights)
+    with fail_together(groups.control):
+        backend.export(output, merge_adapters=merge_adapters, beside=Companions(folder, tokenizer, template, card))

@@ -23,6 +23,7 @@ from mindspeed_simpo.training.base_model import check_base
 from mindspeed_simpo.training.output import claimed
 from mindspeed_simpo.training.reference_pass import UsedPairs, configured_tables
 from mindspeed_simpo.training.resume import check_resumable, find_resumed, resumed_best
+from mindspeed_simpo.training.run_facts import facts_of
 from mindspeed_simpo.training.session import Session, open_session
 from mindspeed_simpo.training.stepper import Stepper
 from mindspeed_simpo.training.stop import StopRequests
@@ -98,6 +99,13 @@ class Run:
         self.order = session.loader(train_data)
         self.train_loader = PrefetchingLoader(self.order)
         self.held_out = None if eval_data is None else HeldOut(session, models, eval_data, tables[1])
+        self.facts = facts_of(
+            config,
+            device=session.device.name,
+            ranks=session.groups.world.size(),
+            train_pairs=len(train_data),
+            eval_pairs=None if eval_data is None else len(eval_data),
+        )
         self.root = Path(config.output_dir)
         self.checkpoints = checkpoint.CheckpointWriter(
             self.root / "checkpoints",
@@ -183,7 +191,8 @@ class Run:
         exported = None
         if self.config.export_hf:
             exported = self.best.load(self.step)
-            self.session.export(self.root / "hf", False)
+            of_exported = {"step": exported, "consumed_pairs": self.order.consumed_pairs(exported)}
+            self.session.export(self.root / "hf", False, self.state().model_copy(update=of_exported), self.root)
         self._close(Ending("stopped_early" if early else "finished", self.step, exported, best))
         return 0
 
@@ -260,9 +269,9 @@ class Run:
                 self.reporter.report(line, answers)
         return self.best.judge(self.step, metrics)
 
-    def save(self) -> None:
-        """Write a checkpoint of the current step."""
-        state = checkpoint.TrainingState(
+    def state(self) -> checkpoint.TrainingState:
+        """The state of the current step apart from parameters, optimizer and random state."""
+        return checkpoint.TrainingState(
             step=self.step,
             consumed_pairs=self.consumed_pairs,
             data_fingerprint=self.train_data.order_fingerprint,
@@ -270,6 +279,10 @@ class Run:
             base=self.session.base,
             best=self.best.state,
             evaluation_due=self.evaluation_due,
+            facts=self.facts,
             config=self.config,
         )
-        self.checkpoints.save(state, self.models, self.stepper)
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step."""
+        self.checkpoints.save(self.state(), self.models, self.stepper)

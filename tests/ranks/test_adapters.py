@@ -32,14 +32,15 @@ FILE = "adapter_model.safetensors"
 def _written_back(folder, layout, options, output, merged=None):
     """Loads the configured adapters and exports them, and the model with them; an error's text."""
     from mindspeed_simpo.errors import ModelError
+    from mindspeed_simpo.model.export_folder import Companions
     from mindspeed_simpo.model.megatron.export import export_adapters, export_hf
 
     try:
         description, groups, models = engine_model(folder, layout, **options)
-        files = {"source": Path(folder), "tokenizer": make_tokenizer()}
-        export_adapters(models, description, groups, base=folder, output=Path(output), **files)
+        beside = Companions(Path(folder), make_tokenizer())
+        export_adapters(models, description, groups, beside=beside, base=folder, output=Path(output))
         if merged is not None:
-            export_hf(models, description, groups, output=Path(merged), **files)
+            export_hf(models, description, groups, beside=beside, output=Path(merged))
     except ModelError as error:
         return str(error)
     return None

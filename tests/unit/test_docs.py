@@ -23,10 +23,11 @@ from mindspeed_simpo.errors import ConfigError
 REPO = Path(__file__).parents[2]
 ENGLISH, CHINESE = REPO / "README.md", REPO / "README.zh-CN.md"
 PAGES = [ENGLISH, CHINESE, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *sorted(REPO.glob("docs/*.md"))]
+EVALUATE = REPO / "docs" / "evaluate.md"
 # pages about another program, whose flags and names are its own
-FOREIGN = {"plugin.md", "ascend.md", "ascend.zh-CN.md"}
+FOREIGN = {"plugin.md", "ascend.md", "ascend.zh-CN.md", EVALUATE.name}
 OWN = [page for page in PAGES if page.name not in FOREIGN]
-COMMANDED = [page for page in OWN if "mindspeed-simpo " in page.read_text(encoding="utf-8")]
+COMMANDED = [page for page in [*OWN, EVALUATE] if "mindspeed-simpo " in page.read_text(encoding="utf-8")]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -231,7 +232,13 @@ def test_messages_in_troubleshooting_are_those_of_the_code(page):
     assert [fragment for fragment in fragments if not any(fragment in message for message in messages)] == []
 
 
-def test_both_readmes_have_the_same_sections_and_code():
+FAQ = REPO / "docs" / "faq.md", REPO / "docs" / "faq.zh-CN.md"
+
+
+@pytest.mark.parametrize("pages", [(ENGLISH, CHINESE), FAQ], ids=["readme", "faq"])
+def test_both_languages_have_the_same_sections_and_code(pages):
+    english, chinese = pages
+
     def outline(page):
         return re.findall(r"^#+(?= )", prose(page), re.MULTILINE)
 
@@ -239,13 +246,14 @@ def test_both_readmes_have_the_same_sections_and_code():
         return [(kind, re.sub(r" *#.*", "", body)) for kind, body in _FENCE.findall(read(page))]
 
     def rows(page):
-        """First cell of each table row that is code, and the links of the page."""
+        """First cell of each table row that is code, and the links to other pages."""
         cells = re.findall(r"^\| (`[^|]+`) \|", prose(page), re.MULTILINE)
-        return cells, sorted({link.replace(".zh-CN", "") for link in _LINK.findall(prose(page))} - {"README.md"})
+        links = {link.replace(".zh-CN", "") for link in _LINK.findall(prose(page)) if not link.startswith("#")}
+        return cells, sorted(links - {english.name})
 
-    assert outline(ENGLISH) == outline(CHINESE)
-    assert code(ENGLISH) == code(CHINESE)
-    assert rows(ENGLISH) == rows(CHINESE)
+    assert outline(english) == outline(chinese)
+    assert code(english) == code(chinese)
+    assert rows(english) == rows(chinese)
 
 
 def test_the_tables_of_options_are_current(monkeypatch):

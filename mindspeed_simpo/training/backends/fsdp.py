@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from mindspeed_simpo.batch_images import BatchImages
 from mindspeed_simpo.config.config import Config
@@ -19,6 +19,7 @@ from mindspeed_simpo.data.pixels import Positions
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.loss.head import ResponseHead
+from mindspeed_simpo.model.export_folder import Companions
 from mindspeed_simpo.model.folder import resolve_model
 from mindspeed_simpo.model.fsdp.adapters import add_adapters, write_adapters
 from mindspeed_simpo.model.fsdp.build import (
@@ -169,12 +170,10 @@ class FsdpBackend:
         output: Path,
         *,
         merge_adapters: bool,
-        source: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        chat_template: str | None,
+        beside: Companions,
     ) -> None:
         policy = self.models[0]
         if policy.adapted is not None and not merge_adapters:
-            write_adapters(policy.adapted, self.config.model_name_or_path, source, output, tokenizer, chat_template)
+            write_adapters(policy.adapted, self.config.model_name_or_path, beside, output)
         else:
-            export_model(policy, self.description, source, output, tokenizer, chat_template)
+            export_model(policy, self.description, beside, output)

@@ -9,12 +9,12 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch_images import BatchImages
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.pixels import Positions
 from mindspeed_simpo.loss.head import ResponseHead
+from mindspeed_simpo.model.export_folder import Companions
 from mindspeed_simpo.training.schedule.passes import Engine
 from mindspeed_simpo.training.stepper import Stepper
 
@@ -107,16 +107,12 @@ class Backend(Protocol):
         output: Path,
         *,
         merge_adapters: bool,
-        source: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        chat_template: str | None,
+        beside: Companions,
     ) -> None:
         """Write the current weights as a Hugging Face folder, or the adapters as a folder of peft.
 
         Args:
             output: Folder to write.
             merge_adapters: Whether adapters are merged into the weights.
-            source: Hugging Face folder that the model was built from.
-            tokenizer: The tokenizer.
-            chat_template: The template that takes the place of the tokenizer's own; None keeps that.
+            beside: The files beside the weights.
         """

@@ -19,6 +19,7 @@ from mindspeed_simpo.loss.running import RunningState
 from mindspeed_simpo.parallel.collectives import fail_together, of_all_ranks, of_first_rank
 from mindspeed_simpo.training.base_model import Base
 from mindspeed_simpo.training.best import Best
+from mindspeed_simpo.training.run_facts import RunFacts
 
 STATE = "state.json"
 FILES = "files.json"
@@ -54,6 +55,8 @@ class TrainingState(BaseModel):
     """The best evaluation so far; None where no metric is configured."""
     evaluation_due: bool = False
     """Whether a signal stopped the run before the evaluation of this step."""
+    facts: RunFacts | None = None
+    """What the card of the model says beside the configuration; None in checkpoints of earlier versions."""
     config: Config
 
 

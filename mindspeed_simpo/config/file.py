@@ -100,6 +100,7 @@ _OTHER_NAMES = {
     "max_steps": "train_iters",
     "epochs": "num_train_epochs",
     "packing": "batching",
+    "load_best_model_at_end": "metric_for_best_model",
     "train_file": "data_path",
     "per_device_train_batch_size": "micro_batch_size",
 }

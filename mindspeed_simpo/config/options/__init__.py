@@ -18,6 +18,7 @@ from mindspeed_simpo.config.options.model import ALL_LINEAR, AdapterOptions, Mod
 from mindspeed_simpo.config.options.parallel import OutputOptions, ParallelOptions
 from mindspeed_simpo.config.options.task import TaskOptions
 from mindspeed_simpo.config.options.training import TrainingOptions
+from mindspeed_simpo.config.options.watch import WatchOptions
 
 OPTION_GROUPS: tuple[type[Options], ...] = (
     TaskOptions,
@@ -27,6 +28,7 @@ OPTION_GROUPS: tuple[type[Options], ...] = (
     TrainingOptions,
     ParallelOptions,
     OutputOptions,
+    WatchOptions,
 )
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "ParallelOptions",
     "TaskOptions",
     "TrainingOptions",
+    "WatchOptions",
     "effect_of",
     "takes_bool",
 ]

@@ -46,7 +46,7 @@ def export_model(
     gathered = gather(policy)
 
     def write(folder: Path) -> None:
-        state = revert_weight_conversion(policy.causal, dict(gathered))
+        state = stored_tensors(policy, dict(gathered))
         declared = description.settings.get("dtype") or description.settings.get("torch_dtype") or "float32"
         default = (
             declared if isinstance(declared, torch.dtype) else getattr(torch, str(declared).removeprefix("torch."))
@@ -58,6 +58,11 @@ def export_model(
         write_tokenizer(source, folder, tokenizer, chat_template)
 
     write_on_first_rank(output, gathered, write)
+
+
+def stored_tensors(policy: Policy, gathered: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What :func:`gather` yielded, by the names that transformers writes; none on ranks that it yielded nothing on."""
+    return dict(revert_weight_conversion(policy.causal, gathered)) if gathered else {}
 
 
 @torch.no_grad()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.adapter_folder import write_adapter
@@ -20,6 +21,16 @@ from mindspeed_simpo.parallel import Groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def whole_tensors(
+    models: Sequence[torch.nn.Module], description: ModelDescription, groups: Groups
+) -> Iterator[tuple[str, Tensor]]:
+    """:func:`~mindspeed_simpo.model.megatron.weights.gather_hf_tensors`, adapters merged where there are any."""
+    adapters = unwrap(models[0]).adapters
+    if adapters is None:
+        return gather_hf_tensors(models, description, groups)
+    return gather_merged(models, description, adapters, groups)
 
 
 def export_hf(
@@ -54,11 +65,7 @@ def export_hf(
     Raises:
         ModelError: where ``output`` exists and is no earlier export, or cannot be written.
     """
-    adapters = unwrap(models[0]).adapters
-    if adapters is None:
-        tensors = gather_hf_tensors(models, description, groups)
-    else:
-        tensors = gather_merged(models, description, adapters, groups)
+    tensors = whole_tensors(models, description, groups)
 
     def write(folder: Path) -> None:
         dtypes = _stored_dtypes(source, description)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from mindspeed_simpo.model.fsdp.build import (
 )
 from mindspeed_simpo.model.fsdp.description import describe
 from mindspeed_simpo.model.fsdp.dropout import ForwardTokens
-from mindspeed_simpo.model.fsdp.export import export_model
+from mindspeed_simpo.model.fsdp.export import export_model, gather, stored_tensors
 from mindspeed_simpo.model.fsdp.images import rope_positions
 from mindspeed_simpo.model.fsdp.policy import Policy
 from mindspeed_simpo.model.fsdp.quantized import copy_weight
@@ -160,6 +160,9 @@ class FsdpBackend:
         for name, parameter in self.models[0].weights():
             copy_weight(local_part(parameter), local_part(other[name]))
         self.models[0].forget_images()
+
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: D102
+        yield from stored_tensors(self.models[0], dict(gather(self.models[0]))).items()
 
     def export(  # noqa: D102
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -95,6 +95,12 @@ class Backend(Protocol):
 
     def load_weights(self, path: str | None) -> None:
         """Load the weights of a model of the same shape, or with None the starting weights again."""
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield ``(Hugging Face name, whole tensor)`` of the current weights, adapters merged, on global rank 0.
+
+        It yields nothing on other ranks. Every rank must exhaust the iterator.
+        """
 
     def export(
         self,

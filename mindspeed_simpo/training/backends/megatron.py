@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.loss.head import ResponseHead
 from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.megatron.adapters import without_adapters
-from mindspeed_simpo.model.megatron.export import export_adapters, export_hf
+from mindspeed_simpo.model.megatron.export import export_adapters, export_hf, whole_tensors
 from mindspeed_simpo.model.megatron.gpt import build_model
 from mindspeed_simpo.model.megatron.weights import fill_adapters, fill_weights, load_hf_weights
 from mindspeed_simpo.parallel import Groups
@@ -74,6 +74,9 @@ class MegatronBackend:
             fill_weights(self.models, self.description, self.config, self.groups, self.config.seed)
         else:
             load_hf_weights(self.models, self.description, path, self.groups)
+
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: D102
+        return whole_tensors(self.models, self.description, self.groups)
 
     def export(  # noqa: D102
         self,

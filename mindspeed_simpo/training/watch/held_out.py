@@ -1,0 +1,68 @@
+"""The held-out pairs of a run: their metrics and answers at each evaluation, and what is asked of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.data.dataset import PairDataset, has_eval_data
+from mindspeed_simpo.errors import ConfigError
+from mindspeed_simpo.loss.reference import ReferenceTable
+from mindspeed_simpo.training.evaluation import mean_metrics
+from mindspeed_simpo.training.session import Session
+from mindspeed_simpo.training.watch.generation import Answer, AnswerGenerator
+
+
+def check_held_out(config: Config) -> None:
+    """Refuse options that need held-out pairs where there are none.
+
+    Raises:
+        ConfigError: naming the options.
+    """
+    if has_eval_data(config):
+        return
+    wanted = {"metric_for_best_model": config.metric_for_best_model, "eval_generate": config.eval_generate}
+    given = [f"{name}: {value}" for name, value in wanted.items() if value]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: there are no held-out pairs: set eval_data_path, or give split a second weight, "
+            "such as 95,5"
+        )
+
+
+class HeldOut:
+    """Evaluates the held-out pairs with the weights of the moment.
+
+    Args:
+        session: The run's session.
+        models: Pipeline chunks as they train.
+        data: The held-out pairs.
+        table: Their sums under the reference model; None where there is none.
+    """
+
+    def __init__(
+        self, session: Session, models: list[torch.nn.Module], data: PairDataset, table: ReferenceTable | None
+    ) -> None:
+        self._session, self._models = session, models
+        self._schedule, self._loader = session.schedule(models, table), session.loader(data)
+        self._generator = AnswerGenerator(session, data) if session.config.eval_generate else None
+        self.pairs = len(data)
+
+    def evaluate(self) -> tuple[dict[str, float], Sequence[Answer]]:
+        """Metrics, the same on every rank but for ``answer_tokens``, and the answers, on the main rank; a collective.
+
+        Raises:
+            SimpoError: on every rank.
+        """
+        for model in self._models:
+            model.eval()
+        metrics = mean_metrics(self._session, self._schedule, self._loader, self._session.config.eval_iters)
+        for model in self._models:
+            model.train()
+        answers = self._generator.generate() if self._generator is not None else []
+        if answers:
+            metrics["answer_tokens"] = statistics.fmean(answer.tokens for answer in answers)
+        return metrics, answers

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.config.file import read_values
+from mindspeed_simpo.config.file import read_values, validate
 from mindspeed_simpo.config.recipes import recipes
 from mindspeed_simpo.errors import ConfigError, SimpoError
 from mindspeed_simpo.studies.ui import curves, form, runs, views
@@ -217,7 +217,7 @@ class Actions:
         entries = form.entries_of(values)
         base: dict[str, Any] = {"source": source, "values": {}}
         try:
-            base["values"] = form.changed(form.validate(dict(values), where=source))
+            base["values"] = form.changed(validate(dict(values), where=source))
         except ConfigError:
             base["source"] = ""
         return [*entries, base, *self.preview(ranks, base, "", *entries)]
@@ -235,7 +235,7 @@ class Actions:
         values = {key: value for key, value in read_values(path).items() if value is not None}
         unknown = [key for key in values if key not in Config.model_fields]
         if unknown:
-            form.validate(values, where=source)  # names each of them, and what may be meant
+            validate(values, where=source)  # names each of them, and what may be meant
         template = values.get("chat_template")
         if isinstance(template, str) and Path(template).is_relative_to(self.root.folder):
             values["chat_template"] = self.root.name(Path(template))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -80,7 +79,7 @@ def state_of(root: Root, runs: Sequence[str]) -> tuple[Any, ...]:
     for run in runs:
         for file in ("metrics.jsonl", "samples.jsonl"):
             try:
-                facts = os.stat(root.inside(str(folder_of(root, run) / file), file))
+                facts = root.inside(str(folder_of(root, run) / file), file).stat()
                 found.append((run, facts.st_mtime_ns, facts.st_size))
             except OSError:
                 found.append((run, 0, 0))
@@ -123,8 +122,8 @@ def answers(samples: Sequence[Line], step: int | None) -> str:
     """The sample answers as an HTML table: those of one step, or of every step, prompt by prompt."""
     if not samples:
         return (
-            '<p class="hint">No answers yet. With <code>eval_generate: 4</code> the run answers four held-out prompts at '
-            "every evaluation, and they are shown here.</p>"
+            '<p class="hint">No answers. With <code>eval_generate: 4</code> each evaluation of the run answers four '
+            "held-out prompts, which are shown here.</p>"
         )
     if step is None:
         chosen = sorted(samples, key=lambda line: (line.get("index", 0), line["step"]))

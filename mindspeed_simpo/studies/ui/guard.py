@@ -10,8 +10,16 @@ Message = MutableMapping[str, Any]
 App = Callable[[Scope, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 
 _HOSTS = ("127.0.0.1", "localhost")
-_UNUSED = ("/gradio_api/upload", "/gradio_api/proxy", "/gradio_api/file", "/gradio_api/stream", "/gradio_api/vibe")
-_UNUSED += ("/gradio_api/process_recording", "/gradio_api/run-history", "/monitoring", "/custom_component")
+_UNUSED = (
+    *(
+        f"/gradio_api/{name}"
+        for name in ("upload", "proxy", "file", "stream", "vibe", "process_recording", "run-history")
+    ),
+    "/monitoring",
+    "/custom_component",
+    "/proxy",
+    "/file",
+)
 _HEADERS = (
     (b"content-security-policy", b"frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),

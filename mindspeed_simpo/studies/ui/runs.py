@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from mindspeed_simpo.config.file import read_values
+from mindspeed_simpo.config.file import read_values, validate
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.studies.ui import form
 from mindspeed_simpo.studies.ui.root import Root
@@ -52,6 +52,8 @@ class Run:
     """Since its start, or from its start to its end."""
     log: str
     """The last lines of what it said."""
+    summary: Mapping[str, Any]
+    """Its ``summary.json``; empty where there is none."""
 
     @property
     def alive(self) -> bool:
@@ -112,8 +114,8 @@ def start(root: Root, values: Mapping[str, Any], nproc: int) -> str:
     written = form.to_yaml(form.changed(config))
     if config.load is None and (output / "metrics.jsonl").is_file():
         raise ConfigError(
-            f"output_dir: {root.name(output)} holds a run already: give another folder, or go on with that run (Resume, or "
-            "load: auto)"
+            f"output_dir: {root.name(output)} holds a run already: give another folder, or go on with that run "
+            "(Resume, or load: auto)"
         )
     return _launch(root, output, written, nproc)
 
@@ -144,7 +146,7 @@ def values_of(root: Root, name: str) -> dict[str, Any]:
     if file is None:
         raise ConfigError(f"run: {name} has no config.yaml")
     values = {key: value for key, value in read_values(file).items() if value is not None}
-    return form.changed(form.validate(values, where=root.name(file)))
+    return form.changed(validate(values, where=root.name(file)))
 
 
 def stop(root: Root, name: str, *, kill: bool = False) -> None:
@@ -156,10 +158,10 @@ def stop(root: Root, name: str, *, kill: bool = False) -> None:
     folder = folder_of(root, name)
     run = describe(root, name)
     record = _record(folder)
-    if run.state == "elsewhere" or record.get("host", socket.gethostname()) != socket.gethostname():
-        raise ConfigError(f"run: {name} was not started by the page on this host: stop it where it was started")
     if not run.alive:
         raise ConfigError(f"run: {name} is over")
+    if run.state == "elsewhere" or record.get("host", socket.gethostname()) != socket.gethostname():
+        raise ConfigError(f"run: {name} was not started by the page on this host: stop it where it was started")
     if kill != (run.state == "stopping"):
         raise ConfigError(f"run: {name} is {run.state}" + (": ask it to stop first" if kill else " already"))
     os.kill(int(record["process"]), signal.SIGTERM)
@@ -182,7 +184,9 @@ def describe(root: Root, name: str) -> Run:
     if record and state != "elsewhere":
         seconds = (record.get("ended") or time.time()) - record["started"]
         log = own
-    return Run(name, state, int(record.get("ranks", 1)), code, step, total, seconds, "\n".join(log.splitlines()[-200:]))
+    log = "\n".join(log.splitlines()[-200:])
+    summary = {} if state in ("running", "stopping", "elsewhere") else _object(root, folder / "summary.json")
+    return Run(name, state, int(record.get("ranks", 1)), code, step, total, seconds, log, summary)
 
 
 def tail(root: Root, path: Path) -> str:
@@ -295,6 +299,14 @@ def _record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and "started" in found else {}
+
+
+def _object(root: Root, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(root.inside(str(path), path.name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _ranks_needed(values: Mapping[str, Any]) -> int:

@@ -1,6 +1,7 @@
 """The process between the page and a run: it outlives the page, hands signals on and records how the run ended.
 
-``python -m mindspeed_simpo.studies.ui.supervisor RECORD LOCK RANKS WORD...`` runs ``python -m mindspeed_simpo WORD...``.
+``python -m mindspeed_simpo.studies.ui.supervisor RECORD LOCK RANKS WORD...`` runs the program with the command line
+``WORD...``.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import re
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from mindspeed_simpo.studies.ui.runs import Run
 
@@ -68,4 +70,27 @@ def state(run: Run) -> str:
     if run.state == "failed":
         lost = "It ended without a last word: it was killed, or the host was restarted."
         parts.append(notice("bad", "\n".join(run.errors) or lost))
-    return "".join(parts)
+    return "".join(parts) + _summary(run.summary)
+
+
+_CHANGES = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+
+
+def _summary(summary: Mapping[str, Any]) -> str:
+    """What changed from the first to the last evaluation, and the commands that go on."""
+    before, after = summary.get("before"), summary.get("after")
+    rows = []
+    if isinstance(before, dict) and isinstance(after, dict):
+        pairs = [(name, before.get(key), after.get(key)) for key, name in _CHANGES.items()]
+        changes = [f"{name} {a:.3f} → {b:.3f}" for name, a, b in pairs if _is_number(a) and _is_number(b)]
+        rows.append(f"Held out, from the first to the last evaluation: {html.escape(', '.join(changes))}.")
+    if summary.get("model_folder"):
+        rows.append(f"The model: <code>{html.escape(str(summary['model_folder']))}</code>.")
+    commands = summary.get("next_commands")
+    if isinstance(commands, list):
+        rows += [f"Next: <code>{html.escape(str(command))}</code>" for command in commands]
+    return f'<div class="summary">{"<br>".join(rows)}</div>' if rows else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

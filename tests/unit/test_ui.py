@@ -197,6 +197,11 @@ def test_a_configuration_and_a_run_that_point_outside_are_refused(root):
     assert "expected a .yaml file" in page.load("text.txt", 1)[len(form.fields()) + 1]
 
 
+def test_the_root_must_be_a_folder(tmp_path):
+    with pytest.raises(ConfigError, match="--root: there is no folder"):
+        Root(tmp_path / "absent")
+
+
 def test_hub_ids_and_paths_inside_pass(root):
     (root.folder / "inner").symlink_to(root.folder / "configs")
     inside = str(root.folder / "configs" / "x.jsonl")

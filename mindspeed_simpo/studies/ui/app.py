@@ -15,6 +15,7 @@ from mindspeed_simpo.studies.ui.form import Field
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 REFRESH_S = 2.0
+_OPEN_GROUPS = 2
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "sans-serif"]
 _MONO = ["ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
 
@@ -77,9 +78,15 @@ class _Configure:
                     "memory, layout, warnings.</p>",
                     elem_id="answer",
                 )
-                self.yaml = gr.Code(label="Configuration (YAML)", language="yaml", interactive=False, elem_id="yaml")
+                self.yaml = gr.Code(
+                    label="Configuration (YAML)", language="yaml", interactive=False, wrap_lines=True, elem_id="yaml"
+                )
                 self.words = gr.Code(
-                    label="The same in a terminal", language="shell", interactive=False, elem_id="words"
+                    label="The same in a terminal",
+                    language="shell",
+                    interactive=False,
+                    wrap_lines=True,
+                    elem_id="words",
                 )
                 with gr.Row(elem_classes="bar"):
                     self.name = gr.Textbox("", label="Save as configs/NAME.yaml", placeholder="NAME", elem_id="name")
@@ -108,9 +115,17 @@ class _Runs:
 
     def __init__(self, actions: Actions) -> None:
         with gr.Row(elem_classes="bar"):
-            self.run = gr.Dropdown([], label="Run", info=f"Below {actions.root.folder}", scale=3, elem_id="run")
+            self.run = gr.Dropdown(
+                [], label="Run", info=f"Below {actions.root.folder}", scale=3, min_width=250, elem_id="run"
+            )
             self.compare = gr.Dropdown(
-                [], label="Compare with", info="Curves of other runs.", multiselect=True, scale=3, elem_id="compare"
+                [],
+                label="Compare with",
+                info="Curves of other runs.",
+                multiselect=True,
+                scale=3,
+                min_width=250,
+                elem_id="compare",
             )
             self.find = gr.Button("Find runs", scale=0, min_width=100, elem_id="find")
         self.state = gr.HTML('<p class="hint">No run yet: start one from the form.</p>', elem_id="state")
@@ -161,17 +176,16 @@ def _form() -> tuple[list[Any], list[Any]]:
     """One component for each field, in the order of the fields; and the part of each objective."""
     made: dict[str, Any] = {}
     objectives = []
-    with gr.Tabs():
-        for group in OPTION_GROUPS:
-            title = (group.__doc__ or group.__name__).rstrip(".")
-            fields = [field for field in form.fields() if field.group == title]
-            with gr.Tab(title), gr.Column(elem_classes="fields"):
-                made |= {field.name: _component(field) for field in fields if field.stage is None}
-                for stage in OBJECTIVES if any(field.stage for field in fields) else ():
-                    with gr.Column(visible=stage == DEFAULT_STAGE, elem_id=f"objective-{stage}") as part:
-                        gr.HTML(f'<p class="hint">{_about(stage)}</p>')
-                        made |= {field.name: _component(field) for field in fields if field.stage == stage}
-                    objectives.append(part)
+    for number, group in enumerate(OPTION_GROUPS):
+        title = (group.__doc__ or group.__name__).rstrip(".")
+        fields = [field for field in form.fields() if field.group == title]
+        with gr.Accordion(title, open=number < _OPEN_GROUPS, elem_id=group.__name__, elem_classes="fields"):
+            made |= {field.name: _component(field) for field in fields if field.stage is None}
+            for stage in OBJECTIVES if any(field.stage for field in fields) else ():
+                with gr.Column(visible=stage == DEFAULT_STAGE, elem_id=f"objective-{stage}") as part:
+                    gr.HTML(f'<p class="hint">{_about(stage)}</p>')
+                    made |= {field.name: _component(field) for field in fields if field.stage == stage}
+                objectives.append(part)
     return [made[field.name] for field in form.fields()], objectives
 
 

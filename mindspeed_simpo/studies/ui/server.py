@@ -69,7 +69,7 @@ def serve(folder: str, port: int, *, show: bool) -> None:
     )
     server = uvicorn.Server(
         uvicorn.Config(
-            Guard(app, port), log_level="warning", timeout_graceful_shutdown=1, ws="none", server_header=False
+            Guard(app, port), log_level="critical", timeout_graceful_shutdown=1, ws="none", server_header=False
         )
     )
     url = f"http://{HOST}:{port}"

@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import os
+import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.studies.ui import form, runs, views
 from mindspeed_simpo.studies.ui.guard import Guard
 from mindspeed_simpo.studies.ui.root import NO_PATHS, Root
+from mindspeed_simpo.studies.ui.server import serve
 
 pytest.importorskip("gradio")
 from mindspeed_simpo.studies.ui.actions import Actions
@@ -197,7 +201,11 @@ def test_a_configuration_and_a_run_that_point_outside_are_refused(root):
     assert "expected a .yaml file" in page.load("text.txt", 1)[len(form.fields()) + 1]
 
 
-def test_the_root_must_be_a_folder(tmp_path):
+def test_what_is_missing_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ConfigError, match=re.escape("gradio is not installed: pip install 'mindspeed-simpo[ui]'")):
+        serve(str(tmp_path), 0, show=False)
     with pytest.raises(ConfigError, match="--root: there is no folder"):
         Root(tmp_path / "absent")
 
@@ -272,7 +280,8 @@ def test_a_run_is_not_written_over(root):
     ("path", "headers", "answered"),
     [
         ("/", {}, True),
-        ("/", {"host": "localhost:80"}, False),
+        ("/", {"host": "localhost:9000", "origin": "http://localhost:9000"}, True),
+        ("/", {"host": "127.0.0.1.rebound.example:7860"}, False),
         ("/", {"host": "localhost:7860"}, True),
         ("/", {"host": "rebound.example:7860"}, False),
         ("/", {"host": ""}, False),
@@ -299,7 +308,7 @@ def test_the_server_answers_its_own_pages_only(path, headers, answered):
     headers = {"host": "127.0.0.1:7860"} | headers
     scope = {"type": "http", "method": "GET", "path": path}
     scope["headers"] = [(name.encode(), value.encode()) for name, value in headers.items()]
-    asyncio.run(Guard(app, 7860)(scope, None, send))
+    asyncio.run(Guard(app)(scope, None, send))
     assert sent[0]["status"] == (200 if answered else 403)
     if answered:
         assert (b"content-security-policy", b"frame-ancestors 'none'") in sent[0]["headers"]

@@ -171,8 +171,9 @@ class Actions:
         try:
             shown = list(dict.fromkeys([run, *(compared or [])]))
             about = runs.describe(self.root, run)
-            now = (*curves.state_of(self.root, shown), step)
-            changed = unchanged if now == seen else self._drawn(shown, step)
+            now = {"curves": (*curves.state_of(self.root, shown), step), "log": about.log}
+            before = seen or {"curves": None, "log": None}
+            changed = unchanged if now["curves"] == before["curves"] else self._drawn(shown, step)
         except SimpoError as error:
             return [views.notice("bad", str(error)), hidden, hidden, hidden, hidden, gr.skip(), None, *unchanged]
         return [
@@ -181,7 +182,7 @@ class Actions:
             gr.Button(visible=about.state == "stopping"),
             gr.Button(visible=not about.alive and about.state != "finished"),
             gr.Button(visible=True),
-            views.terminal(about.log),
+            views.terminal(about.log) if about.log != before["log"] else gr.skip(),
             now,
             *changed,
         ]

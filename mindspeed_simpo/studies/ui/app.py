@@ -42,10 +42,11 @@ def build(actions: Actions) -> Any:
         with gr.Tabs() as tabs:
             with gr.Tab("Configure", id="configure"):
                 configure = _Configure(actions)
-            with gr.Tab("Runs", id="runs"):
+            with gr.Tab("Runs", id="runs") as shown:
                 runs = _Runs(actions)
         configure.connect(actions, tabs, runs)
         runs.connect(actions, tabs, configure)
+        shown.select(actions.found, None, [runs.run, runs.compare], **_quiet())
         page.load(actions.choices, None, [configure.source, runs.run, runs.compare], **_quiet())
     return page
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -9,7 +10,7 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 App = Callable[[Scope, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 
-_HOSTS = ("127.0.0.1", "localhost")
+_HOST = re.compile(rb"(127\.0\.0\.1|localhost)(:\d{1,5})?")
 _UNUSED = (
     *(
         f"/gradio_api/{name}"
@@ -32,22 +33,19 @@ class Guard:
 
     It refuses
 
-    - a ``Host`` that is not this server's: a name that a page's author points at 127.0.0.1 (DNS rebinding);
-    - an ``Origin`` other than the server's own, and what the browser marks as sent by another site, except following a
-      link to the page: a page of another server that posts to this one (CSRF), which the browser sends even where it
-      hides the answer;
+    - a ``Host`` other than 127.0.0.1 and localhost, which a name is that a page's author points at 127.0.0.1 (DNS
+      rebinding); with any port, because ports can be forwarded;
+    - an ``Origin`` other than that host and port, and what the browser marks as sent by another site, except where a
+      link to the page is followed: a page of another server that posts to this one (CSRF), which the browser sends
+      even where it hides the answer;
     - the addresses of Gradio that the page does not use: upload, files, proxy.
 
     Args:
         app: The application.
-        port: Of this server.
     """
 
-    def __init__(self, app: App, port: int) -> None:
+    def __init__(self, app: App) -> None:
         self._app = app
-        self._hosts = {f"{host}:{port}".encode() for host in _HOSTS}
-        if port == 80:
-            self._hosts |= {host.encode() for host in _HOSTS}
 
     async def __call__(
         self,
@@ -79,10 +77,10 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> str | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        if headers.get(b"host") not in self._hosts:
+        host = headers.get(b"host", b"")
+        if _HOST.fullmatch(host) is None:
             return "this server answers to 127.0.0.1 only"
-        origin = headers.get(b"origin")
-        if origin is not None and origin not in {b"http://" + host for host in self._hosts}:
+        if headers.get(b"origin", b"http://" + host) != b"http://" + host:
             return "this server answers its own pages only"
         site, mode = headers.get(b"sec-fetch-site", b"none"), headers.get(b"sec-fetch-mode")
         followed = mode == b"navigate" and scope.get("method") == "GET" and scope["path"] == "/"

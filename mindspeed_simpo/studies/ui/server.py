@@ -68,9 +68,7 @@ def serve(folder: str, port: int, *, show: bool) -> None:
         css=CSS,
     )
     server = uvicorn.Server(
-        uvicorn.Config(
-            Guard(app, port), log_level="critical", timeout_graceful_shutdown=1, ws="none", server_header=False
-        )
+        uvicorn.Config(Guard(app), log_level="critical", timeout_graceful_shutdown=1, ws="none", server_header=False)
     )
     url = f"http://{HOST}:{port}"
     sys.stdout.write(f"{url}\nroot folder: {root.folder}; Ctrl-C ends the page, and runs go on\n")

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import IGNORE_INDEX, TokenizedPair
 from mindspeed_simpo.cli.check_warnings import (
+    answer_warnings,
     in_gib,
     memory_warnings,
     run_length_warnings,
@@ -46,6 +47,7 @@ from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.naming import pipeline_chunks
 from mindspeed_simpo.model.weight_source import SafetensorsFolder
 from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, estimate_memory
+from mindspeed_simpo.training.watch.required import check_held_out
 
 if TYPE_CHECKING:
     from mindspeed_simpo.model.fsdp.description import TransformersModel
@@ -97,6 +99,8 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
         findings.warnings += run_length_warnings(config, len(parts["train"]))
     findings.warnings += token_budget_warnings(config, parts)
     findings.warnings += setting_warnings(config)
+    findings.attempt(lambda: check_held_out(config))
+    findings.warnings += answer_warnings(config, parts, _divided_parameters(config, world_size, spec))
     if spec is not None and not isinstance(spec, ModelDescription):
         _sharded().print_layout(console, config, make_layout(config, world_size), spec)
     elif spec is not None:
@@ -117,6 +121,17 @@ def _sharded() -> ModuleType:
     from mindspeed_simpo.cli import check_sharded
 
     return check_sharded
+
+
+def _divided_parameters(config: Config, world_size: int, spec: ModelDescription | TransformersModel | None) -> int:
+    """Parameters of the model where several ranks divide them; 0 where each rank has all, or the model is unknown."""
+    if spec is None:
+        return 0
+    layout = make_layout(config, world_size)
+    if isinstance(spec, ModelDescription):
+        divided = layout.tensor * layout.pipeline * layout.expert > 1
+        return count_parameters(spec, pipeline_chunks(spec, 1)) if divided else 0
+    return spec.parameters if (config.fsdp_shard_size or layout.ranks) > 1 else 0
 
 
 def _model(config: Config, world_size: int, device: str) -> ModelDescription | TransformersModel:

@@ -71,6 +71,28 @@ def token_budget_warnings(config: Config, parts: dict[str, PairDataset]) -> Iter
             )
 
 
+def answer_warnings(config: Config, parts: dict[str, PairDataset], divided: int) -> Iterator[str]:
+    """Warnings about what ``eval_generate`` cannot do, and about its memory where ranks divide the model.
+
+    Args:
+        config: Of the run.
+        parts: Data that could be read.
+        divided: Parameters of a model that several ranks divide, else 0.
+    """
+    if not config.eval_generate or "eval" not in parts:
+        return
+    if parts["eval"].has_images:
+        yield "eval_generate: no answers are generated: the held-out prompts have images"
+        return
+    if len(parts["eval"]) < config.eval_generate:
+        yield f"eval_generate {config.eval_generate}: there are only {len(parts['eval'])} held-out pairs"
+    if divided:
+        yield (
+            f"eval_generate: at each evaluation rank 0 holds the whole model beside its own part, "
+            f"{in_gib(divided * (2 if config.bf16_in_use else 4))} GiB on its device, and in host memory for a moment"
+        )
+
+
 def memory_warnings(config: Config, layout: Layout, estimates: Sequence[MemoryEstimate]) -> Iterator[str]:
     """Warning about a CPU run that needs more memory than this host has."""
     needed = layout.tensor * layout.context * layout.data * sum(estimate.total for estimate in estimates)

@@ -27,8 +27,9 @@ from mindspeed_simpo.training.session import Session, open_session
 from mindspeed_simpo.training.stepper import Stepper
 from mindspeed_simpo.training.stop import StopRequests
 from mindspeed_simpo.training.watch.best_model import BestModel
-from mindspeed_simpo.training.watch.held_out import HeldOut, check_held_out
+from mindspeed_simpo.training.watch.held_out import HeldOut
 from mindspeed_simpo.training.watch.reporter import Reporter
+from mindspeed_simpo.training.watch.required import check_held_out
 from mindspeed_simpo.training.watch.summary import Ending
 
 logger = logging.getLogger(__name__)

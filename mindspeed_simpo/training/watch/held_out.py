@@ -1,4 +1,4 @@
-"""The held-out pairs of a run: their metrics and answers at each evaluation, and what is asked of them."""
+"""The held-out pairs of a run: their metrics and answers at each evaluation."""
 
 from __future__ import annotations
 
@@ -7,30 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.data.dataset import PairDataset, has_eval_data
-from mindspeed_simpo.errors import ConfigError
+from mindspeed_simpo.data.dataset import PairDataset
 from mindspeed_simpo.loss.reference import ReferenceTable
 from mindspeed_simpo.training.evaluation import mean_metrics
 from mindspeed_simpo.training.session import Session
 from mindspeed_simpo.training.watch.generation import Answer, AnswerGenerator
-
-
-def check_held_out(config: Config) -> None:
-    """Refuse options that need held-out pairs where there are none.
-
-    Raises:
-        ConfigError: naming the options.
-    """
-    if has_eval_data(config):
-        return
-    wanted = {"metric_for_best_model": config.metric_for_best_model, "eval_generate": config.eval_generate}
-    given = [f"{name}: {value}" for name, value in wanted.items() if value]
-    if given:
-        raise ConfigError(
-            f"{', '.join(given)}: there are no held-out pairs: set eval_data_path, or give split a second weight, "
-            "such as 95,5"
-        )
 
 
 class HeldOut:

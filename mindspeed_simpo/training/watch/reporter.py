@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.errors import ConfigError, TrainingError
+from mindspeed_simpo.training.checkpoint import folder_of
 from mindspeed_simpo.training.metrics import JsonLines, MetricsWriter
 from mindspeed_simpo.training.progress import Progress, log_to_file, warn
 from mindspeed_simpo.training.watch import summary
@@ -118,6 +120,7 @@ class Reporter:
             ranks,
             time.monotonic() - self._begin,
             self._first_step,
+            partial(folder_of, self._root / "checkpoints"),
         )
         try:
             summary.close(facts, ending, self._evaluations, self._raised)

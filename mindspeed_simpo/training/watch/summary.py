@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from rich.table import Table
 
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.training.best import Best
-from mindspeed_simpo.training.checkpoint.folder import folder_of
 from mindspeed_simpo.training.progress import console, shown_time
 
 logger = logging.getLogger(__name__)
 
 FILE = "summary.json"
+_NEXT = "next"
 _SHOWN = {
     "loss": ("loss", ".4f"),
     "rewards/accuracies": ("accuracy", ".3f"),
@@ -65,6 +65,8 @@ class Facts:
     """Since this start of the program."""
     first_step: int
     """Of this start: of the loaded checkpoint, or 0."""
+    checkpoint_of: Callable[[int], Path]
+    """The folder of the checkpoint of a step."""
 
 
 def close(facts: Facts, ending: Ending, lines: Lines, alarms: Lines) -> None:
@@ -88,20 +90,22 @@ def close(facts: Facts, ending: Ending, lines: Lines, alarms: Lines) -> None:
     if console.is_terminal:
         table = Table.grid(padding=(0, 2))
         for name, text in rows:
-            table.add_row(f"[bold]{name}[/]", escape(text))
+            if name != _NEXT:
+                table.add_row(f"[bold]{name}[/]", escape(text))
         console.print(Panel(table, title="Summary", title_align="left", expand=False))
+        for command in summary["next_commands"]:  # lines of their own, to be copied
+            console.print(f"{_NEXT}: {escape(command)}", soft_wrap=True, highlight=False)
     for name, text in rows:
         logger.info("%s: %s", name, text, extra={"printed": console.is_terminal})
 
 
 def _summary(facts: Facts, ending: Ending, lines: Lines, alarms: Lines) -> dict[str, Any]:
     config, best = facts.config, ending.best
-    checkpoints = facts.root / "checkpoints"
     best_step = None if best is None else best.step
     found_best = None
     if best is not None and best_step is not None:
         found_best = best.model_dump(include={"metric", "greater", "value", "step"})
-        found_best["checkpoint"] = str(folder_of(checkpoints, best_step))
+        found_best["checkpoint"] = str(facts.checkpoint_of(best_step))
     trained = {
         "model": config.model_name_or_path,
         "backend": config.backend,
@@ -128,7 +132,7 @@ def _summary(facts: Facts, ending: Ending, lines: Lines, alarms: Lines) -> dict[
         "alarms": [{name: alarm[name] for name in ("step", "alarm", "message", "advice")} for alarm in alarms],
         "model_folder": str(facts.root / "hf") if exported else None,
         "exported_step": ending.exported_step,
-        "checkpoint": str(folder_of(checkpoints, ending.step)),
+        "checkpoint": str(facts.checkpoint_of(ending.step)),
         "next_commands": list(_next_commands(facts, ending, exported=exported)),
     }
 
@@ -139,7 +143,7 @@ def _next_commands(facts: Facts, ending: Ending, *, exported: bool) -> Iterator[
         yield _on_ranks(["train", recorded, "--load", "auto"], facts.ranks)
         return
     chosen = ending.best.step if ending.best is not None and ending.best.step is not None else ending.step
-    checkpoint = str(folder_of(facts.root / "checkpoints", chosen))
+    checkpoint = str(facts.checkpoint_of(chosen))
     if not exported:
         output = str(facts.root / "hf")
         yield shlex.join(["mindspeed-simpo", "export", "--checkpoint", checkpoint, "--output", output])
@@ -178,7 +182,7 @@ def _rows(facts: Facts, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     yield "model", f"{folder}, of step {summary['exported_step']}" if folder else "not exported"
     yield "checkpoint", summary["checkpoint"]
     for command in summary["next_commands"]:
-        yield "next", command
+        yield _NEXT, command
 
 
 def _evaluations(summary: Mapping[str, Any], pairs: int) -> Iterator[tuple[str, str]]:

@@ -53,7 +53,7 @@ def _names(annotation: Any) -> Iterator[str]:
         if get_origin(kind) is Literal:
             yield ", ".join(f"`{value}`" for value in get_args(kind))
         elif get_origin(kind) is list:
-            yield "list of texts"
+            yield "list of texts" if get_args(kind) == (str,) else "list of these"
         elif get_origin(kind) is dict:
             yield "mapping"
         else:

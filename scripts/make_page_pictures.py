@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +25,26 @@ from tests.browser import open_browser, open_page
 
 REPO = Path(__file__).parents[1]
 DOCS = REPO / "docs"
-CONFIGURATION = "configs/quickstart.yaml"
+CONFIGURATION, RUN = "configs/quickstart.yaml", "outputs/quickstart"
 LARGEST_BYTES = 200_000
-WIDTH, HEIGHT = 1280, 860
+WIDTH, HEIGHT, RUN_HEIGHT = 1280, 860, 1500
+
+
+def copy(run: Path, home: Path) -> Path:
+    """A root folder with the quickstart and the run, without its checkpoints, in a home folder of its own."""
+    root = home / "mindspeed_simpo"
+    shutil.copytree(REPO / "configs" / "quickstart", root / "configs" / "quickstart")
+    shutil.copy(REPO / CONFIGURATION, root / "configs")
+    shutil.copytree(run, root / RUN, ignore=shutil.ignore_patterns("checkpoints", "hf", "start", "tensorboard"))
+    return root
 
 
 @contextmanager
 def served(root: Path) -> Iterator[str]:
     """The address of a page with a root folder."""
     words = [sys.executable, "-m", "mindspeed_simpo", "ui", "--root", str(root), "--port", "0"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"HOME": str(root.parent)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
             yield process.stdout.readline().strip()
@@ -61,12 +74,10 @@ def draw_form(page: Any) -> None:
     write(page, DOCS / "ui-form.png")
 
 
-def draw_run(page: Any, run: str) -> None:
-    """The curves of a run."""
+def draw_run(page: Any) -> None:
+    """The curves and answers of the run."""
+    page.set_viewport_size({"width": WIDTH, "height": RUN_HEIGHT})
     page.get_by_role("tab", name="Runs").click()
-    page.locator("#run input").click()
-    page.get_by_role("option", name=run, exact=True).click()
-    page.wait_for_selector(f"#state :text-is('{run}')")
     page.wait_for_function("document.querySelectorAll('.curve .scatterlayer .trace').length > 8")
     page.wait_for_timeout(1000)
     write(page, DOCS / "ui-run.png")
@@ -75,14 +86,18 @@ def draw_run(page: Any, run: str) -> None:
 def main() -> None:
     """Draw both pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished run below this checkout")
-    run = parser.parse_args().run.resolve()
+    parser.add_argument("run", type=Path, help="folder of a finished run of the quickstart")
+    run = parser.parse_args().run
     if not (run / "metrics.jsonl").is_file():
         raise SystemExit(f"error: {run} holds no run")
-    name = str(run.relative_to(REPO))
-    with served(REPO) as url, open_browser() as browser, open_page(browser, url, width=WIDTH, height=HEIGHT) as page:
+    with (
+        tempfile.TemporaryDirectory() as home,
+        served(copy(run, Path(home))) as url,
+        open_browser() as browser,
+        open_page(browser, url, width=WIDTH, height=HEIGHT) as page,
+    ):
         draw_form(page)
-        draw_run(page, name)
+        draw_run(page)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,15 @@ def test_the_quickstart_in_a_browser(server):
             page.keyboard.press("Enter")
             page.locator("#load").click()
             page.wait_for_selector("#verdict .good")
+            # the keys of the chosen objective only
+            assert not page.locator("#key-dpo_beta").is_visible()
+            page.locator("#key-stage input").click()
+            page.get_by_role("option", name="dpo", exact=True).click()
+            page.locator("#key-dpo_beta textarea").wait_for()
+            assert not page.locator("#key-simpo_beta").is_visible()
+            page.locator("#key-stage input").click()
+            page.get_by_role("option", name="simpo", exact=True).click()
+            page.locator("#key-simpo_beta textarea").wait_for()
             # an error at once, then a form that is right
             fill(page, "TrainingOptions", train_iters=60, lr="fast")
             page.wait_for_selector("#verdict .bad >> text=`lr`: input should be a valid number")
@@ -155,7 +164,9 @@ def test_the_quickstart_in_a_browser(server):
             for line in newest:
                 assert " ".join(line["answer"].split()) in " ".join(shown.split())
             page.wait_for_selector(curve)
-            page.get_by_role("tab", name="Configure").click()
+            page.locator("#edit").click()
+            page.wait_for_selector("#words >> text=--nproc-per-node")
+            assert page.locator("#yaml").inner_text().count("train_iters: 60") == 1
             for part in ("#load", "#start", "#yaml", "#TrainingOptions", "#key-simpo_beta textarea"):
                 box = page.locator(part).bounding_box()
                 assert box["x"] >= 0

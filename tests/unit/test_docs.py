@@ -43,6 +43,9 @@ _OTHER_FLAGS = {
     "stage",
     "dpo-exact",
     "signal",
+    "root",
+    "port",
+    "open",
 }
 
 

@@ -18,7 +18,7 @@ from mindspeed_simpo.config.file import load_config, validate
 from mindspeed_simpo.config.options import takes_bool
 from mindspeed_simpo.config.recipes import recipes
 from mindspeed_simpo.errors import ConfigError
-from mindspeed_simpo.studies.ui import form, runs, views
+from mindspeed_simpo.studies.ui import curves, form, runs, views
 from mindspeed_simpo.studies.ui.guard import Guard
 from mindspeed_simpo.studies.ui.root import NO_PATHS, Root
 from mindspeed_simpo.studies.ui.server import serve
@@ -274,6 +274,39 @@ def test_a_run_is_not_written_over(root):
     with pytest.raises(ConfigError, match="holds a run already"):
         runs.start(root, values, 1)
     assert [path.name for path in output.iterdir()] == ["metrics.jsonl"]
+
+
+def test_curves_alarms_and_answers(root):
+    folder = root.folder / "outputs" / "a"
+    folder.mkdir(parents=True)
+    lines = [{"step": step, "split": "train", "loss": 1 / step, "grad_norm": None} for step in range(1, 4001)]
+    lines.insert(0, {"step": 0, "split": "eval", "loss": 2.0})
+    alarm = {"step": 7, "split": "alarm", "alarm": "x", "message": "<i>falls", "advice": "lower `lr`"}
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, alarm])
+    (folder / "metrics.jsonl").write_text(text + '{"step": 4001, "spl')
+    found = curves.read_lines(root, "outputs/a", "metrics.jsonl")
+    assert found == [*lines, alarm]
+    loss, accuracy, *_, norm, _ = curves.figures({"outputs/a": found})
+    train, held_out = loss.data
+    assert (train.name, held_out.name) == ("train", "held-out")
+    assert len(train.x) <= 1001
+    assert (train.x[0], train.x[-1], train.y[-1]) == (1, 4000, 1 / 4000)
+    assert (held_out.x, held_out.y) == ((0,), (2.0,))
+    assert accuracy.data == ()
+    assert set(norm.data[0].y) == {None}
+    assert [trace.name for trace in curves.figures({"a": found, "b": found[:3]})[0].data] == [
+        "a, train",
+        "a, held-out",
+        "b, train",
+        "b, held-out",
+    ]
+    assert "step 7: &lt;i&gt;falls" in curves.alarms(found)
+    assert curves.alarms(lines) == ""
+    samples = [{"step": s, "index": i, "prompt": f"p{i}", "answer": f"<b>{s}.{i}"} for s in (0, 5) for i in (0, 1)]
+    assert curves.sample_steps(samples) == [5, 0]
+    assert re.findall(r"&lt;b&gt;(\d\.\d)", curves.answers(samples, 5)) == ["5.0", "5.1"]
+    assert re.findall(r"&lt;b&gt;(\d\.\d)", curves.answers(samples, None)) == ["0.0", "5.0", "0.1", "5.1"]
+    assert "eval_generate" in curves.answers([], 5)
 
 
 @pytest.mark.parametrize(

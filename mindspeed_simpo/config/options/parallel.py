@@ -142,8 +142,11 @@ class OutputOptions(Options):
         0, ge=0, effect="none", description="Optimizer steps between checkpoints; 0 saves only at the end."
     )
     save_total_limit: int | None = option(
-        None, ge=1, effect="none", description="Number of checkpoints that are kept, the newest ones; the best one of "
-        "metric_for_best_model is kept beside them. Default: all."
+        None,
+        ge=1,
+        effect="none",
+        description="Number of checkpoints that are kept, the newest ones; the best one of "
+        "metric_for_best_model is kept beside them. Default: all.",
     )
     async_save: bool = option(
         False,

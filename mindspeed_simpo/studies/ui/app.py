@@ -61,7 +61,7 @@ class _Configure:
                     self.source = gr.Dropdown(
                         [],
                         label="Begin with",
-                        info=f"A recipe, or a YAML file in {actions.root.folder}.",
+                        info=f"A recipe, or a YAML file in {actions.root.shown}.",
                         allow_custom_value=True,
                         scale=4,
                         elem_id="source",
@@ -117,7 +117,7 @@ class _Runs:
     def __init__(self, actions: Actions) -> None:
         with gr.Row(elem_classes="bar"):
             self.run = gr.Dropdown(
-                [], label="Run", info=f"Below {actions.root.folder}", scale=3, min_width=250, elem_id="run"
+                [], label="Run", info=f"Folders of runs in {actions.root.shown}.", scale=3, min_width=250, elem_id="run"
             )
             self.compare = gr.Dropdown(
                 [],

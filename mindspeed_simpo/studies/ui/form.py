@@ -146,7 +146,12 @@ def _field(name: str, option: FieldInfo, group: str, stage: str | None) -> Field
         kind = "lines"
     elif any(part is dict or get_origin(part) is dict for part in found):
         kind = "mapping"
-    facts = {"lines": "one a line", "mapping": "as JSON", "text": describe_values(option)}.get(kind, "")
+    lines = (
+        "one a line"
+        if all(part is str or get_origin(part) is list for part in found)
+        else "one a line, mappings as JSON"
+    )
+    facts = {"lines": lines, "mapping": "as JSON", "text": describe_values(option)}.get(kind, "")
     facts = facts.removeprefix("text")
     if default and kind in ("lines", "mapping", "text"):
         facts = "; ".join(filter(None, [facts, default if option.is_required() else f"default: {default}"]))
@@ -171,7 +176,7 @@ def _read(field: Field, entry: Any) -> Any:
         return _json(text)
     if field.kind == "lines":
         items = [_json(line) if line.startswith("{") else line for line in map(str.strip, text.splitlines()) if line]
-        return items[0] if len(items) == 1 and isinstance(items[0], str) else items
+        return items[0] if len(items) == 1 else items
     return text
 
 

@@ -75,6 +75,12 @@ class Root:
         if problems:
             raise ConfigError("\n".join(problems))
 
+    @property
+    def shown(self) -> str:
+        """The folder for readers, short where it lies in the home folder."""
+        home = Path.home()
+        return f"~/{self.folder.relative_to(home)}" if home in self.folder.parents else str(self.folder)
+
     def name(self, place: Path) -> str:
         """A place in the root folder as a relative path."""
         return str(place.relative_to(self.folder))

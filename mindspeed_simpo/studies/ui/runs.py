@@ -44,6 +44,7 @@ class Run:
     """running and stopping: started by a page and alive. elsewhere: alive, started by something else. finished,
     stopped (saved, can be resumed), failed: over. ended: over, started by something else, without a last word."""
     ranks: int
+    """0 where nothing says how many."""
     exit_code: int | None
     step: int
     steps: int
@@ -186,7 +187,8 @@ def describe(root: Root, name: str) -> Run:
         log = own
     log = "\n".join(log.splitlines()[-200:])
     summary = {} if state in ("running", "stopping", "elsewhere") else _object(root, folder / "summary.json")
-    return Run(name, state, int(record.get("ranks", 1)), code, step, total, seconds, log, summary)
+    ranks = record.get("ranks") or (summary.get("trained") or {}).get("ranks") or 0
+    return Run(name, state, int(ranks), code, step, total, seconds, log, summary)
 
 
 def tail(root: Root, path: Path) -> str:
@@ -242,7 +244,7 @@ def environment() -> dict[str, str]:
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if package != Path(sysconfig.get_path("purelib")):
         paths.insert(0, str(package))
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1", "COLUMNS": "84"}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1", "COLUMNS": "76"}
 
 
 def _locked(lock: IO[str]) -> bool:

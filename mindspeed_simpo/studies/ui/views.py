@@ -51,7 +51,7 @@ def checked(code: int, said: str) -> str:
 
 def state(run: Run) -> str:
     """State, progress and errors of a run."""
-    facts = [f"{run.ranks} rank{'s' if run.ranks > 1 else ''}"] if run.state not in ("elsewhere", "ended") else []
+    facts = [f"{run.ranks} rank{'s' if run.ranks > 1 else ''}"] if run.ranks else []
     if run.seconds is not None:
         facts.append(time.strftime("%H:%M:%S", time.gmtime(run.seconds)))
     if run.exit_code is not None and not run.alive:

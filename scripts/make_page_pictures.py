@@ -27,7 +27,7 @@ REPO = Path(__file__).parents[1]
 DOCS = REPO / "docs"
 CONFIGURATION, RUN = "configs/quickstart.yaml", "outputs/quickstart"
 LARGEST_BYTES = 200_000
-WIDTH, HEIGHT, RUN_HEIGHT = 1280, 860, 1500
+WIDTH, HEIGHT, RUN_HEIGHT = 1280, 860, 1760
 
 
 def copy(run: Path, home: Path) -> Path:

@@ -115,15 +115,18 @@ def _links(place: Path) -> Iterator[Path]:
     if place.is_dir():
         for entry in _entries(place):
             if entry.is_symlink():
-                yield entry
+                yield Path(entry.path)
             elif entry.is_dir() and not entry.name.startswith("."):
-                yield from (inner for inner in _entries(entry) if inner.is_symlink())
+                yield from (Path(inner.path) for inner in _entries(entry.path) if inner.is_symlink())
     elif not place.exists() and place.parent.is_dir():
-        yield from (entry for entry in _entries(place.parent) if entry.name.startswith(place.name))
+        for entry in _entries(place.parent):
+            if entry.name.startswith(place.name) and entry.is_symlink():
+                yield Path(entry.path)
 
 
-def _entries(folder: Path) -> list[Path]:
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     try:
-        return list(folder.iterdir())
+        with os.scandir(folder) as entries:
+            return list(entries)
     except PermissionError:
         return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -16,11 +15,11 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from mindspeed_simpo.config.file import read_values, validate
 from mindspeed_simpo.errors import ConfigError
-from mindspeed_simpo.studies.ui import form
+from mindspeed_simpo.studies.ui import form, locks
 from mindspeed_simpo.studies.ui.root import Root
 
 OWN = "ui"
@@ -211,7 +210,7 @@ def _launch(root: Root, output: Path, written: str, nproc: int) -> str:
     except OSError as error:
         raise ConfigError(f"output_dir: cannot make {folder}: {error}") from None
     with lock:
-        if not _locked(lock) or _held_elsewhere(output):
+        if not locks.acquire(lock) or locks.held_by_trainer(output):
             raise ConfigError(f"output_dir: a run is alive in {root.name(output)}: wait for its end, or stop it")
         record = folder / "run.json"
         record.unlink(missing_ok=True)
@@ -247,43 +246,10 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1", "COLUMNS": "76"}
 
 
-def _locked(lock: IO[str]) -> bool:
-    for _ in range(20):  # a page that looks whether the lock is held has it for a moment
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.05)
-        else:
-            return True
-    return False
-
-
-def _held(path: Path) -> bool:
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _held_elsewhere(folder: Path) -> bool:
-    """Whether the trainer's lock of the folder is held, by a process that this host knows."""
-    try:
-        owner = json.loads((folder / ".lock").read_text(encoding="utf-8"))
-        if owner["host"] == socket.gethostname():
-            os.kill(int(owner["process"]), 0)  # a look at the lock could refuse a run that starts now
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
-    return _held(folder / ".lock")
-
-
 def _state(folder: Path, record: dict[str, Any], step: int, total: int, log: str) -> State:
-    if _held(folder / OWN / "lock"):
+    if locks.is_held(folder / OWN / "lock"):
         return "stopping" if record.get("stop_requests") else "running"
-    if _held_elsewhere(folder):
+    if locks.held_by_trainer(folder):
         return "elsewhere"
     if record:
         code = record["exit_code"]

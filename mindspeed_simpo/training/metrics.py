@@ -187,11 +187,11 @@ def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _text(line: Mapping[str, Any]) -> str:
-    return json.dumps({name: _json_number(value) for name, value in line.items()}, ensure_ascii=False) + "\n"
+    return json.dumps({name: json_number(value) for name, value in line.items()}, ensure_ascii=False) + "\n"
 
 
-def _json_number(value: Any) -> Any:
-    # JSON has no NaN and no infinity
+def json_number(value: Any) -> Any:
+    """A value as JSON can have it: JSON has no NaN and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: how they are found, and the file of their pairs when a run stops."""
+"""Pairs and ranks whose loss is not finite: how they are found, and the file that records them when a run stops."""
 
 from __future__ import annotations
 

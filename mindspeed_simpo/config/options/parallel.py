@@ -171,8 +171,8 @@ class OutputOptions(Options):
     export_hf: bool = option(
         False,
         effect="none",
-        description="Write the trained model to output_dir/hf as a Hugging Face folder at the end: of the last step, or "
-        "of the best checkpoint where metric_for_best_model is set.",
+        description="Write the trained model to output_dir/hf as a Hugging Face folder at the end: that of the last "
+        "step, or of the best checkpoint where metric_for_best_model is set.",
     )
     wandb_project: str | None = option(
         None, effect="none", description="Weights & Biases project that also receives the metrics. Default: none."

@@ -16,7 +16,7 @@ import yaml
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.errors import ConfigError, TrainingError
 from mindspeed_simpo.training.checkpoint import folder_of
-from mindspeed_simpo.training.metrics import JsonLines, MetricsWriter
+from mindspeed_simpo.training.metrics import JsonLines, MetricsWriter, json_number
 from mindspeed_simpo.training.progress import Progress, log_to_file, warn
 from mindspeed_simpo.training.watch import summary
 from mindspeed_simpo.training.watch.alarms import Alarms
@@ -96,7 +96,8 @@ class Reporter:
             warn(str(alarm))
         self._raised += [alarm.line for alarm in alarms]
         if line["split"] == "eval":
-            self._evaluations = [*self._evaluations[:1], line]
+            written = {name: json_number(value) for name, value in line.items()}
+            self._evaluations = [*self._evaluations[:1], written]
 
     def close(self, ending: summary.Ending, *, pairs: int, held_out_pairs: int, ranks: int) -> None:
         """Write and show the closing summary.

@@ -84,7 +84,7 @@ def close(facts: Facts, ending: Ending, lines: Lines, alarms: Lines) -> None:
     summary = _summary(facts, ending, lines, alarms)
     path = facts.root / FILE
     unfinished = path.with_name(f".{FILE}.incomplete")
-    unfinished.write_text(json.dumps(summary, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     unfinished.replace(path)
     rows = list(_rows(facts, summary))
     if console.is_terminal:

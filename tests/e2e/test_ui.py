@@ -121,13 +121,13 @@ def test_the_quickstart_in_a_browser(server):
             page.get_by_role("option", name="simpo", exact=True).click()
             page.locator("#key-simpo_beta textarea").wait_for()
             # an error at once, then a form that is right
-            fill(page, "TrainingOptions", train_iters=60, lr="fast")
+            fill(page, "TrainingOptions", train_iters=40, lr="fast")
             page.wait_for_selector("#verdict .bad >> text=`lr`: input should be a valid number")
             fill(page, "TrainingOptions", lr="2e-3")
             fill(page, "OutputOptions", log_interval=1, eval_interval=20)
-            fill(page, "WatchOptions", eval_generate=3, eval_generate_max_new_tokens=16)
+            fill(page, "WatchOptions", eval_generate=2, eval_generate_max_new_tokens=12)
             page.locator("#ranks input").fill("2")
-            flags = "--train-iters 60 --log-interval 1 --eval-interval 20 --eval-generate 3"
+            flags = "--train-iters 40 --log-interval 1 --eval-interval 20 --eval-generate 2"
             page.wait_for_selector(f"#words >> text={flags}")
             page.locator("#check").click()
             page.wait_for_selector("#answer .notice.good >> text=ready to train", timeout=90_000)
@@ -142,7 +142,7 @@ def test_the_quickstart_in_a_browser(server):
         record = json.loads((output / "ui" / "run.json").read_text())
         assert (record["exit_code"], record["ranks"]) == (143, 2)
         written = yaml.safe_load((output / "ui" / "config.yaml").read_text())
-        assert written["train_iters"] == 60
+        assert written["train_iters"] == 40
         assert "seed" not in written  # its default
 
         with open_page(browser, server.url) as page:  # another tab finds the run
@@ -158,20 +158,20 @@ def test_the_quickstart_in_a_browser(server):
             state(page, "finished")
             page.wait_for_selector("#samples td >> nth=0", timeout=20_000)
             lines = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
-            newest = [line for line in lines if line["step"] == 60]
-            assert len(newest) == 3
+            newest = [line for line in lines if line["step"] == 40]
+            assert len(newest) == 2
             shown = page.locator("#samples").inner_text()
             for line in newest:
                 assert " ".join(line["answer"].split()) in " ".join(shown.split())
             page.wait_for_selector(curve)
             page.locator("#edit").click()
             page.wait_for_selector("#words >> text=--nproc-per-node")
-            assert page.locator("#yaml").inner_text().count("train_iters: 60") == 1
+            assert page.locator("#yaml").inner_text().count("train_iters: 40") == 1
             for part in ("#load", "#start", "#yaml", "#TrainingOptions", "#key-simpo_beta textarea"):
                 box = page.locator(part).bounding_box()
                 assert box["x"] >= 0
                 assert box["x"] + box["width"] <= 390, part
-    assert [line["step"] for line in lines_of(output)] == list(range(1, 61))
+    assert [line["step"] for line in lines_of(output)] == list(range(1, 41))
 
 
 def test_the_server_without_a_browser(server):

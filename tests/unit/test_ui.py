@@ -266,6 +266,17 @@ def test_states_of_runs_that_are_over(root, facts, state):
         runs.describe(root, "configs")
 
 
+def test_a_run_that_was_started_again_from_a_terminal(root):
+    folder = root.folder / "a"
+    run_record(folder, exit_code=1)  # at second 9 of 1970, before the metrics
+    (folder / "config.yaml").write_text("model_name_or_path: m\ndata_path: d\nglobal_batch_size: 8\nlr: 1.0e-3\n")
+    (folder / "metrics.jsonl").write_text("")
+    (folder / "run.log").write_text("x INFO train step 3/3  loss\n")
+    run = runs.describe(root, "a")
+    assert (run.state, run.step, run.steps, run.exit_code) == ("finished", 3, 3, None)
+    assert runs.values_of(root, "a")["lr"] == 1e-3
+
+
 def test_a_run_is_not_written_over(root):
     output = root.folder / "outputs" / "a"
     output.mkdir(parents=True)

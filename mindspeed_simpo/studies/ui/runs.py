@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -29,6 +30,8 @@ _MARKS = ("metrics.jsonl", f"{OWN}/run.json", f"{OWN}/config.yaml")
 _NOT_SEARCHED = {"checkpoints", "tensorboard", "hf", OWN, "node_modules", "__pycache__", "analysis"}
 _MOST_FOLDERS = 5000
 _TAIL_BYTES = 64 * 1024
+_CLOCK_S = 10.0
+"""By which the clocks of a host and of its file server may differ."""
 _STEP = re.compile(r"(?:train|eval) step (\d+)/(\d+)")
 _SIGNALLED = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
 
@@ -142,7 +145,8 @@ def values_of(root: Root, name: str) -> dict[str, Any]:
         ConfigError: where there are none, or they cannot be read.
     """
     folder = folder_of(root, name)
-    file = next((folder / part for part in (f"{OWN}/config.yaml", "config.yaml") if (folder / part).is_file()), None)
+    places = (f"{OWN}/config.yaml", "config.yaml") if _record(folder) else ("config.yaml", f"{OWN}/config.yaml")
+    file = next((folder / part for part in places if (folder / part).is_file()), None)
     if file is None:
         raise ConfigError(f"run: {name} has no config.yaml")
     values = {key: value for key, value in read_values(file).items() if value is not None}
@@ -266,7 +270,13 @@ def _record(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / OWN / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and "started" in found else {}
+    if not isinstance(found, dict) or "started" not in found:
+        return {}
+    with contextlib.suppress(OSError):
+        last = (folder / "metrics.jsonl").stat().st_mtime
+        if found["ended"] is not None and last > found["ended"] + _CLOCK_S:  # started again from a terminal
+            return {}
+    return found
 
 
 def _object(root: Root, path: Path) -> dict[str, Any]:

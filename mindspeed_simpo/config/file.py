@@ -26,6 +26,16 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         ConfigError: one message that names the file, every wrong key, what was found and what was expected.
     """
     path = configuration_path(str(path))
+    overrides = overrides or {}
+    return validate(read_values(path) | overrides, where=str(path), flags=overrides)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file with their values, unvalidated. A ``chat_template`` beside the file has its folder.
+
+    Raises:
+        ConfigError: where the file cannot be read or holds something else.
+    """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -45,8 +55,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     template = raw.get("chat_template")
     if isinstance(template, str) and (path.parent / template).is_file():
         raw["chat_template"] = str(path.parent / template)
-    overrides = overrides or {}
-    return validate(raw | overrides, where=str(path), flags=overrides)
+    return raw
 
 
 def validate(values: dict[str, Any], where: str, flags: Iterable[str] = ()) -> Config:

@@ -48,6 +48,9 @@ _OTHER_FLAGS = {
     "stage",
     "dpo-exact",
     "signal",
+    "root",
+    "port",
+    "open",
 }
 
 

@@ -27,7 +27,8 @@ Written by `scripts/make_configuration_docs.py` from `mindspeed_simpo/config/opt
 
 All keys live side by side in one YAML file. The key `simpo_beta` is the flag `--simpo-beta`; a flag wins over the file.
 Boolean keys are `--bf16` and `--no-bf16`; a list is `--data-path a.jsonl b.jsonl`; mappings are JSON, as in
-`--map-keys '{"prompt": "question"}'`. An unknown key is an error that names the nearest known one. `mindspeed-simpo train --help` prints the same tables.
+`--map-keys '{"prompt": "question"}'`. An unknown key is an error that names the nearest known one.
+`mindspeed-simpo train --help` prints the same tables.
 
 "required" means that the key must be given, in the file or as a flag. A dash means that the key has no value unless it
 is given; its description says what happens then.

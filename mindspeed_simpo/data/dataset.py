@@ -22,7 +22,7 @@ from mindspeed_simpo.data.images import StoredImage
 from mindspeed_simpo.data.mixture import Mixture
 from mindspeed_simpo.data.parts import bounds_of, has_own_paths, mixture_of, readers_of, sources_of
 from mindspeed_simpo.data.paths import Part, open_sources
-from mindspeed_simpo.data.preparation import Preparation
+from mindspeed_simpo.data.preparation import Preparation, tokenise_shares
 from mindspeed_simpo.data.processor import ImageProcessor
 from mindspeed_simpo.data.prompt_digests import prompt_digests
 from mindspeed_simpo.data.report import DataReport, judge, make_report, without
@@ -88,7 +88,7 @@ class PairDataset:
         return self.fingerprint if self.mixture.is_whole else f"{self.fingerprint}: {self.mixture}"
 
     def prompt_digests(self, index: int = 0, shares: int = 1) -> UInt64[np.ndarray, " pair"]:
-        """Digests of the prompts of one share of the pairs, in order, see :func:`prompts.prompt_digests`."""
+        """Digests of the prompts of one share of the pairs, in order, see :func:`prompt_digests`."""
         first, last = (len(self) * number // shares for number in (index, index + 1))
         return prompt_digests(self._examples.table, self._kept[first:last])
 
@@ -153,13 +153,11 @@ def prepare_pairs(
         ConfigError: where the options name no evaluation data, or ``map_keys`` is wrong.
     """
     works = preparations_of(options, tokenizer, part, vocab_size, images=images)
-    tables = []
-    for work in works:
-        table = work.load_reusable()
-        if table is None:
-            work.tokenise_share(0, 1, num_workers=options.num_workers, progress=progress)
-            table = work.merge()
-        tables.append(table)
+    tables = [work.load_reusable() for work in works]
+    missing = [work for work, table in zip(works, tables, strict=True) if table is None]
+    if missing:
+        tokenise_shares(missing, 0, 1, num_workers=options.num_workers, progress=progress)
+    tables = [table or work.merge() for work, table in zip(works, tables, strict=True)]
     return dataset_of(options, part, works, tables)
 
 

@@ -14,6 +14,7 @@ from mindspeed_simpo.config.options import DataOptions
 from mindspeed_simpo.data.cache import not_writable
 from mindspeed_simpo.data.dataset import PairDataset, dataset_of, files_of, preparations_of, shared_prompts
 from mindspeed_simpo.data.paths import Part
+from mindspeed_simpo.data.preparation import tokenise_shares
 from mindspeed_simpo.data.processor import ImageProcessor
 from mindspeed_simpo.data.source import survey_share, take_surveys
 from mindspeed_simpo.data.workers import cores
@@ -69,10 +70,10 @@ def prepare_together(
         not (any(rank_found) if shared else rank_found[rank - local_rank]) for rank_found in zip(*found, strict=True)
     ]
     with fail_together(group):
-        workers = max(1, (options.num_workers or cores()) // local_ranks)
-        for work, is_missing in zip(works, missing, strict=True):
-            if is_missing:
-                work.tokenise_share(index, count, num_workers=workers, progress=rank == 0)
+        left = [work for work, is_missing in zip(works, missing, strict=True) if is_missing]
+        if left:
+            workers = max(1, (options.num_workers or cores()) // local_ranks)
+            tokenise_shares(left, index, count, num_workers=workers, progress=rank == 0)
     with fail_together(group):
         for number, work in enumerate(works):
             if missing[number] and index == 0:

@@ -14,10 +14,10 @@ from mindspeed_simpo.config.file import validate
 from mindspeed_simpo.config.options import DataSource
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.cache import SCHEMA
-from mindspeed_simpo.data.dataset import has_eval_data, prepare_pairs, shared_prompts
+from mindspeed_simpo.data.dataset import has_eval_data, preparations_of, prepare_pairs, shared_prompts
 from mindspeed_simpo.data.loader import PairLoader, PairStream
 from mindspeed_simpo.data.mixture import Mixture
-from mindspeed_simpo.data.preparation import Preparation
+from mindspeed_simpo.data.preparation import tokenise_shares
 from mindspeed_simpo.data.prompt_digests import prompt_digests
 from mindspeed_simpo.errors import ConfigError, DataError
 from tests.unit.data_helpers import PLAIN, config_for, tokenizer, write_jsonl
@@ -230,12 +230,26 @@ def test_each_pair_knows_its_source_and_each_source_its_columns(files):
 
 def test_numbers_and_names_do_not_tokenise_again(files, monkeypatch):
     first = data_of(files, ["a.jsonl", B])
-    monkeypatch.setattr(Preparation, "tokenise_share", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr("mindspeed_simpo.data.dataset.tokenise_shares", lambda *_, **__: pytest.fail("tokenised again"))
     second = data_of(files, [{"path": "a.jsonl", "weight": 3, "name": "other"}, B | {"weight": 1}])
     assert data_of(files, [B]).fingerprint != first.fingerprint
     assert data_of(files, [{"path": "a.jsonl", "split": "50,50"}, B], "eval").sources == ("a",)
     assert (first.mixture.used, second.mixture.used) == ((6, 10), (12, 4))
     assert first.fingerprint == second.fingerprint == first.order_fingerprint != second.order_fingerprint
+
+
+def test_a_file_may_be_two_sources(files):
+    data = data_of(files, ["a.jsonl", {"path": "a.jsonl", "name": "again", "split": "50,50"}])
+    assert (data.sources, data.mixture.found) == (("a", "again"), (6, 3))
+    assert len(list((files / "cache" / "tokenised").iterdir())) == 1
+
+
+def test_small_sources_fall_to_different_shares(files):
+    paths = [str(write_jsonl(files / f"{number}.jsonl", rows_of(f"{number}", 3))) for number in range(4)]
+    works = preparations_of(config_for(files, paths), tokenizer(), "train", None)
+    for index in range(2):
+        tokenise_shares(works, index, 2, num_workers=1, progress=False)
+        assert len([work for work in works if work.folder.is_dir()]) == 2 * (index + 1)
 
 
 def test_splits_of_sources(files):

@@ -156,7 +156,8 @@ def named(sources: Sequence[DataSource]) -> list[DataSource]:
     """
     taken = {source.name for source in sources if source.name is not None}
     short = [_names_of(source)[-1] for source in sources]
-    repeated = {name for name, times in Counter(short).items() if times > 1} | taken
+    automatic = Counter(name for source, name in zip(sources, short, strict=True) if source.name is None)
+    repeated = {name for name, times in automatic.items() if times > 1} | taken
     found = []
     for source, name in zip(sources, short, strict=True):
         if source.name is None:

@@ -17,9 +17,9 @@ from torch import Tensor
 from mindspeed_simpo.config.options import OutputOptions
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ConfigError
-from mindspeed_simpo.loss.metrics import METRICS, pair_metrics
+from mindspeed_simpo.loss.metrics import pair_metrics
 from mindspeed_simpo.loss.scoring import ScoredBatch
-from mindspeed_simpo.objectives import Objective
+from mindspeed_simpo.objectives import METRICS, Objective
 from mindspeed_simpo.parallel import Groups
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_simpo.errors import ConfigError
@@ -21,7 +23,7 @@ GRACE_S = 90
 """Seconds without a sign of life after which a process of another host counts as dead."""
 JOIN_S = 3.0
 """Seconds that a process waits for the one that sets a new study up to go on with it."""
-_TRIES = 5
+_TRIES = 4
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -103,4 +105,13 @@ def quiet() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """The body runs in one process at a time, of those that can lock the file ``path``."""
+    with path.open("w", encoding="utf-8") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -18,11 +18,12 @@ import random
 import socket
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from mindspeed_simpo.studies.sweep.database import JOIN_S, open_storage, open_study, quiet
+from mindspeed_simpo.studies.sweep.database import JOIN_S, alone, open_storage, open_study, quiet
 from mindspeed_simpo.studies.sweep.plan import CHOSEN, Params, Plan
 
 if TYPE_CHECKING:
@@ -98,40 +99,40 @@ class Ledger:
         The change from waiting to running is atomic in the database: one process gets the trial.
         """
         from optuna import Trial
-        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         for slot, trial in enumerate(self.trials()):
             if trial is None or trial.state != TrialState.WAITING:
                 continue
             number = trial._trial_id
-            try:
-                # before the change of state: a process that dies right after it leaves a trial that is found again
-                self._sign(number)
+            with _unless_taken():
+                # before the change of state: a process that dies right after it leaves a trial that becomes stale
+                self.storage.record_heartbeat(number)
                 if self.storage.set_trial_state_values(number, TrialState.RUNNING):
-                    self._sign(number)
+                    self.storage.set_trial_user_attr(number, "owner", self._owner | {"trial": trial.number})
                     self.study.sampler = self._sampler(trial.number)
                     return slot, Trial(self.study, number)  # study.ask() would take any trial, or add one
-            except UpdateFinishedTrialError:
-                continue
         return None
 
     def parameters(self, trial: Trial) -> Params:
-        """The parameters of a trial, drawn where they are not given."""
-        for name, choices in self.plan.choices.items():
-            trial.suggest_categorical(name, choices)
-        for key, found in self.plan.space.search.items():
-            if found.whole:
-                trial.suggest_int(key, int(found.low), int(found.high), log=found.log)
-            else:
-                trial.suggest_float(key, found.low, found.high, log=found.log)
+        """The parameters of a trial, drawn where they are not given.
+
+        Processes that share the sweep's folder draw one after the other, so that each sees what the others have drawn.
+        """
+        with alone(self.plan.folder / ".draw.lock"):
+            for name, choices in self.plan.choices.items():
+                trial.suggest_categorical(name, choices)
+            for key, found in self.plan.space.search.items():
+                if found.whole:
+                    trial.suggest_int(key, int(found.low), int(found.high), log=found.log)
+                else:
+                    trial.suggest_float(key, found.low, found.high, log=found.log)
         return {name: trial.params[name] for name in self.plan.space.parameters}
 
     def beat(self, trial: Trial) -> bool:
         """A sign of life; whether the trial is still this process's own."""
         self.storage.record_heartbeat(trial._trial_id)
-        found = self.storage.get_trial(trial._trial_id)
-        return not found.state.is_finished() and found.user_attrs.get("owner") == self._owner
+        return not self.storage.get_trial(trial._trial_id).state.is_finished()
 
     def finish(self, trial: Trial, evaluations: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """Record a trial that has trained to its end.
@@ -145,28 +146,28 @@ class Ledger:
         first, last = evaluations[0], evaluations[-1]
         fall = first[CHOSEN] - last[CHOSEN]
         curve = [[line["step"], line.get(goal.metric), line[CHOSEN]] for line in evaluations]
-        for name, value in {"fall": fall, "evaluations": curve, "final": dict(last), "seconds": seconds}.items():
-            trial.set_user_attr(name, value)
-        if goal.max_fall != float("inf") and not self.storage.get_trial(trial._trial_id).constraints:
-            trial.set_constraint("logps_fall", fall - goal.max_fall)
-        self._tell(trial, last[goal.metric])
+        with _unless_taken():
+            for name, value in {"fall": fall, "evaluations": curve, "final": dict(last), "seconds": seconds}.items():
+                trial.set_user_attr(name, value)
+            if goal.max_fall != float("inf") and not self.storage.get_trial(trial._trial_id).constraints:
+                trial.set_constraint("logps_fall", fall - goal.max_fall)
+            self.study.tell(trial, last[goal.metric])
 
     def fail(self, trial: Trial, error: str) -> None:
         """Record a trial that cannot be trained."""
-        trial.set_user_attr("error", error)
-        self._tell(trial, None)
+        from optuna.trial import TrialState
+
+        with _unless_taken():
+            trial.set_user_attr("error", error)
+            self.study.tell(trial, state=TrialState.FAIL)
 
     def release(self, trial_id: int) -> None:
         """Record a trial as interrupted, and have another one wait in its place."""
-        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.storages import RetryHeartbeatStaleTrialCallback
         from optuna.trial import TrialState
 
-        with quiet():
-            try:
-                self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
-            except UpdateFinishedTrialError:  # another process was faster
-                return
+        with quiet(), _unless_taken():
+            self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
             RetryHeartbeatStaleTrialCallback()(self.study, self.storage.get_trial(trial_id))
 
     def release_dead(self) -> None:
@@ -175,9 +176,9 @@ class Ledger:
         from optuna.trial import TrialState
 
         for trial in self.trials():
-            if trial is not None and trial.state == TrialState.RUNNING and self._is_dead(trial.user_attrs.get("owner")):
+            if trial is not None and trial.state == TrialState.RUNNING and self._is_dead(trial):
                 self.release(trial._trial_id)
-                if trial.user_attrs["owner"] != self._owner:
+                if trial.user_attrs["owner"]["lock"] != self._owner["lock"]:
                     Path(trial.user_attrs["owner"]["lock"]).unlink(missing_ok=True)
         with quiet():
             fail_stale_trials(self.study)
@@ -189,24 +190,12 @@ class Ledger:
         """Whether no trial waits or runs."""
         return all(trial is not None and trial.state.is_finished() for trial in self.trials())
 
-    def _tell(self, trial: Trial, value: float | None) -> None:
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
-
-        try:
-            self.study.tell(trial, value, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
-        except (UpdateFinishedTrialError, ValueError):
-            if not self.storage.get_trial(trial._trial_id).state.is_finished():
-                raise  # else this process was silent for too long, and another one has taken the trial
-
-    def _sign(self, trial_id: int) -> None:
-        self.storage.record_heartbeat(trial_id)
-        self.storage.set_trial_user_attr(trial_id, "owner", self._owner)
-
-    def _is_dead(self, owner: Mapping[str, str] | None) -> bool:
-        if owner is None or owner["host"] != socket.gethostname():
+    def _is_dead(self, trial: FrozenTrial) -> bool:
+        owner = trial.user_attrs.get("owner")
+        # a trial that waited in the place of an interrupted one has the attributes of that one
+        if owner is None or owner["trial"] != trial.number or owner["host"] != socket.gethostname():
             return False
-        if owner == self._owner:
+        if owner["lock"] == self._owner["lock"]:
             return True  # this process calls `release_dead` while it runs no trial
         try:
             with Path(owner["lock"]).open("r+", encoding="utf-8") as lock:
@@ -241,3 +230,12 @@ def _sign_of_life(folder: Path) -> tuple[IO[str], dict[str, str]]:
     except OSError:  # a file system without locks: heartbeats alone say who is alive
         path.unlink()
     return lock, {"host": socket.gethostname(), "process": str(os.getpid()), "lock": str(path)}
+
+
+@contextmanager
+def _unless_taken() -> Iterator[None]:
+    """The body writes to a trial; it ends where the trial is finished already, because another process has taken it."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    with suppress(UpdateFinishedTrialError):
+        yield

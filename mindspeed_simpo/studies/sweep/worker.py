@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.studies.page import missing_extra
-from mindspeed_simpo.studies.sweep.database import HEARTBEAT_S
+from mindspeed_simpo.studies.sweep.database import HEARTBEAT_S, alone
 from mindspeed_simpo.studies.sweep.plan import Plan, describe, trial_file
 from mindspeed_simpo.studies.sweep.results import Results, collect, write_json
 from mindspeed_simpo.studies.sweep.trial import CONFIG_FILE, LOG_FILE, Outcome, Running, Start, outcome, trial_folder
@@ -196,18 +192,7 @@ def _write(ledger: Ledger) -> Results:
     from mindspeed_simpo.studies.sweep.report import write_report
 
     results = collect(ledger.plan, ledger.trials(), ledger.name)
-    with _alone(ledger.plan.folder / ".report.lock"):
+    with alone(ledger.plan.folder / ".report.lock"):
         write_json(results, ledger.plan.folder / "sweep.json")
         write_report(results, ledger.plan.folder / "index.html")
     return results
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process of this folder at a time, for files that all of them write."""
-    with path.open("w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            logger.debug("%s cannot be locked", path)
-        yield

@@ -43,6 +43,16 @@ _OTHER_FLAGS = {
     "stage",
     "dpo-exact",
     "signal",
+    "grid",
+    "search",
+    "file",
+    "trials",
+    "metric",
+    "direction",
+    "max-logps-fall",
+    "storage",
+    "study-name",
+    "retry-failed",
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,9 +20,31 @@ HEARTBEAT_S = 20
 """Seconds between two signs of life of a running trial."""
 GRACE_S = 90
 """Seconds without a sign of life after which a process of another host counts as dead."""
-JOIN_S = 3.0
-"""Seconds that a process waits for the one that sets a new study up to go on with it."""
 _TRIES = 4
+
+
+def lock_file(url: str, folder: Path) -> Path:
+    """The file whose lock a process holds while it changes the study.
+
+    SQLite has no locks of rows: two processes that read that a trial waits could both take it. Its lock file lies
+    beside the database. A database server has them; the file in the sweep's folder then avoids spare trials only.
+
+    Raises:
+        ConfigError: where the URL is wrong, or the folder of the SQLite file is absent.
+    """
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise ConfigError(f"--storage: cannot open the database: {_first_line(error)}") from None
+    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+        return folder / ".sweep.lock"
+    path = Path(parsed.database).absolute()
+    if not path.parent.is_dir():
+        raise ConfigError(f"--storage: cannot open the database: {path.parent} is no folder")
+    return path.with_name(f".{path.name}.lock")
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -56,25 +77,17 @@ def open_storage(url: str) -> RDBStorage:
     raise AssertionError
 
 
-def open_study(storage: RDBStorage, name: str, plan: Plan, url: str) -> tuple[Study, bool]:
-    """The study, and whether this process created it.
+def open_study(storage: RDBStorage, name: str, plan: Plan, url: str) -> Study:
+    """The study, which is made where it is absent.
 
     Raises:
         ConfigError: where the study is of another sweep or of another program.
     """
     import optuna
 
-    identity, created = plan.identity(), True
-    try:
-        study = optuna.create_study(storage=storage, study_name=name, direction=plan.goal.direction)  # type: ignore[arg-type]
-    except optuna.exceptions.DuplicatedStudyError:
-        study, created = optuna.load_study(storage=storage, study_name=name), False
-    if created:
-        study.set_user_attr("sweep", identity)
-        return study, True
-    begin = time.monotonic()
-    while (stored := study.user_attrs.get("sweep")) is None and time.monotonic() - begin < JOIN_S:
-        time.sleep(0.1)  # the process that created it is about to
+    direction = plan.goal.direction
+    study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)  # type: ignore[arg-type]
+    identity, stored = plan.identity(), study.user_attrs.get("sweep")
     where = f"the study {name!r} of {'this database' if '@' in url else url}"
     if stored is None and study.get_trials(deepcopy=False):
         raise ConfigError(f"--study-name: {where} is of another program: give another name")
@@ -85,7 +98,7 @@ def open_study(storage: RDBStorage, name: str, plan: Plan, url: str) -> tuple[St
             f"{where} was begun with {_differences(stored, identity)}; a sweep goes on with the same. Give the same, "
             "or begin another sweep by another --output-dir or --study-name"
         )
-    return study, False
+    return study
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
@@ -96,16 +109,6 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """The body runs without Optuna's warnings that heartbeats and retries may change in a later version."""
-    from optuna.exceptions import ExperimentalWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        yield
 
 
 @contextmanager

@@ -16,14 +16,14 @@ import fcntl
 import os
 import random
 import socket
-import time
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from mindspeed_simpo.studies.sweep.database import JOIN_S, alone, open_storage, open_study, quiet
+from mindspeed_simpo.studies.sweep.database import alone, lock_file, open_storage, open_study
 from mindspeed_simpo.studies.sweep.plan import CHOSEN, Params, Plan
 
 if TYPE_CHECKING:
@@ -46,13 +46,12 @@ class Ledger:
             ConfigError: where the database cannot be opened, or the study is of another sweep.
         """
         self.plan, self.name = plan, name
-        with quiet():
+        self._lock_file = lock_file(url, plan.folder)
+        with self._alone():
             self.storage = open_storage(url)
-            self.study, created = open_study(self.storage, name, plan, url)
+            self.study = open_study(self.storage, name, plan, url)
+            self._fill()
         self._lock, self._owner = _sign_of_life(plan.folder)
-        if not created:
-            self._wait_for_creator()
-        self.fill()
 
     def close(self) -> None:
         """Give up the sign of life of this process, and the connections."""
@@ -78,48 +77,43 @@ class Ledger:
             found.append(next(iter(done + live + failed), None))
         return found
 
-    def fill(self) -> None:
-        """Add a trial that waits for each slot that has none."""
-        combinations = [] if self.plan.trials else self.plan.combinations()
-        for slot, trial in enumerate(self.trials()):
-            if trial is None:
-                params = combinations[slot] if combinations else {}
-                self.study.enqueue_trial(params, user_attrs={"slot": slot})
-
     def retry_failed(self) -> None:
         """Add a trial that waits for each slot that failed with an error."""
-        for trial in self.trials():
-            if trial is not None and trial.state.is_finished() and "error" in trial.user_attrs:
-                attributes = {"slot": trial.user_attrs["slot"]}
-                self.study.enqueue_trial(trial.params, user_attrs=attributes)
+        with self._alone():
+            for trial in self.trials():
+                if trial is not None and trial.state.is_finished() and "error" in trial.user_attrs:
+                    attributes = {"slot": trial.user_attrs["slot"]}
+                    self.study.enqueue_trial(trial.params, user_attrs=attributes)
 
     def claim(self) -> tuple[int, Trial] | None:
         """Take the first trial that waits: its slot and the running trial; None where none waits.
 
-        The change from waiting to running is atomic in the database: one process gets the trial.
+        The change from waiting to running is atomic in the database: one process gets the trial. In SQLite it is not,
+        and the lock of the file makes it so.
         """
         from optuna import Trial
         from optuna.trial import TrialState
 
-        for slot, trial in enumerate(self.trials()):
-            if trial is None or trial.state != TrialState.WAITING:
-                continue
-            number = trial._trial_id
-            with _unless_taken():
-                # before the change of state: a process that dies right after it leaves a trial that becomes stale
-                self.storage.record_heartbeat(number)
-                if self.storage.set_trial_state_values(number, TrialState.RUNNING):
-                    self.storage.set_trial_user_attr(number, "owner", self._owner | {"trial": trial.number})
-                    self.study.sampler = self._sampler(trial.number)
-                    return slot, Trial(self.study, number)  # study.ask() would take any trial, or add one
+        with self._alone():
+            for slot, trial in enumerate(self.trials()):
+                if trial is None or trial.state != TrialState.WAITING:
+                    continue
+                number = trial._trial_id
+                with _unless_finished():
+                    # before the change of state: a process that dies right after it leaves a trial that becomes stale
+                    self.storage.record_heartbeat(number)
+                    if self.storage.set_trial_state_values(number, TrialState.RUNNING):
+                        self.storage.set_trial_user_attr(number, "owner", self._owner | {"trial": trial.number})
+                        self.study.sampler = self._sampler(trial.number)
+                        return slot, Trial(self.study, number)  # study.ask() would take any trial, or add one
         return None
 
     def parameters(self, trial: Trial) -> Params:
         """The parameters of a trial, drawn where they are not given.
 
-        Processes that share the sweep's folder draw one after the other, so that each sees what the others have drawn.
+        Processes draw one after the other, so that each sees what the others have drawn.
         """
-        with alone(self.plan.folder / ".draw.lock"):
+        with self._alone():
             for name, choices in self.plan.choices.items():
                 trial.suggest_categorical(name, choices)
             for key, found in self.plan.space.search.items():
@@ -146,7 +140,7 @@ class Ledger:
         first, last = evaluations[0], evaluations[-1]
         fall = first[CHOSEN] - last[CHOSEN]
         curve = [[line["step"], line.get(goal.metric), line[CHOSEN]] for line in evaluations]
-        with _unless_taken():
+        with _unless_finished():
             for name, value in {"fall": fall, "evaluations": curve, "final": dict(last), "seconds": seconds}.items():
                 trial.set_user_attr(name, value)
             if goal.max_fall != float("inf") and not self.storage.get_trial(trial._trial_id).constraints:
@@ -157,7 +151,7 @@ class Ledger:
         """Record a trial that cannot be trained."""
         from optuna.trial import TrialState
 
-        with _unless_taken():
+        with _unless_finished():
             trial.set_user_attr("error", error)
             self.study.tell(trial, state=TrialState.FAIL)
 
@@ -166,7 +160,7 @@ class Ledger:
         from optuna.storages import RetryHeartbeatStaleTrialCallback
         from optuna.trial import TrialState
 
-        with quiet(), _unless_taken():
+        with self._alone(), _unless_finished():
             self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
             RetryHeartbeatStaleTrialCallback()(self.study, self.storage.get_trial(trial_id))
 
@@ -180,10 +174,9 @@ class Ledger:
                 self.release(trial._trial_id)
                 if trial.user_attrs["owner"]["lock"] != self._owner["lock"]:
                     Path(trial.user_attrs["owner"]["lock"]).unlink(missing_ok=True)
-        with quiet():
+        with self._alone():
             fail_stale_trials(self.study)
-        if None in self.trials():  # a process died between the two halves of a release
-            self.fill()
+            self._fill()  # where a process died between the two halves of a release
 
     @property
     def is_finished(self) -> bool:
@@ -210,14 +203,22 @@ class Ledger:
 
         return UnseenSampler(self.plan, random.Random(f"{self.plan.base.seed} {number}").randrange(2**31))
 
-    def _wait_for_creator(self) -> None:
-        """Wait while another process adds the trials of a new study."""
-        left, since = self.trials().count(None), time.monotonic()
-        while left and time.monotonic() - since < JOIN_S:
-            time.sleep(0.1)
-            now = self.trials().count(None)
-            if now != left:
-                left, since = now, time.monotonic()
+    def _fill(self) -> None:
+        """Add a trial that waits for each slot that has none."""
+        combinations = [] if self.plan.trials else self.plan.combinations()
+        for slot, trial in enumerate(self.trials()):
+            if trial is None:
+                params = combinations[slot] if combinations else {}
+                self.study.enqueue_trial(params, user_attrs={"slot": slot})
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time, and without Optuna's warnings that its heartbeats may change in a later version."""
+        from optuna.exceptions import ExperimentalWarning
+
+        with alone(self._lock_file), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            yield
 
 
 def _sign_of_life(folder: Path) -> tuple[IO[str], dict[str, str]]:
@@ -233,7 +234,7 @@ def _sign_of_life(folder: Path) -> tuple[IO[str], dict[str, str]]:
 
 
 @contextmanager
-def _unless_taken() -> Iterator[None]:
+def _unless_finished() -> Iterator[None]:
     """The body writes to a trial; it ends where the trial is finished already, because another process has taken it."""
     from optuna.exceptions import UpdateFinishedTrialError
 

@@ -135,7 +135,7 @@ def _parallel(results: Results, done: Sequence[Row]) -> Section:
     lines.append({"label": goal.metric, "values": [row.value for row in done]})
     lines.append({"label": "fall of logps/chosen", "values": [row.fall for row in done]})
     colours = {"color": [row.value for row in done], "colorscale": "Viridis", "showscale": False}
-    figure = go.Figure(go.Parcoords(dimensions=lines, line=colours, labelangle=-20))
+    figure = go.Figure(go.Parcoords(dimensions=lines, line=colours, labelside="bottom"))
     reading = f"One line is one trial, coloured by {goal.metric}; drag along an axis to keep the lines of a range."
     return Section("All parameters together", reading, figure)
 
@@ -143,7 +143,7 @@ def _parallel(results: Results, done: Sequence[Row]) -> Section:
 def _dimension(results: Results, done: Sequence[Row], name: str) -> dict[str, Any]:
     values = [_axis_value(results, row, name) for row in done]
     if _is_numeric(results, name) and all(isinstance(value, int | float) for value in values):
-        return {"label": name, "values": values}
+        return {"label": name, "values": values, "tickformat": ".2g"}
     texts = list(dict.fromkeys(map(str, values)))
     places = [texts.index(str(value)) for value in values]
     return {"label": name, "values": places, "tickvals": list(range(len(texts))), "ticktext": texts}
@@ -221,7 +221,7 @@ def _axis_value(results: Results, row: Row, name: str) -> Any:
 
 def _axis(results: Results, done: Sequence[Row], name: str) -> dict[str, Any]:
     """The axis of a parameter: logarithmic for a logarithmic range and for numbers that differ tenfold."""
-    axis: dict[str, Any] = {"title": {"text": name}}
+    axis: dict[str, Any] = {"title": {"text": name}, "exponentformat": "e"}
     if not _is_numeric(results, name):
         return axis | {"type": "category"}
     found = results.plan.space.search.get(name)

@@ -15,7 +15,7 @@ from mindspeed_simpo.config.options import takes_bool
 from mindspeed_simpo.errors import PeerLostError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-HEAVY = ("torch", "transformers", "datasets", "megatron", "numpy", "pyarrow")
+HEAVY = ("torch", "transformers", "datasets", "megatron", "numpy", "pyarrow", "optuna", "plotly")
 CONFIG = "model_name_or_path: model\ndata_path: pairs.jsonl\nglobal_batch_size: 8\n"
 
 
@@ -78,7 +78,7 @@ def run_in_process(*words) -> tuple[int, list[str]]:
     return code, heavy
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["export", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["sweep", "--help"], ["export", "--help"]])
 def test_help_is_light(words):
     assert run_in_process(*words) == (0, [])
 

@@ -10,7 +10,7 @@ from mindspeed_simpo.cli import main as cli
 from mindspeed_simpo.config.recipes import recipes, sweep_path
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.studies.sweep import ledger as ledgers
-from mindspeed_simpo.studies.sweep.plan import Goal, better, make_plan, trial_file
+from mindspeed_simpo.studies.sweep.plan import Goal, better, make_plan, write_config
 from mindspeed_simpo.studies.sweep.results import Results, Row, collect, write_json
 from mindspeed_simpo.studies.sweep.space import Range, read_space
 from mindspeed_simpo.studies.sweep.trial import outcome
@@ -233,24 +233,25 @@ def test_the_trial_of_a_dead_process_goes_on(plan_of):
 
 
 def test_the_trial_of_a_silent_host_goes_on(plan_of, monkeypatch):
-    monkeypatch.setattr("mindspeed_simpo.studies.sweep.database.GRACE_S", 1)
     plan = plan_of("simpo_beta=2,10")
-    monkeypatch.setattr(ledgers.socket, "gethostname", lambda: "far")
-    far = opened(plan)
-    far_trial = far.claim()[1]
-    monkeypatch.undo()
-    monkeypatch.setattr("mindspeed_simpo.studies.sweep.database.GRACE_S", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(ledgers.socket, "gethostname", lambda: "far")
+        far = opened(plan)
+        far_trial = far.claim()[1]
     near = opened(plan)
     near.release_dead()
-    assert near.claim()[0] == 1
+    assert near.claim()[0] == 1  # the other host has given a sign of life
+    near.close()
+    monkeypatch.setattr("mindspeed_simpo.studies.sweep.database.GRACE_S", 1)
+    late = opened(plan)
     time.sleep(2.1)
-    near.release_dead()
-    assert near.claim()[0] == 0
+    late.release_dead()
+    assert late.claim()[0] == 0
     assert not far.beat(far_trial)
     far.finish(far_trial, evaluations(), 1.0)  # too late: the trial counts once, for the process that has it now
-    assert near.trials()[0].state.name == "RUNNING"
+    assert late.trials()[0].state.name == "RUNNING"
     far.close()
-    near.close()
+    late.close()
 
 
 def test_failed_trials_are_not_run_again_unless_asked(plan_of):
@@ -315,12 +316,17 @@ def test_what_a_training_left(tmp_path):
     assert "is not finite at step 0" in outcome(tmp_path, 0, 0, ACCURACY).error
 
 
-def test_a_trial_file_says_what_flags_cannot(plan_of, tmp_path):
-    plan = plan_of("max_prompt_length=null,100", simpo_beta="3")
-    text = trial_file(plan, {"max_prompt_length": None}, tmp_path / "trial_0000")
-    assert "max_prompt_length: null\n" in text
+def test_the_file_of_a_trial(plan_of, tmp_path):
+    plan, folder = plan_of("max_prompt_length=null,100", simpo_beta="3"), tmp_path / "trial_0000"
+    write_config(plan, {"max_prompt_length": None}, folder)
+    text = (folder / "sweep.yaml").read_text()
+    assert "max_prompt_length: null\n" in text  # what a flag cannot say
     assert "simpo_beta: 3.0\n" in text
-    assert text.endswith("load: auto\n")
+    assert f"output_dir: {folder}\n" in text
+    assert "load: auto\n" in text
+    write_config(plan, {"max_prompt_length": None}, folder)
+    with pytest.raises(ConfigError, match=r"another sweep, with max_prompt_length: None \(now 100\)"):
+        write_config(plan, {"max_prompt_length": 100}, folder)
 
 
 def test_the_page_shows_every_trial(plan_of, tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.config.file import read_configuration, require_training_data, validate
+from mindspeed_simpo.config.file import load_config, read_configuration, require_training_data, validate
 from mindspeed_simpo.config.options import effect_of
 from mindspeed_simpo.config.recipes import configuration_path
 from mindspeed_simpo.config.validation import make_layout
@@ -26,6 +26,8 @@ MAX_COMBINATIONS = 1000
 """Combinations of a grid that are all run, or all checked where trials are drawn."""
 CHOSEN = "logps/chosen"
 """The metric whose fall is bounded, nats per token."""
+CONFIG_FILE = "sweep.yaml"
+"""The configuration of a trial, in its folder; ``config.yaml`` is what the training makes of it."""
 _LOWER_IS_BETTER = ("loss", "sft_loss")
 
 Params = dict[str, Any]
@@ -194,11 +196,26 @@ def better(metric: str) -> str:
     return "minimize" if metric.rpartition("/")[2] in _LOWER_IS_BETTER else "maximize"
 
 
-def trial_file(plan: Plan, params: Params, folder: Path) -> str:
-    """The configuration file of a trial: the keys that are set, its output folder, and ``load: auto``."""
-    keys = plan.config_of(params).model_dump(mode="json", exclude_unset=True)
-    keys |= {"output_dir": str(folder), "load": "auto"}
-    return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
+def write_config(plan: Plan, params: Params, folder: Path) -> None:
+    """Write the configuration file of a trial: the keys that are set, its output folder, and ``load: auto``.
+
+    Raises:
+        ConfigError: where the combination is not valid, or the folder holds another training, with whose checkpoint
+            ``load: auto`` would go on.
+    """
+    config, path = plan.config_of(params), folder / CONFIG_FILE
+    if path.exists():
+        earlier = load_config(path)
+        fields = Config.model_fields
+        results = [key for key in fields if effect_of(fields[key]) == "result"]
+        if other := [key for key in results if getattr(earlier, key) != getattr(config, key)]:
+            raise ConfigError(
+                f"{folder} holds a training of another sweep, with {other[0]}: {getattr(earlier, other[0])} (now "
+                f"{getattr(config, other[0])}); remove the folder and give --retry-failed, or give another --output-dir"
+            )
+    keys = config.model_dump(mode="json", exclude_unset=True) | {"output_dir": str(folder), "load": "auto"}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(keys, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -133,17 +133,17 @@ def _parallel(results: Results, done: Sequence[Row]) -> Section:
     goal = results.plan.goal
     lines = [_dimension(results, done, name) for name in results.plan.space.parameters]
     lines.append({"label": goal.metric, "values": [row.value for row in done]})
-    lines.append({"label": "fall of logps/chosen", "values": [row.fall for row in done]})
+    lines.append({"label": "fall", "values": [row.fall for row in done]})
     colours = {"color": [row.value for row in done], "colorscale": "Viridis", "showscale": False}
-    figure = go.Figure(go.Parcoords(dimensions=lines, line=colours, labelside="bottom"))
-    reading = f"One line is one trial, coloured by {goal.metric}; drag along an axis to keep the lines of a range."
+    figure = go.Figure(go.Parcoords(dimensions=lines, line=colours, labelside="bottom", domain={"x": [0.04, 0.96]}))
+    reading = f"One line is one trial, coloured by {goal.metric}; fall is that of logps/chosen, dragging keeps a range."
     return Section("All parameters together", reading, figure)
 
 
 def _dimension(results: Results, done: Sequence[Row], name: str) -> dict[str, Any]:
     values = [_axis_value(results, row, name) for row in done]
     if _is_numeric(results, name) and all(isinstance(value, int | float) for value in values):
-        return {"label": name, "values": values, "tickformat": ".2g"}
+        return {"label": name, "values": values, "tickformat": ".1e" if max(map(abs, values)) < 1e-3 else ".3~g"}
     texts = list(dict.fromkeys(map(str, values)))
     places = [texts.index(str(value)) for value in values]
     return {"label": name, "values": places, "tickvals": list(range(len(texts))), "ticktext": texts}

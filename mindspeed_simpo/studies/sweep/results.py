@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindspeed_simpo.studies.sweep.plan import Goal, Params, Plan, describe, show
-from mindspeed_simpo.studies.sweep.trial import CONFIG_FILE, trial_folder
+from mindspeed_simpo.studies.sweep.plan import CONFIG_FILE, Goal, Params, Plan, describe, show
+from mindspeed_simpo.studies.sweep.trial import trial_folder
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial

@@ -12,8 +12,6 @@ from typing import Any, Protocol
 
 from mindspeed_simpo.studies.sweep.plan import CHOSEN, Goal
 
-CONFIG_FILE = "sweep.yaml"
-"""The configuration of a trial, in its folder; ``config.yaml`` is what the training makes of it."""
 LOG_FILE = "train.log"
 """What the training of a trial prints, in its folder."""
 _LAST_LINES = 5

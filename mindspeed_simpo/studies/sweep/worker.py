@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.studies.page import missing_extra
 from mindspeed_simpo.studies.sweep.database import HEARTBEAT_S, alone
-from mindspeed_simpo.studies.sweep.plan import Plan, describe, trial_file
+from mindspeed_simpo.studies.sweep.plan import CONFIG_FILE, Plan, describe, write_config
 from mindspeed_simpo.studies.sweep.results import Results, collect, write_json
-from mindspeed_simpo.studies.sweep.trial import CONFIG_FILE, LOG_FILE, Outcome, Running, Start, outcome, trial_folder
+from mindspeed_simpo.studies.sweep.trial import LOG_FILE, Outcome, Running, Start, outcome, trial_folder
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -91,8 +91,7 @@ class _Worker:
                 return
             else:
                 if not waiting:
-                    logger.info("no trial is left to start; waiting for those of other processes, to go on with one "
-                                "whose process dies")  # fmt: skip
+                    logger.info("every trial left runs in another process; waiting, to go on with it should that die")
                 waiting = True
                 self.stop.wait(_IDLE_S)
 
@@ -100,39 +99,41 @@ class _Worker:
         folder = trial_folder(self.plan.folder, slot)
         params = self.ledger.parameters(trial)
         logger.info("trial %d of %d: %s; log: %s", slot, self.plan.size, describe(params), folder / LOG_FILE)
-        begin = beat = time.monotonic()
+        begin = time.monotonic()
         try:
-            text = trial_file(self.plan, params, folder)
-        except ConfigError as error:  # a combination of values of ranges
+            write_config(self.plan, params, folder)
+        except ConfigError as error:
             self._record(slot, trial, Outcome(error=str(error)), 0.0)
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
         log = folder / LOG_FILE
         log_start = log.stat().st_size if log.exists() else 0
         words = ["train", str(folder / CONFIG_FILE)] + ["--nproc-per-node", str(self.nproc)] * (self.nproc > 1)
         process = self.start(words, log)
         try:
-            owned, sent = True, 0
-            while (code := process.poll()) is None:
-                sent = self._hand_on(process, sent)
-                if time.monotonic() - beat >= HEARTBEAT_S:
-                    beat = time.monotonic()
-                    if owned and not self.ledger.beat(trial):
-                        logger.warning("trial %d: another process has taken it, for this one was silent too long", slot)
-                        owned = False
-                        process.kill()
-                time.sleep(_POLL_S)
+            code = self._wait(process, trial)
         finally:
             if process.poll() is None:
                 process.kill()
-        if not owned:
-            return
-        if code and self.stop.received:
+        if code is None:
+            logger.warning("trial %d: another process has it now, for this one was silent for too long", slot)
+        elif code and self.stop.received:
             self.ledger.release(trial._trial_id)
             logger.warning("trial %d: stopped; the same command goes on with it", slot)
-            return
-        self._record(slot, trial, outcome(folder, code, log_start, self.plan.goal), time.monotonic() - begin)
+        else:
+            found = outcome(folder, code, log_start, self.plan.goal)
+            self._record(slot, trial, found, time.monotonic() - begin)
+
+    def _wait(self, process: Running, trial: Trial) -> int | None:
+        """Wait for a training, with signs of life; its exit code, or None where the trial is this process's no more."""
+        beat, signals = time.monotonic(), 0
+        while (code := process.poll()) is None:
+            signals = self._hand_on(process, signals)
+            if time.monotonic() - beat >= HEARTBEAT_S:
+                beat = time.monotonic()
+                if not self.ledger.beat(trial):
+                    return None
+            time.sleep(_POLL_S)
+        return code
 
     def _hand_on(self, process: Running, sent: int) -> int:
         """Ask the training to save and stop at the first signal, kill it at the second; returns the signals so far."""

@@ -75,7 +75,7 @@ def resolve(command: Any) -> tuple[Config, int]:
         ConfigError: where a key or flag is wrong, or the layout does not fit the number of ranks.
     """
     try:
-        nproc = _parse_nproc(command.nproc_per_node)
+        nproc = parse_nproc(command.nproc_per_node)
         config = load_config(command.config, flags.given(command))
         make_layout(config, world_size(nproc))
     except ConfigError as error:
@@ -115,7 +115,12 @@ def without_nproc(argv: Sequence[str]) -> list[str]:
     return kept
 
 
-def _parse_nproc(text: str | None) -> int:
+def parse_nproc(text: str | None) -> int:
+    """The value of ``--nproc-per-node``, 1 where it is not given.
+
+    Raises:
+        ConfigError: where it is no such number, or a launcher started this process.
+    """
     if text is None:
         return 1
     try:

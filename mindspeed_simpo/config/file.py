@@ -27,14 +27,27 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     """
     path = configuration_path(str(path))
     overrides = overrides or {}
-    return validate(read_values(path) | overrides, where=str(path), flags=overrides)
+    return validate(read_configuration(path) | overrides, where=str(path), flags=overrides)
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file with their values, unvalidated. A ``chat_template`` beside the file has its folder.
+def read_configuration(path: Path) -> dict[str, Any]:
+    """The keys of a configuration file, unvalidated; a ``chat_template`` that lies beside the file is that one.
 
     Raises:
-        ConfigError: where the file cannot be read or holds something else.
+        ConfigError: as :func:`read_mapping`.
+    """
+    raw = read_mapping(path)
+    template = raw.get("chat_template")
+    if isinstance(template, str) and (path.parent / template).is_file():
+        raw["chat_template"] = str(path.parent / template)
+    return raw
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file of ``key: value`` lines.
+
+    Raises:
+        ConfigError: where the file cannot be read or is something else; the message names file and line.
     """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
@@ -52,9 +65,6 @@ def read_values(path: Path) -> dict[str, Any]:
         raw = {}
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(raw).__name__}")
-    template = raw.get("chat_template")
-    if isinstance(template, str) and (path.parent / template).is_file():
-        raw["chat_template"] = str(path.parent / template)
     return raw
 
 
@@ -133,14 +143,19 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def unknown_key(key: str, where: str, stage: str) -> str:
+    """The message about a key that does not exist, with the nearest one that does."""
+    other = _OTHER_NAMES.get(key, f"{stage}_{key}")
+    known = [other] if other in Config.model_fields else list(Config.model_fields)
+    nearest = known if len(known) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else "`mindspeed-simpo train --help` lists all keys"
+    return f"{where}: unknown key `{key}`; {hint}"
+
+
 def _explain(item: Any, where: str, flags: set[str], stage: str) -> str:
     key = str(item["loc"][0]) if item["loc"] else ""
     if item["type"] == "extra_forbidden":
-        other = _OTHER_NAMES.get(key, f"{stage}_{key}")
-        known = [other] if other in Config.model_fields else list(Config.model_fields)
-        nearest = known if len(known) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        hint = f"did you mean `{nearest[0]}`?" if nearest else "`mindspeed-simpo train --help` lists all keys"
-        return f"{where}: unknown key `{key}`; {hint}"
+        return unknown_key(key, where, stage)
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == ENTRY_ERROR:
         name = f"--{key.replace('_', '-')}" if key in flags else f"{where}: {key}"

@@ -48,9 +48,6 @@ _OTHER_FLAGS = {
     "stage",
     "dpo-exact",
     "signal",
-    "root",
-    "port",
-    "open",
 }
 
 

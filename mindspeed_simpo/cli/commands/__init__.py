@@ -1,5 +1,13 @@
 """The commands of the program, in the order of ``--help``; one declaration each."""
 
-from mindspeed_simpo.cli.commands import analyse, files, recipes, runs, sample, ui
+from mindspeed_simpo.cli.commands import analyse, files, recipes, runs, sample, sweep, ui
 
-COMMANDS = (*runs.COMMANDS, analyse.COMMAND, *files.COMMANDS, sample.COMMAND, recipes.COMMAND, ui.COMMAND)
+COMMANDS = (
+    *runs.COMMANDS,
+    analyse.COMMAND,
+    sweep.COMMAND,
+    sample.COMMAND,
+    *files.COMMANDS,
+    recipes.COMMAND,
+    ui.COMMAND,
+)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.config.file import read_values, validate
+from mindspeed_simpo.config.file import read_configuration, validate
 from mindspeed_simpo.config.recipes import recipes
 from mindspeed_simpo.errors import ConfigError, SimpoError
 from mindspeed_simpo.studies.ui import curves, form, runs, views
@@ -233,7 +233,7 @@ class Actions:
             path = self.root.inside(source, "configuration")
             if path.suffix not in (".yaml", ".yml"):
                 raise ConfigError(f"configuration: {source}: expected a .yaml file")
-        values = {key: value for key, value in read_values(path).items() if value is not None}
+        values = {key: value for key, value in read_configuration(path).items() if value is not None}
         unknown = [key for key in values if key not in Config.model_fields]
         if unknown:
             validate(values, where=source)  # names each of them, and what may be meant

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mindspeed_simpo.config.file import read_values, validate
+from mindspeed_simpo.config.file import read_configuration, validate
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.studies.ui import form, locks
 from mindspeed_simpo.studies.ui.root import Root
@@ -149,7 +149,7 @@ def values_of(root: Root, name: str) -> dict[str, Any]:
     file = next((folder / part for part in places if (folder / part).is_file()), None)
     if file is None:
         raise ConfigError(f"run: {name} has no config.yaml")
-    values = {key: value for key, value in read_values(file).items() if value is not None}
+    values = {key: value for key, value in read_configuration(file).items() if value is not None}
     return form.changed(validate(values, where=root.name(file)))
 
 

@@ -55,17 +55,19 @@ class Command:
     on_ranks: bool = False
     """Whether the command takes ``--nproc-per-node``."""
 
-    def parsed_type(self) -> Any:
-        """The type of ``run``'s first argument, annotated for tyro."""
-        fields = [*self.arguments]
-        if self.configured:
-            fields.insert(0, ("config", _CONFIG))
-        if self.on_ranks:
-            fields.append(("nproc_per_node", _NPROC, dataclasses.field(default=None)))
-        if self.configured:
-            fields += flags.option_fields()
+    def parsed_type(self, *, called: bool) -> Any:
+        """The type of ``run``'s first argument, annotated for tyro; without fields for a command that is not called."""
+        fields = self._fields() if called else []
         parsed = dataclasses.make_dataclass(self.name, fields, frozen=True)
         return Annotated[parsed, tyro.conf.subcommand(self.name, description=self.description)]
+
+    def _fields(self) -> list[tuple[Any, ...]]:
+        fields = [*self.arguments]
+        if self.configured:
+            fields = [("config", _CONFIG), *fields]
+        if self.on_ranks:
+            fields.append(("nproc_per_node", _NPROC, dataclasses.field(default=None)))
+        return [*fields, *flags.option_fields()] if self.configured else fields
 
 
 def resolve(command: Any) -> tuple[Config, int]:

@@ -84,7 +84,7 @@ def test_checked_on_eight_devices(recipe, tmp_path, pairs):
     totals = [float(total) for total in re.findall(r"│ total │ ([\d.]+)", text)]
     assert totals
     assert max(totals) < 0.9 * 64e9 / 2**30
-    expected = ("inspected prompts are training prompts", "do not fill one global batch", "init_from: config")
+    expected = ("held-out pairs are training prompts too", "do not fill one global batch", "init_from: config")
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
     assert [line for line in warnings if not any(text in line for text in expected)] == []
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCardData
 
 from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.config.options import OPTION_GROUPS, TaskOptions, TrainingOptions, effect_of
+from mindspeed_simpo.config.options import OPTION_GROUPS, TaskOptions, TrainingOptions, effect_of, split_weights
 from mindspeed_simpo.objectives import OBJECTIVES
 from mindspeed_simpo.training.run_facts import Named, RunFacts, data_names, library_versions, model_name
 
@@ -151,12 +151,19 @@ def _data(trained: Trained, train_data: Sequence[Named]) -> str:
     facts = trained.facts
     rows: list[tuple[object, ...]] = [("training", _links(train_data), facts.train_pairs if facts else "not recorded")]
     if facts and facts.eval_pairs is not None:
-        part = _links(facts.eval_data) or f"the second part of split {_code(trained.config.split)}"
+        part = _links(facts.eval_data) or "a part of the same data sets that is not trained on"
+        if not facts.eval_data and split_weights(trained.config.split)[1]:
+            part = f"the second part of split {_code(trained.config.split)}"
         rows.append(("held out", part, facts.eval_pairs))
+    sources = ""
+    if facts and facts.sources:
+        counts = [(_code(source.name), source.pairs, source.per_epoch) for source in facts.sources]
+        sources = _table(("source", "pairs", "pairs of an epoch"), counts) + "\n\n"
+    digest = trained.data_fingerprint.partition(":")[0]
     return (
-        f"## Data\n\n{_table(('part', 'data sets', 'pairs'), rows)}\n\n"
+        f"## Data\n\n{_table(('part', 'data sets', 'pairs'), rows)}\n\n{sources}"
         f"{trained.consumed_pairs} pairs were trained on, repetitions counted. Digest of the token ids of the training "
-        f"data: {_code(trained.data_fingerprint)}."
+        f"data: {_code(digest)}."
     )
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from mindspeed_simpo import __version__
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data import hub
+from mindspeed_simpo.data.dataset import PairDataset
 
 _LIBRARIES = (
     "torch",
@@ -35,6 +36,15 @@ class Named(BaseModel):
     on_hub: bool
 
 
+class SourceFacts(BaseModel):
+    """A source of a mixture."""
+
+    name: str
+    pairs: int
+    per_epoch: int
+    """Pairs of an epoch, repetitions counted."""
+
+
 class RunFacts(BaseModel):
     """Facts about a run that its configuration does not have."""
 
@@ -44,6 +54,8 @@ class RunFacts(BaseModel):
     eval_data: list[Named]
     """Data sets of ``eval_data_path``; none where the held-out pairs are a part of the training data."""
     train_pairs: int
+    sources: list[SourceFacts]
+    """Of the training pairs; none where every pair of all data sets is trained on once an epoch."""
     eval_pairs: int | None
     """Number of held-out pairs; None without evaluation."""
     device: str
@@ -52,22 +64,27 @@ class RunFacts(BaseModel):
     """Library -> version, of those that are installed."""
 
 
-def facts_of(config: Config, *, device: str, ranks: int, train_pairs: int, eval_pairs: int | None) -> RunFacts:
+def facts_of(
+    config: Config, *, device: str, ranks: int, train_data: PairDataset, eval_data: PairDataset | None
+) -> RunFacts:
     """The facts about a run on this host.
 
     Args:
         config: The configuration of the run.
         device: Name of the device.
         ranks: Number of ranks.
-        train_pairs: Number of training pairs.
-        eval_pairs: Number of held-out pairs; None without evaluation.
+        train_data: The training pairs.
+        eval_data: The held-out pairs; None without evaluation.
     """
+    mixture = train_data.mixture
+    of_sources = [] if mixture.is_whole else zip(train_data.sources, mixture.found, mixture.used, strict=True)
     return RunFacts(
         base=model_name(config.model_name_or_path),
         train_data=data_names(config.data_path),
         eval_data=data_names(config.eval_data_path),
-        train_pairs=train_pairs,
-        eval_pairs=eval_pairs,
+        train_pairs=len(train_data),
+        sources=[SourceFacts(name=name, pairs=pairs, per_epoch=used) for name, pairs, used in of_sources],
+        eval_pairs=None if eval_data is None else len(eval_data),
         device=device,
         ranks=ranks,
         versions=library_versions(),

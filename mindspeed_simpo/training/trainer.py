@@ -103,8 +103,8 @@ class Run:
             config,
             device=session.device.name,
             ranks=session.groups.world.size(),
-            train_pairs=len(train_data),
-            eval_pairs=None if eval_data is None else len(eval_data),
+            train_data=train_data,
+            eval_data=eval_data,
         )
         self.root = Path(config.output_dir)
         self.checkpoints = checkpoint.CheckpointWriter(

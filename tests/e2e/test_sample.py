@@ -38,6 +38,8 @@ def test_a_killed_run_goes_on_and_its_pairs_train(program, train_pairs, tmp_path
         "batch_size": 4,
         "scorer": f"{sys.executable} -S {scorer}",
         "scorer_columns": "weight",
+        "split": "90,10",  # of the training's own data, as what needs held-out pairs
+        "eval_decontaminate": True,
     }
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     report = program.run("sample", output=whole, **flags).metrics

@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from mindspeed_simpo.config.file import validate
+from mindspeed_simpo.data.mixture import Mixture
 from mindspeed_simpo.training.model_card import Trained, Weights, held_out_lines, model_card
 from mindspeed_simpo.training.run_facts import data_names, facts_of, model_name
 
@@ -14,10 +15,19 @@ HUB = {"model_name_or_path": "org/base", "data_path": ["org/pairs:train_prefs", 
 MODEL = Weights(adapters=False, images=False)
 
 
-def trained_with(facts=True, eval_pairs=None, **values):
+class Pairs(SimpleNamespace):
+    """What the card reads of a data set."""
+
+    def __len__(self):
+        return sum(self.mixture.found)
+
+
+def trained_with(facts=True, eval_pairs=None, mixture=None, **values):
     config = validate(HUB | values, where="test")
-    found = facts_of(config, device="npu", ranks=8, train_pairs=60_000, eval_pairs=eval_pairs) if facts else None
-    return Trained(config, found, step=3, consumed_pairs=384, data_fingerprint="abc")
+    train_data = Pairs(mixture=mixture or Mixture.of_all(60_000), sources=("helpful", "harm`less"))
+    eval_data = None if eval_pairs is None else Pairs(mixture=Mixture.of_all(eval_pairs))
+    found = facts_of(config, device="npu", ranks=8, train_data=train_data, eval_data=eval_data) if facts else None
+    return Trained(config, found, step=3, consumed_pairs=384, data_fingerprint="abc: 45 of 30, 15 of 30")
 
 
 def card_of(evaluations=(), weights=MODEL, **values):
@@ -38,6 +48,14 @@ def test_names_of_the_hub_are_metadata():
     assert "[`org/pairs:test`](https://huggingface.co/datasets/org/pairs) | 5 |" in card.text
     assert "(https://huggingface.co/org/base)" in card.text
     assert "[arXiv:2405.14734](https://arxiv.org/abs/2405.14734)" in card.text
+
+
+def test_a_mixture_has_its_counts():
+    card = card_of(mixture=Mixture((30, 30), (45, 15)), eval_pairs=4)
+    assert "| `helpful` | 30 | 45 |\n| `harm'less` | 30 | 15 |" in card.text
+    assert "| held out | a part of the same data sets that is not trained on | 4 |" in card.text
+    assert "`abc`" in card.text
+    assert "pairs of an epoch" not in card_of().text
 
 
 def test_adapters_and_images():

@@ -16,7 +16,8 @@ from mindspeed_simpo.studies.sampling.settings import SamplingSettings
 def _sample(command: Any, _argv: Sequence[str]) -> int:
     settings = SamplingSettings.of(flags.own_given(command, SamplingSettings))
     # a configuration needs data, and the pairs that are written here may be the first that there are
-    config = load_config(command.config, flags.given(command) | {"data_path": settings.output})
+    of_data = {"data_path": settings.output, "eval_decontaminate": False}
+    config = load_config(command.config, flags.given(command) | of_data)
     from mindspeed_simpo.studies.sampling.run import sample
 
     report = sample(config, settings)

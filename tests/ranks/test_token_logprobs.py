@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 from tests.hf import make_checkpoint, make_token_pairs
 from tests.ranks.launcher import run_ranks
 
+pytestmark = pytest.mark.newest_core
+
 VOCAB = 517
 PACKED = {"batching": "packed", "max_tokens_per_micro_batch": 80}
 FORMS = {"padded": {"batching": "padded"}, "packed": PACKED, "shared": {**PACKED, "batching": "prefix_shared"}}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mindspeed_simpo.batch_images import BatchImages
@@ -194,6 +194,18 @@ class ScoredTokens:
             state, sequence = position, row * packing.num_pairs + packing.pair_of[position]
         return cls(state, targets[row, position], sequence, position, sequences, targets.shape[1])
 
+    def each_alone(self, places: Int[Tensor, " seq"], seq_length: int) -> ScoredTokens:
+        """The same tokens, each as a sequence of its own, so that the sums of sequences are those of single tokens.
+
+        Args:
+            places: int64 place in the full row of each of these positions.
+            seq_length: Length of the full row. The token that place ``p`` of sequence ``s`` predicts becomes sequence
+                ``s * seq_length + p``.
+        """
+        sequence = self.sequence * seq_length + places[self.position]
+        alone = torch.zeros_like(self.position)
+        return ScoredTokens(self.state, self.target, sequence, alone, self.num_sequences * seq_length, 1)
+
     def to(self, device: torch.device) -> ScoredTokens:
         """A copy with the tensors on ``device``."""
         return ScoredTokens(
@@ -241,6 +253,15 @@ class PairBatch:
             return scored.sum(dim=1)
         counts = scored.new_zeros(len(scored), self.num_pairs)
         return counts.index_add_(1, self.packing.pair_of, scored).flatten()
+
+    @property
+    def scored_places(self) -> Bool[Tensor, "sequence seq"]:
+        """Whether a place in the row predicts a response token of a sequence."""
+        scored = self.targets != IGNORE_INDEX
+        if self.packing is None:
+            return scored
+        of_pair = self.packing.pair_of == torch.arange(self.num_pairs, device=scored.device)[:, None]
+        return (scored[:, None] & of_pair).flatten(0, 1)
 
     def to(self, device: torch.device) -> PairBatch:
         """A copy with the tensors on ``device``."""

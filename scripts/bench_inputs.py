@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from mindspeed_simpo.data.conversations import ConversationPair, ExampleReader
-from mindspeed_simpo.data.loader import epoch_order
+from mindspeed_simpo.data.mixture import shuffled
 from mindspeed_simpo.data.paths import open_sources
 
 SEED = 42
@@ -53,7 +53,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> Inputs:
     lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
     data, in_order = folder / "pairs.jsonl", folder / "pairs_in_our_order.jsonl"
     data.write_text("".join(lines), encoding="utf-8")
-    in_order.write_text("".join(lines[index] for index in epoch_order(count, SEED, 0)), encoding="utf-8")
+    in_order.write_text("".join(lines[index] for index in shuffled(count, SEED, 0)), encoding="utf-8")
     return Inputs(
         job={
             "model": str(model),

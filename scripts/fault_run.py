@@ -60,9 +60,9 @@ class Launched:
 
     @property
     def steps(self) -> int:
-        """Number of lines of metrics."""
+        """Number of steps in the metrics."""
         metrics = self.output / "metrics.jsonl"
-        return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+        return metrics.read_bytes().count(b'"split": "train"') if metrics.exists() else 0
 
     @property
     def saving(self) -> bool:

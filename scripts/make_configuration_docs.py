@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from mindspeed_simpo.config.describe import describe_default, describe_values
 from mindspeed_simpo.config.options import OPTION_GROUPS
-from mindspeed_simpo.config.ranges import describe_range
 from mindspeed_simpo.integrations.mindspeed_llm import stages
 from mindspeed_simpo.objectives import OBJECTIVES, Objective
 
@@ -55,7 +55,7 @@ def _stages() -> Iterator[str]:
         for key, field in objective.keys.model_fields.items():
             flag = stages.flag(key)
             flag = f"`{flag}`, `--no-{flag[2:]}`" if field.annotation is bool else f"`{flag}`"
-            value = "" if field.annotation is bool else _value(field)
+            value = "" if field.annotation is bool else describe_values(field)
             yield f"| {name} | {flag} | {value} | {_default(field)} | {_escape(field.description or '')} |"
         if not objective.keys.model_fields:
             yield f"| {name} | | | | no flags of its own |"
@@ -89,40 +89,13 @@ def _table(fields: Mapping[str, FieldInfo]) -> Iterator[str]:
     yield "| key | value | default | meaning |"
     yield "|---|---|---|---|"
     for name, field in fields.items():
-        yield f"| `{name}` | {_value(field)} | {_default(field)} | {_escape(field.description or '')} |"
+        yield f"| `{name}` | {describe_values(field)} | {_default(field)} | {_escape(field.description or '')} |"
     yield ""
 
 
-def _value(field: FieldInfo) -> str:
-    kinds = " or ".join(dict.fromkeys(_kinds(field.annotation)))
-    bounds = describe_range(field)
-    return f"{kinds}, {bounds}" if bounds else kinds
-
-
-def _kinds(annotation: Any) -> Iterator[str]:
-    names = {bool: "`true`, `false`", int: "integer", float: "number", str: "text"}
-    if annotation in names:
-        yield names[annotation]
-    elif get_origin(annotation) is Literal:
-        yield ", ".join(f"`{value}`" for value in get_args(annotation))
-    elif get_origin(annotation) is list:
-        yield "list of texts"
-    elif get_origin(annotation) is dict:
-        yield "mapping"
-    else:
-        for part in get_args(annotation):
-            if part is not type(None):
-                yield from _kinds(part)
-
-
 def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    if field.default is None:
-        return "-"
-    if isinstance(field.default, bool):
-        return f"`{str(field.default).lower()}`"
-    return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
+    default = describe_default(field)
+    return default if field.is_required() else f"`{default}`" if default else "-"
 
 
 def _escape(text: str) -> str:

@@ -42,7 +42,7 @@ def write_pairs(path: Path, number: int, repeat: int) -> None:
 def _prepare(folder: str, workers: int) -> tuple[Any, dict[str, float]]:
     """The data set, and seconds of each stage."""
     from mindspeed_simpo.config.config import Config
-    from mindspeed_simpo.data.dataset import dataset_of, preparation_of
+    from mindspeed_simpo.data.dataset import dataset_of, preparations_of
     from mindspeed_simpo.data.tokenizer import load_tokenizer
 
     config = Config(
@@ -60,12 +60,12 @@ def _prepare(folder: str, workers: int) -> tuple[Any, dict[str, float]]:
         seconds[stage] += time.perf_counter() - begin
         return result
 
-    work = timed("digest", lambda: preparation_of(config, tokenizer, "train", None))
+    [work] = timed("digest", lambda: preparations_of(config, tokenizer, "train", None))
     table = timed("verify", work.load)
     if table is None:
         timed("tokenise", lambda: work.tokenise_share(0, 1, num_workers=workers, progress=False))
         table = timed("merge", work.merge)
-    return timed("report", lambda: dataset_of(config, "train", work, table)), seconds
+    return timed("report", lambda: dataset_of(config, "train", [work], [table])), seconds
 
 
 def _kilobytes(field: str) -> int:

@@ -17,7 +17,9 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch import IGNORE_INDEX, TokenizedPair
+from mindspeed_simpo.cli.check_sources import Prompts, count_prompts, decontaminate, print_sources, prompt_warnings
 from mindspeed_simpo.cli.check_warnings import (
+    answer_warnings,
     in_gib,
     memory_warnings,
     run_length_warnings,
@@ -46,6 +48,7 @@ from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.naming import pipeline_chunks
 from mindspeed_simpo.model.weight_source import SafetensorsFolder
 from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, estimate_memory
+from mindspeed_simpo.training.watch.required import check_held_out
 
 if TYPE_CHECKING:
     from mindspeed_simpo.model.fsdp.description import TransformersModel
@@ -91,12 +94,16 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     parts: dict[str, PairDataset] = {}
     if tokenizer is not None:
         parts = _prepare(config, tokenizer, spec.vocab_size if spec is not None else None, processor, findings)
+    prompts = count_prompts(parts)
+    findings.attempt(lambda: decontaminate(config, parts, prompts))
     if tokenizer is not None and parts:
-        findings.warnings += _report_data(console, config, tokenizer, processor, parts)
+        findings.warnings += _report_data(console, config, tokenizer, processor, parts, prompts)
     if "train" in parts:
-        findings.warnings += run_length_warnings(config, len(parts["train"]))
+        findings.warnings += run_length_warnings(config, parts["train"].mixture.pairs)
     findings.warnings += token_budget_warnings(config, parts)
     findings.warnings += setting_warnings(config)
+    findings.attempt(lambda: check_held_out(config))
+    findings.warnings += answer_warnings(config, parts, _divided_parameters(config, world_size, spec))
     if spec is not None and not isinstance(spec, ModelDescription):
         _sharded().print_layout(console, config, make_layout(config, world_size), spec)
     elif spec is not None:
@@ -117,6 +124,17 @@ def _sharded() -> ModuleType:
     from mindspeed_simpo.cli import check_sharded
 
     return check_sharded
+
+
+def _divided_parameters(config: Config, world_size: int, spec: ModelDescription | TransformersModel | None) -> int:
+    """Parameters of the model where several ranks divide them; 0 where each rank has all, or the model is unknown."""
+    if spec is None:
+        return 0
+    layout = make_layout(config, world_size)
+    if isinstance(spec, ModelDescription):
+        divided = layout.tensor * layout.pipeline * layout.expert > 1
+        return count_parameters(spec, pipeline_chunks(spec, 1)) if divided else 0
+    return spec.parameters if (config.fsdp_shard_size or layout.ranks) > 1 else 0
 
 
 def _model(config: Config, world_size: int, device: str) -> ModelDescription | TransformersModel:
@@ -177,9 +195,11 @@ def _report_data(
     tokenizer: PreTrainedTokenizerBase,
     processor: ImageProcessor | None,
     parts: dict[str, PairDataset],
+    prompts: dict[str, Prompts],
 ) -> list[str]:
     """Print counts, what the chat template does of itself, and a sample; return the warnings about tokens."""
-    console.print(_data_table(parts))
+    console.print(_data_table(config, parts, prompts))
+    print_sources(console, config, parts, prompts)
     chat_format = ChatFormat(tokenizer, TemplateSettings.of(config), images=processor is not None)
     for note in chat_format.notes():
         console.print(f"note: {escape(note)}", soft_wrap=True)
@@ -188,14 +208,18 @@ def _report_data(
         _print_sample(console, pair, tokenizer)
         if processor is not None and pair.images:
             _print_images(console, pair, processor)
-    return [*token_warnings(parts, tokenizer, chat_format.end_of_turn_id)]
+    return [*prompt_warnings(config, prompts), *token_warnings(parts, tokenizer, chat_format.end_of_turn_id)]
 
 
-def _data_table(parts: dict[str, PairDataset]) -> Table:
+def _data_table(config: Config, parts: dict[str, PairDataset], prompts: dict[str, Prompts]) -> Table:
     table = Table("", *parts, title="Pairs", title_justify="left")
     reports = [dataset.report for dataset in parts.values()]
     for name in _COUNTS:
         table.add_row(name.replace("_", " "), *(str(getattr(report, name)) for report in reports))
+    table.add_row("prompt again", *(str(prompts[part].all_repeated) for part in parts))
+    if "eval" in prompts and prompts["eval"].in_training:
+        in_training = f"{sum(prompts['eval'].in_training)}{', left out' if config.eval_decontaminate else ''}"
+        table.add_row("prompt in training", *("" if part == "train" else in_training for part in parts))
     table.add_row("prompts truncated", *(str(report.truncated_prompts) for report in reports))
     table.add_row("responses truncated", *(str(report.truncated_responses) for report in reports))
     for name in ("prompt", "chosen", "rejected"):
@@ -245,8 +269,10 @@ def _print_images(console: Console, pair: TokenizedPair, processor: ImageProcess
 def _largest(config: Config, layout: Layout, parts: dict[str, PairDataset]) -> LargestPass:
     half = config.seq_length // 2
     # without data: prompts and responses of half of seq_length, the longest pairs
-    lengths = parts["train"].lengths if "train" in parts else np.full((config.global_batch_size, 3), half)
-    return largest_pass(lengths, config, Batching.of(config), layout)
+    if "train" not in parts:
+        return largest_pass(np.full((config.global_batch_size, 3), half), config, Batching.of(config), layout)
+    train = parts["train"]
+    return largest_pass(train.lengths, config, Batching.of(config), layout, train.mixture)
 
 
 def _print_layout(

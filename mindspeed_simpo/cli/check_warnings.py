@@ -71,6 +71,28 @@ def token_budget_warnings(config: Config, parts: dict[str, PairDataset]) -> Iter
             )
 
 
+def answer_warnings(config: Config, parts: dict[str, PairDataset], divided: int) -> Iterator[str]:
+    """Warnings about what ``eval_generate`` cannot do, and about its memory where ranks divide the model.
+
+    Args:
+        config: Of the run.
+        parts: Data that could be read.
+        divided: Parameters of a model that several ranks divide, else 0.
+    """
+    if not config.eval_generate or "eval" not in parts:
+        return
+    if parts["eval"].has_images:
+        yield "eval_generate: no answers are generated: the held-out prompts have images"
+        return
+    if len(parts["eval"]) < config.eval_generate:
+        yield f"eval_generate {config.eval_generate}: there are only {len(parts['eval'])} held-out pairs"
+    if divided:
+        yield (
+            f"eval_generate: at each evaluation rank 0 holds the whole model beside its own part, "
+            f"{in_gib(divided * (2 if config.bf16_in_use else 4))} GiB on its device, and in host memory for a moment"
+        )
+
+
 def memory_warnings(config: Config, layout: Layout, estimates: Sequence[MemoryEstimate]) -> Iterator[str]:
     """Warning about a CPU run that needs more memory than this host has."""
     needed = layout.tensor * layout.context * layout.data * sum(estimate.total for estimate in estimates)
@@ -80,13 +102,11 @@ def memory_warnings(config: Config, layout: Layout, estimates: Sequence[MemoryEs
 
 
 def token_warnings(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizerBase, end: int) -> Iterator[str]:
-    """Warnings about double or missing BOS, missing end-of-turn tokens, and evaluation prompts in the training data."""
+    """Warnings about double or missing BOS and missing end-of-turn tokens."""
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
-    prompts: dict[str, set[tuple[int, ...]]] = {}
     for part, dataset in parts.items():
         pairs = _inspected(dataset)
-        prompts[part] = {tuple(pair.prompt_ids) for pair in pairs}
         problems: dict[str, Callable[[TokenizedPair], bool]] = {
             "begin with two BOS tokens": lambda pair: bos is not None and pair.prompt_ids[:2] == [bos, bos],
             "begin without the BOS token that the tokenizer gives plain text": lambda pair: (
@@ -99,8 +119,6 @@ def token_warnings(parts: dict[str, PairDataset], tokenizer: PreTrainedTokenizer
         for problem, has in problems.items():
             if found := [pair for pair in pairs if has(pair)]:
                 yield f"{part}: {len(found)} of {len(pairs)} inspected pairs {problem}, first {found[0].source}"
-    if shared := prompts.get("eval", set()) & prompts.get("train", set()):
-        yield f"eval: {len(shared)} of {len(prompts['eval'])} inspected prompts are training prompts too"
 
 
 def _inspected(dataset: PairDataset) -> list[TokenizedPair]:

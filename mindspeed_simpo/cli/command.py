@@ -55,17 +55,19 @@ class Command:
     on_ranks: bool = False
     """Whether the command takes ``--nproc-per-node``."""
 
-    def parsed_type(self) -> Any:
-        """The type of ``run``'s first argument, annotated for tyro."""
-        fields = [*self.arguments]
-        if self.configured:
-            fields.insert(0, ("config", _CONFIG))
-        if self.on_ranks:
-            fields.append(("nproc_per_node", _NPROC, dataclasses.field(default=None)))
-        if self.configured:
-            fields += flags.option_fields()
+    def parsed_type(self, *, called: bool) -> Any:
+        """The type of ``run``'s first argument, annotated for tyro; without fields for a command that is not called."""
+        fields = self._fields() if called else []
         parsed = dataclasses.make_dataclass(self.name, fields, frozen=True)
         return Annotated[parsed, tyro.conf.subcommand(self.name, description=self.description)]
+
+    def _fields(self) -> list[tuple[Any, ...]]:
+        fields = [*self.arguments]
+        if self.configured:
+            fields = [("config", _CONFIG), *fields]
+        if self.on_ranks:
+            fields.append(("nproc_per_node", _NPROC, dataclasses.field(default=None)))
+        return [*fields, *flags.option_fields()] if self.configured else fields
 
 
 def resolve(command: Any) -> tuple[Config, int]:
@@ -75,7 +77,7 @@ def resolve(command: Any) -> tuple[Config, int]:
         ConfigError: where a key or flag is wrong, or the layout does not fit the number of ranks.
     """
     try:
-        nproc = _parse_nproc(command.nproc_per_node)
+        nproc = parse_nproc(command.nproc_per_node)
         config = load_config(command.config, flags.given(command))
         make_layout(config, world_size(nproc))
     except ConfigError as error:
@@ -115,7 +117,12 @@ def without_nproc(argv: Sequence[str]) -> list[str]:
     return kept
 
 
-def _parse_nproc(text: str | None) -> int:
+def parse_nproc(text: str | None) -> int:
+    """The value of ``--nproc-per-node``, 1 where it is not given.
+
+    Raises:
+        ConfigError: where it is no such number, or a launcher started this process.
+    """
     if text is None:
         return 1
     try:

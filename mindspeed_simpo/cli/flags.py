@@ -8,9 +8,10 @@ import json
 from typing import Annotated, Any, get_args, get_origin
 
 import tyro
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mindspeed_simpo.config.options import OPTION_GROUPS, takes_bool
+from mindspeed_simpo.config.options import OPTION_GROUPS, DataSource, takes_bool
 from mindspeed_simpo.config.ranges import describe_range
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR"}
@@ -32,27 +33,36 @@ def option_fields() -> list[tuple[str, Any, Any]]:
     return fields
 
 
+def own_fields(options: type[BaseModel]) -> list[tuple[str, Any, Any]]:
+    """The same fields for the options of one command alone, which are no keys of a configuration."""
+    return [_flag(name, field, "required") for name, field in options.model_fields.items()]
+
+
 def given(command: Any) -> dict[str, Any]:
     """The keys that the command line sets, with values that ``Config`` converts and checks."""
-    values = {}
+    values: dict[str, Any] = {}
     for group in OPTION_GROUPS:
-        for name in group.model_fields:
-            value = getattr(getattr(command, group.__name__), name)
-            if value is not None:
-                values[name] = _plain(value)
+        values |= own_given(getattr(command, group.__name__), group)
     return values
 
 
+def own_given(flags: Any, options: type[BaseModel]) -> dict[str, Any]:
+    """The options that flags set, with values that the options convert and check."""
+    values = {name: getattr(flags, name) for name in options.model_fields}
+    return {name: _plain(value) for name, value in values.items() if value is not None}
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, list) and len(value) == 1:
-        return value[0]
+    if isinstance(value, list):
+        items = [_plain(item) for item in value]
+        return items[0] if len(items) == 1 else items
     if isinstance(value, str) and value.startswith("{"):
         with contextlib.suppress(ValueError):
             return json.loads(value)
     return value
 
 
-def _flag(name: str, field: FieldInfo) -> tuple[str, Any, Any]:
+def _flag(name: str, field: FieldInfo, required: str = "required, here or in CONFIG") -> tuple[str, Any, Any]:
     kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)] or [field.annotation]
     metavar: str | None = None
     flag_type: Any = str
@@ -60,16 +70,16 @@ def _flag(name: str, field: FieldInfo) -> tuple[str, Any, Any]:
         flag_type = bool
     elif any(get_origin(kind) is dict for kind in kinds):
         metavar = "JSON"
-    elif list[str] in kinds:
-        flag_type, item = list[str], "PATH" if name.endswith("path") else "NAME"
+    elif any(get_origin(kind) is list for kind in kinds):
+        flag_type, item = list[str], "PATH|JSON" if DataSource in kinds else "NAME"
         metavar = f"{item} [{item} ...]"
     else:
         literals = [value for kind in kinds for value in get_args(kind) or ([kind] if isinstance(kind, str) else [])]
         metavar = "{" + ",".join(literals) + "}" if literals else _METAVARS[kinds[0]]
     behaviour = [describe_range(field)]
     if field.is_required():
-        behaviour.append("required, here or in CONFIG")
-    elif field.default is not None:
+        behaviour.append(required)
+    elif field.default not in (None, []):
         behaviour.append(f"default: {field.default}")
     hint = "; ".join(part for part in behaviour if part)
     argument = tyro.conf.arg(

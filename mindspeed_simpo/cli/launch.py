@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from mindspeed_simpo.errors import PeerLostError
@@ -95,6 +96,26 @@ def launch(nproc: int, argv: Sequence[str]) -> int:
     if received and all(code in (-received[0], 128 + received[0]) for code in failed.values()):
         return 128 + received[0]
     return _report(failed) if failed else 0
+
+
+def start_program(argv: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start ``python -m mindspeed_simpo ARGV`` as a process that dies with this one; call it in the main thread.
+
+    Ctrl-C of the terminal does not reach the process, which has a session of its own.
+
+    Args:
+        argv: Command line of the program.
+        log: File to which its output is appended; its folder exists.
+    """
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "mindspeed_simpo", *argv],
+            env=os.environ | {_LAUNCHER_PID: str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 class Rendezvous:

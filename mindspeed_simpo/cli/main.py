@@ -81,7 +81,7 @@ def parse(argv: Sequence[str], *, console_outputs: bool = True) -> Any:
     Raises:
         SystemExit: after the help, or for a wrong command line.
     """
-    types = tuple(command.parsed_type() for command in COMMANDS)
+    types = tuple(command.parsed_type(called=command.name in argv[:1]) for command in COMMANDS)
     return tyro.cli(
         functools.reduce(operator.or_, types),
         prog="mindspeed-simpo",

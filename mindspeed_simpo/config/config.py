@@ -6,6 +6,7 @@ have the option. The module imports no torch, so that a wrong configuration fail
 
 from __future__ import annotations
 
+import difflib
 import functools
 
 from pydantic import model_validator
@@ -21,11 +22,22 @@ from mindspeed_simpo.config.options import (
     ParallelOptions,
     TaskOptions,
     TrainingOptions,
+    WatchOptions,
     effect_of,
 )
+from mindspeed_simpo.objectives import METRICS
 
 
-class Config(TaskOptions, ModelOptions, AdapterOptions, DataOptions, TrainingOptions, ParallelOptions, OutputOptions):
+class Config(
+    TaskOptions,
+    ModelOptions,
+    AdapterOptions,
+    DataOptions,
+    TrainingOptions,
+    ParallelOptions,
+    OutputOptions,
+    WatchOptions,
+):
     """All options in one flat key space; the checks here need options of more than one group."""
 
     @model_validator(mode="after")
@@ -44,6 +56,27 @@ class Config(TaskOptions, ModelOptions, AdapterOptions, DataOptions, TrainingOpt
             other = [f"{name}: {value}" for name, value in needed.items() if getattr(self, name) != value]
             if other:
                 raise ValueError(f"quantization: {self.quantization} needs {' and '.join(other)}")
+        return self
+
+    @model_validator(mode="after")
+    def _best_metric_is_evaluated(self) -> Config:
+        metric = self.metric_for_best_model
+        if metric is None:
+            return self
+        known = [*METRICS, *self.objective.metrics]
+        name = metric.split("/", 2)[-1] if metric.startswith("source/") else metric
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"metric_for_best_model: evaluations with stage: {self.stage} have no metric {metric!r}{hint}; they "
+                f"have {', '.join(known)}"
+            )
+        if not self.eval_interval or self.eval_iters == 0:
+            key = "eval_interval" if not self.eval_interval else "eval_iters"
+            raise ValueError(
+                f"metric_for_best_model: {metric} needs evaluations while the run trains, and {key} is 0: set {key}"
+            )
         return self
 
     @property

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.options.sources import ENTRY_ERROR
 from mindspeed_simpo.config.recipes import configuration_path
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.objectives import DEFAULT_STAGE
@@ -25,6 +26,29 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         ConfigError: one message that names the file, every wrong key, what was found and what was expected.
     """
     path = configuration_path(str(path))
+    overrides = overrides or {}
+    return validate(read_configuration(path) | overrides, where=str(path), flags=overrides)
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """The keys of a configuration file, unvalidated; a ``chat_template`` that lies beside the file is that one.
+
+    Raises:
+        ConfigError: as :func:`read_mapping`.
+    """
+    raw = read_mapping(path)
+    template = raw.get("chat_template")
+    if isinstance(template, str) and (path.parent / template).is_file():
+        raw["chat_template"] = str(path.parent / template)
+    return raw
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file of ``key: value`` lines.
+
+    Raises:
+        ConfigError: where the file cannot be read or is something else; the message names file and line.
+    """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -41,11 +65,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         raw = {}
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(raw).__name__}")
-    template = raw.get("chat_template")
-    if isinstance(template, str) and (path.parent / template).is_file():
-        raw["chat_template"] = str(path.parent / template)
-    overrides = overrides or {}
-    return validate(raw | overrides, where=str(path), flags=overrides)
+    return raw
 
 
 def validate(values: dict[str, Any], where: str, flags: Iterable[str] = ()) -> Config:
@@ -91,6 +111,7 @@ _OTHER_NAMES = {
     "max_steps": "train_iters",
     "epochs": "num_train_epochs",
     "packing": "batching",
+    "load_best_model_at_end": "metric_for_best_model",
     "train_file": "data_path",
     "per_device_train_batch_size": "micro_batch_size",
 }
@@ -122,15 +143,23 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def unknown_key(key: str, where: str, stage: str) -> str:
+    """The message about a key that does not exist, with the nearest one that does."""
+    other = _OTHER_NAMES.get(key, f"{stage}_{key}")
+    known = [other] if other in Config.model_fields else list(Config.model_fields)
+    nearest = known if len(known) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else "`mindspeed-simpo train --help` lists all keys"
+    return f"{where}: unknown key `{key}`; {hint}"
+
+
 def _explain(item: Any, where: str, flags: set[str], stage: str) -> str:
     key = str(item["loc"][0]) if item["loc"] else ""
     if item["type"] == "extra_forbidden":
-        other = _OTHER_NAMES.get(key, f"{stage}_{key}")
-        known = [other] if other in Config.model_fields else list(Config.model_fields)
-        nearest = known if len(known) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        hint = f"did you mean `{nearest[0]}`?" if nearest else "`mindspeed-simpo train --help` lists all keys"
-        return f"{where}: unknown key `{key}`; {hint}"
+        return unknown_key(key, where, stage)
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == ENTRY_ERROR:
+        name = f"--{key.replace('_', '-')}" if key in flags else f"{where}: {key}"
+        return "\n".join(f"{name}{place}: {_shortened(text)}" for place, text in item["ctx"]["problems"])
     if item["type"] == "missing":
         return _required(key, where)
     if not key:
@@ -144,5 +173,8 @@ def _required(key: str, where: str) -> str:
 
 
 def _brief(value: Any) -> str:
-    text = repr(value)
+    return _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."

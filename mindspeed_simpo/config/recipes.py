@@ -1,4 +1,4 @@
-"""The shipped configurations of ``configs/recipes``, by name."""
+"""The shipped configurations of ``configs/recipes`` and sweeps of ``configs/sweeps``, by name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from mindspeed_simpo.errors import ConfigError
 
-_IN_CLONE = Path(__file__).parents[2] / "configs" / "recipes"
-_INSTALLED = Path(sysconfig.get_path("data")) / "share" / "mindspeed_simpo" / "recipes"
+_IN_CLONE = Path(__file__).parents[2] / "configs"
+_INSTALLED = Path(sysconfig.get_path("data")) / "share" / "mindspeed_simpo"
 _EXPECT = "# Expect: "
 
 
@@ -32,25 +32,47 @@ class Recipe:
 
 def recipes() -> list[Recipe]:
     """All recipes, by name; none where they are not installed."""
-    folder = _IN_CLONE if _IN_CLONE.is_dir() else _INSTALLED
-    return [_read(path) for path in sorted(folder.glob("*.yaml"))]
+    return [_read(path) for path in _shipped("recipes").values()]
 
 
 def configuration_path(name: str) -> Path:
     """The file of a configuration: ``name`` itself where there is such a file, else that of the recipe.
 
+    Args:
+        name: A path, or the name of a recipe, with or without ``.yaml``.
+
     Raises:
         ConfigError: where ``name`` is no file, and could be a recipe's name that there is not.
     """
+    return _find(name, _shipped("recipes"), "recipe (`mindspeed-simpo recipes` lists them)")
+
+
+def sweep_path(name: str) -> Path:
+    """The file of a sweep: ``name`` itself where there is such a file, else that of the shipped sweep.
+
+    Raises:
+        ConfigError: where ``name`` is no file, and could be a shipped sweep's name that there is not.
+    """
+    shipped = _shipped("sweeps")
+    return _find(name, shipped, f"shipped sweep ({', '.join(shipped) or 'there is none'})")
+
+
+def _shipped(kind: str) -> dict[str, Path]:
+    folder = _IN_CLONE / kind if (_IN_CLONE / kind).is_dir() else _INSTALLED / kind
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _find(name: str, shipped: dict[str, Path], what: str) -> Path:
     path = Path(name)
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if path.exists() or len(path.parts) != 1:
         return path
-    known = {recipe.name: recipe.path for recipe in recipes()}
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, known, 1, 0.5)
+    if (stem := name.removesuffix(".yaml")) in shipped:
+        return shipped[stem]
+    if path.suffix:
+        return path
+    near = difflib.get_close_matches(name, shipped, 1, 0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{name}: neither a file nor a recipe (`mindspeed-simpo recipes` lists them){hint}")
+    raise ConfigError(f"{name}: neither a file nor a {what}{hint}")
 
 
 def _read(path: Path) -> Recipe:

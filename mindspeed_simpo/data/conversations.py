@@ -209,6 +209,10 @@ class ExampleReader:
                 return read_messages(cells.get(name), cells.columns[name], self.tags)
         if chosen[0].role != "assistant":
             return None
+        return self._question(cells)
+
+    def _question(self, cells: _Cells) -> list[Message]:
+        """The turns of a prompt that is a text, with the turns of ``history`` before it."""
         if not cells.values.keys() & {"prompt", "query"}:
             wanted = [*self._columns["prompt"], *self._columns["messages"]]
             null = [column for column in wanted if column in cells.example]

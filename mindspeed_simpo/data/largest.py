@@ -14,6 +14,7 @@ from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.config.options import TrainingOptions
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.loader import PairStream
+from mindspeed_simpo.data.mixture import Mixture
 
 SIMULATED_PAIRS = 200_000
 """Pairs of the run, from its start, whose micro-batches are computed."""
@@ -79,21 +80,26 @@ class LargestPass:
 
 
 def largest_pass(
-    lengths: Int[np.ndarray, "pair 3"], options: TrainingOptions, batching: Batching, layout: Layout
+    lengths: Int[np.ndarray, "pair 3"],
+    options: TrainingOptions,
+    batching: Batching,
+    layout: Layout,
+    mixture: Mixture | None = None,
 ) -> LargestPass:
     """Divide the pairs of a run as :class:`~mindspeed_simpo.data.loader.PairLoader` does, and keep the largest numbers.
 
-    One epoch is computed: later epochs have the same pairs in another order.
+    One epoch is computed: later epochs have the same pairs in another order, or pairs of the same sources.
 
     Args:
         lengths: Tokens of prompt, chosen and rejected response of every pair; at least one pair.
         options: ``global_batch_size``, ``train_iters``, ``seed`` and ``pair_schedule`` of the run.
         batching: Of the run.
         layout: Of the run.
+        mixture: Of the sources of the pairs; ``None`` for all pairs.
     """
     found = [
         [each.shape for each in step.passes_of(rank)]
-        for step in steps_of_run(lengths, options, batching, layout.data, SIMULATED_PAIRS)
+        for step in steps_of_run(lengths, options, batching, layout.data, SIMULATED_PAIRS, mixture)
         for rank in range(layout.data)
     ]
     return largest_of(found, layout.pipeline)
@@ -115,7 +121,12 @@ def largest_of(steps: Sequence[Sequence[PassShape]], pipeline: int) -> LargestPa
 
 
 def steps_of_run(
-    lengths: Int[np.ndarray, "pair 3"], options: TrainingOptions, batching: Batching, data_ranks: int, most_pairs: int
+    lengths: Int[np.ndarray, "pair 3"],
+    options: TrainingOptions,
+    batching: Batching,
+    data_ranks: int,
+    most_pairs: int,
+    mixture: Mixture | None = None,
 ) -> Iterator[DealtStep]:
     """The steps of a run from its start, at most one epoch, with their pairs dealt to the data-parallel ranks.
 
@@ -125,9 +136,10 @@ def steps_of_run(
         batching: Of the run.
         data_ranks: Number of data-parallel ranks.
         most_pairs: Number of pairs after which no further step begins.
+        mixture: As in :func:`largest_pass`.
     """
     size = options.global_batch_size
-    stream = PairStream(len(lengths), options.seed)
+    stream = PairStream(mixture or Mixture.of_all(len(lengths)), options.seed)
     epoch = stream.steps_per_epoch(size)
     for step in range(min(options.train_iters or epoch, epoch, -(-most_pairs // size))):
         taken = lengths[stream.take(stream.consumed_pairs(step, size), size)]

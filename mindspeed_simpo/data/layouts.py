@@ -120,6 +120,26 @@ def plain_pair(example: Mapping[str, Any], label: str | None, mapped: Collection
     return _transcripts(_renamed(example, mapped))
 
 
+def plain_prompt(example: Mapping[str, Any], mapped: Collection[str]) -> Mapping[str, Any]:
+    """The example with its prompt under the name ``prompt``; labels and scores are not read.
+
+    Two whole conversations side by side become ``chosen`` and ``rejected``, whichever is better: their shared turns are
+    the prompt.
+
+    Args:
+        example: Decoded columns.
+        mapped: See :func:`plain_pair`.
+    """
+    changed = dict(example)
+    for layout in _COMPARED:
+        if layout.first in example and layout.second in example and example.get("chosen") is None:
+            if layout.prompt is None:
+                changed |= {"chosen": example[layout.first], "rejected": example[layout.second]}
+            elif "prompt" not in mapped:
+                changed["prompt"] = changed.pop(layout.prompt, None)
+    return _transcripts(_renamed(changed, mapped))
+
+
 def refuse_unread_label(example: Mapping[str, Any], chosen: str, rejected: str) -> None:
     """Refuse an example whose columns ``chosen`` and ``rejected`` stand beside a label that says which is better.
 

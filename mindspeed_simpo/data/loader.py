@@ -11,6 +11,7 @@ from jaxtyping import Int, Int64
 
 from mindspeed_simpo.batch import FILLER_PAIR, PairBatch, TokenizedPair
 from mindspeed_simpo.data.batching import Batching
+from mindspeed_simpo.data.mixture import Mixture
 from mindspeed_simpo.data.pixels import ImageInputs
 from mindspeed_simpo.errors import DataError
 
@@ -33,10 +34,11 @@ class PairLoader:
 
     The pairs form an endless stream, epoch after epoch, each epoch shuffled by a generator that ``(seed, epoch)``
     seeds. A global batch is the next ``global_batch_size`` pairs of the stream, or what is left of the epoch, filled up
-    with filler pairs: every epoch has ``ceil(pairs / global_batch_size)`` steps and each of its pairs once. The pairs
-    of a global batch depend neither on the number of ranks nor on ``batching``, which divides them over ranks and
-    micro-batches; with ``padded``, micro-batch ``m`` of rank ``d`` holds the pairs ``(m * data_parallel_size + d) *
-    micro_batch_size`` and following. A loader has no state between steps: a resumed run needs ``consumed_pairs`` alone.
+    with filler pairs: every epoch has ``ceil(pairs / global_batch_size)`` steps and the pairs that ``mixture`` gives
+    it, without one each of its pairs once. The pairs of a global batch depend neither on the number of ranks nor on
+    ``batching``, which divides them over ranks and micro-batches; with ``padded``, micro-batch ``m`` of rank ``d``
+    holds the pairs ``(m * data_parallel_size + d) * micro_batch_size`` and following. A loader has no state between
+    steps: a resumed run needs ``consumed_pairs`` alone.
 
     Args:
         dataset: At least one pair.
@@ -46,6 +48,7 @@ class PairLoader:
         data_parallel_rank: This rank, from 0.
         data_parallel_size: Number of data-parallel ranks.
         images: Makes the inputs of images; ``None`` for a data set without images.
+        mixture: Of the sources of the data set; ``None`` for all of its pairs.
 
     Raises:
         DataError: where the data set is empty.
@@ -62,6 +65,7 @@ class PairLoader:
         data_parallel_rank: int,
         data_parallel_size: int,
         images: ImageInputs | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
         if not len(dataset):
             raise DataError("the dataset has no pair")
@@ -71,7 +75,8 @@ class PairLoader:
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"rank {data_parallel_rank} of {data_parallel_size}")
         self._dataset = dataset
-        self._stream = PairStream(len(dataset), seed)
+        self._mixture = mixture or Mixture.of_all(len(dataset))
+        self._stream = PairStream(self._mixture, seed)
         self.global_batch_size = global_batch_size
         self._batching = batching
         self._rank = data_parallel_rank
@@ -96,14 +101,18 @@ class PairLoader:
         return self._micro_batches(self._stream.take(consumed_pairs, self.global_batch_size))
 
     def eval_steps(self, max_global_batches: int | None = None) -> Iterator[list[PairBatch]]:
-        """This rank's micro-batches of the first global batches of one pass in the order of the data set."""
+        """This rank's micro-batches of the first global batches of :meth:`eval_pairs`."""
         return self.steps_of(self.eval_pairs(max_global_batches))
 
     def eval_pairs(self, max_global_batches: int | None = None) -> Int64[np.ndarray, " pair"]:
-        """Indices of the pairs of :meth:`eval_steps`."""
-        pairs = len(self._dataset)
-        wanted = pairs if max_global_batches is None else max_global_batches * self.global_batch_size
-        return np.arange(min(pairs, wanted))
+        """Ascending indices of the pairs of the first epoch; with a limit its first ones, of several sources evenly."""
+        pairs = self._stream.first_epoch
+        if max_global_batches is None or max_global_batches * self.global_batch_size >= len(pairs):
+            return pairs
+        wanted = np.arange(max_global_batches * self.global_batch_size)
+        if self._mixture.has_one_source:
+            return pairs[wanted]
+        return pairs[wanted * len(pairs) // len(wanted)]
 
     def train_pairs(self, first_step: int, last_step: int) -> Int64[np.ndarray, " pair"]:
         """Ascending indices of the distinct pairs of the global batches ``first_step`` to ``last_step - 1``."""
@@ -136,10 +145,16 @@ class PairLoader:
 class PairStream:
     """Indices of the pairs of a run in training order: epoch after epoch, each epoch shuffled by itself."""
 
-    def __init__(self, num_pairs: int, seed: int | None) -> None:
-        self._num_pairs = num_pairs
+    def __init__(self, mixture: Mixture, seed: int | None) -> None:
+        self._mixture = mixture
+        self._num_pairs = mixture.pairs
         self._seed = seed
         self._last_order: tuple[int, Int64[np.ndarray, " pair"]] | None = None
+
+    @property
+    def first_epoch(self) -> Int64[np.ndarray, " pair"]:
+        """Ascending indices of the distinct pairs of the first epoch."""
+        return self._mixture.distinct(self._seed, 0, 1)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Batches of one epoch; the last one has what is left."""
@@ -162,18 +177,22 @@ class PairStream:
 
     def between(self, first: int, last: int) -> Int64[np.ndarray, " pair"]:
         """Ascending indices of the distinct pairs of the stream from place ``first`` to place ``last - 1``."""
-        if last - first >= 2 * self._num_pairs - 1:  # a whole epoch is among them
-            return np.arange(self._num_pairs)
-        taken = []
-        while first < last:
-            epoch, start = divmod(first, self._num_pairs)
-            taken.append(self._order(epoch)[start : start + last - first])
-            first += len(taken[-1])
-        return np.unique(np.concatenate([np.arange(0), *taken]))
+        size = self._num_pairs
+        taken = [np.arange(0)]
+        if first < last and first % size:  # the rest of an epoch
+            rest = min(last, first - first % size + size)
+            taken.append(self._order(first // size)[first % size :][: rest - first])
+            first = rest
+        if last - first >= size:
+            taken.append(self._mixture.distinct(self._seed, first // size, last // size))
+            first = last - last % size
+        if first < last:
+            taken.append(self._order(first // size)[: last - first])
+        return np.unique(np.concatenate(taken))
 
     def _order(self, epoch: int) -> Int64[np.ndarray, " pair"]:
         if self._last_order is None or self._last_order[0] != epoch:
-            self._last_order = (epoch, epoch_order(self._num_pairs, self._seed, epoch))
+            self._last_order = (epoch, self._mixture.epoch_order(self._seed, epoch))
         return self._last_order[1]
 
 
@@ -197,13 +216,3 @@ class PrefetchingLoader:
         following = consumed_pairs + self._loader.num_pairs(consumed_pairs)
         self._ahead = (following, self._thread.submit(self._loader.train_step, following))
         return micro_batches
-
-
-def epoch_order(num_pairs: int, seed: int | None, epoch: int) -> Int64[np.ndarray, " pair"]:
-    """Indices of one epoch's pairs in training order, a function of ``(seed, epoch)``; ascending where seed is None."""
-    ids = np.arange(num_pairs)
-    if seed is not None:
-        # numpy guarantees the streams of RandomState across versions, those of Generator not; resumed runs need them.
-        sequence = np.random.SeedSequence([seed, epoch])
-        np.random.RandomState(np.random.MT19937(sequence)).shuffle(ids)
-    return ids

@@ -23,7 +23,9 @@ _SAVED_DATASET_MARKS = ("state.json", "dataset_dict.json")
 _EVAL_SPLITS = ("validation", "test", "eval")
 
 
-def open_sources(paths: str | Sequence[str], part: Part, column_names: Sequence[str]) -> list[Source]:
+def open_sources(
+    paths: str | Sequence[str], part: Part, column_names: Sequence[str], split: str | None = None
+) -> list[Source]:
     """The sources that ``paths`` name, in order.
 
     Args:
@@ -33,22 +35,31 @@ def open_sources(paths: str | Sequence[str], part: Part, column_names: Sequence[
         part: Which split to take of a data set with several when none is named: ``train`` for training, the only one
             of ``validation``, ``test`` and ``eval`` for evaluation.
         column_names: Columns that are read of tables, where present.
+        split: The split to take; every path must be a data set with splits.
 
     Raises:
         DataError: saying what was looked for.
     """
     names = [paths] if isinstance(paths, str) else paths
-    return [source for name in names for source in _sources_of(name, part, column_names)]
+    return [source for name in names for source in _sources_of(name, part, column_names, split)]
 
 
-def _sources_of(name: str, part: Part, column_names: Sequence[str]) -> Iterator[Source]:
+def _sources_of(name: str, part: Part, column_names: Sequence[str], split: str | None) -> Iterator[Source]:
     path = Path(name).expanduser()
-    if not hub.exists(path) and indexed.is_prefix(path):
+    exists = hub.exists(path)
+    is_prefix = not exists and indexed.is_prefix(path)
+    is_saved = exists and path.is_dir() and any((path / mark).is_file() for mark in _SAVED_DATASET_MARKS)
+    if split is not None and (is_prefix or (exists and not is_saved)):
+        raise DataError(
+            f"{name}: split {split!r} names a split of a data set of the hub or of `save_to_disk`, and this is none; "
+            "relative sizes of the train and eval parts would be such as 95,5"
+        )
+    if is_prefix:
         yield IndexedSource(path, name)
-    elif not hub.exists(path):
-        yield _hub_source(name, path, part, column_names)
-    elif path.is_dir() and any((path / mark).is_file() for mark in _SAVED_DATASET_MARKS):
-        yield _saved_source(name, path, part, column_names)
+    elif not exists:
+        yield _hub_source(name, path, part, column_names, split)
+    elif is_saved:
+        yield _saved_source(name, path, part, column_names, split)
     elif path.is_dir():
         for file in _files_of(path, name):
             yield _file_source(file, str(Path(name) / file.name), column_names)
@@ -89,7 +100,7 @@ def _file_source(path: Path, name: str, column_names: Sequence[str]) -> Source:
     return ParquetSource(path, name, column_names) if suffix == ".parquet" else JsonSource(path, name)
 
 
-def _saved_source(name: str, path: Path, part: Part, column_names: Sequence[str]) -> Source:
+def _saved_source(name: str, path: Path, part: Part, column_names: Sequence[str], split: str | None) -> Source:
     import datasets  # type: ignore[import-untyped]
 
     try:
@@ -97,15 +108,21 @@ def _saved_source(name: str, path: Path, part: Part, column_names: Sequence[str]
     except Exception as error:
         raise DataError(f"{name}: not a readable dataset folder: {first_line(error)}") from None
     if isinstance(data, datasets.DatasetDict):
-        split = _choose_split(list(data), part, name, f"name the folder of one split, such as {Path(name) / 'train'}")
+        advice = f"name the folder of one split, such as {Path(name) / 'train'}, or give `split`"
+        split = _choose_split(list(data), part, name, advice, split)
         return SplitSource(f"{name}[{split}]", data[split], column_names, path)
+    if split is not None:
+        raise DataError(f"{name}: split {split!r}, but this folder is one split of a data set")
     return SplitSource(name, data, column_names, path)
 
 
-def _hub_source(name: str, path: Path, part: Part, column_names: Sequence[str]) -> Source:
+def _hub_source(name: str, path: Path, part: Part, column_names: Sequence[str], split: str | None) -> Source:
     import datasets
 
-    hub_id, _, split = name.partition(":")
+    hub_id, _, in_name = name.partition(":")
+    if split is not None and in_name:
+        raise DataError(f"{name}: names a split, and so does split {split!r}: give one of the two")
+    split = split or in_name
     looked_for = f"{name}: no such file or folder (looked for {path.absolute()})"
     if path.suffix.lower() in _SUFFIXES or not hub.may_be_hub_id(hub_id):
         raise DataError(f"{looked_for}; a hub id would be `owner/name` or `owner/name:split`")
@@ -122,7 +139,11 @@ def _hub_source(name: str, path: Path, part: Part, column_names: Sequence[str]) 
     return SplitSource(f"{hub_id}:{split}", data, column_names)
 
 
-def _choose_split(splits: list[str], part: Part, name: str, advice: str) -> str:
+def _choose_split(splits: list[str], part: Part, name: str, advice: str, wanted: str | None = None) -> str:
+    if wanted is not None:
+        if wanted not in splits:
+            raise DataError(f"{name}: split {wanted!r}, but the dataset has the splits {quoted(splits)}")
+        return wanted
     if len(splits) == 1:
         return splits[0]
     candidates = [split for split in (("train",) if part == "train" else _EVAL_SPLITS) if split in splits]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -71,36 +72,8 @@ class Preparation:
         return table
 
     def tokenise_share(self, index: int, shares: int, *, num_workers: int, progress: bool) -> None:
-        """Write the missing shards of one share.
-
-        Args:
-            index: Which share, from 0.
-            shares: Number of shares, each of which one process of this or another host works on.
-            num_workers: Worker processes; 0 means one per core.
-            progress: Show a progress bar on stderr.
-
-        Raises:
-            DataError: where data cannot be written; where they cannot be read, and then without the shards, which would
-                not serve corrected data.
-        """
-        places = [source.places for source in self.sources]
-        total = None if None in places else sum(filter(None, places)) // shares
-        unreadable: list[DataError] = []
-        encoder = ExampleEncoder(self.reader, self.encoder, tuple(source.folder for source in self.sources))
-
-        def blocks() -> Iterator[Block]:
-            try:
-                yield from self._blocks(index, shares)
-            except DataError as error:
-                unreadable.append(error)
-                raise
-
-        try:
-            with _progress_bar(total, shown=progress) as advance:
-                write_shards(blocks(), encoder, num_workers or cores(), advance)
-        finally:
-            if unreadable:
-                shutil.rmtree(self.folder, ignore_errors=True)
+        """See :func:`tokenise_shares`."""
+        tokenise_shares([self], index, shares, num_workers=num_workers, progress=progress)
 
     def merge(self) -> CachedTable:
         """Make the cache file of all shards and remove them.
@@ -154,7 +127,7 @@ class Preparation:
         columns = self.reader.prompt_columns, self.reader.score
         return first is not None and single_answer(decoded(first[1]), *columns) is not None
 
-    def _blocks(self, index: int, shares: int) -> Iterator[Block]:
+    def blocks(self, index: int, shares: int) -> Iterator[Block]:
         """The blocks of a share that are not tokenised yet."""
         for number, source in enumerate(self.sources):
             blocks = self._num_blocks(source)
@@ -198,6 +171,46 @@ class Preparation:
         table = read_table(path)
         if table is None or self._reads_again(table):
             yield Block(path, [PlacedExample(source, place, value) for place, value in examples])
+
+
+def tokenise_shares(works: Sequence[Preparation], index: int, shares: int, *, num_workers: int, progress: bool) -> None:
+    """Write the missing shards of one share of each work.
+
+    Args:
+        works: Those with one cache file are done once.
+        index: Which share, from 0.
+        shares: Number of shares, each of which one process of this or another host works on.
+        num_workers: Worker processes; 0 means one per core.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        DataError: where data cannot be written; where they cannot be read, and then without the shards of that work,
+            which would not serve corrected data.
+    """
+    works = [*{work.path: work for work in works}.values()]
+    places = [source.places for work in works for source in work.sources]
+    total = None if None in places else sum(filter(None, places)) // shares
+    unreadable: list[Preparation] = []
+    encoders = [
+        ExampleEncoder(work.reader, work.encoder, tuple(source.folder for source in work.sources)) for work in works
+    ]
+
+    def blocks() -> Iterator[Block]:
+        for number, work in enumerate(works):
+            try:
+                # small works fall to different shares
+                for block in work.blocks((index + number) % shares, shares):
+                    yield dataclasses.replace(block, encoder=number)
+            except DataError:
+                unreadable.append(work)
+                raise
+
+    try:
+        with _progress_bar(total, shown=progress) as advance:
+            write_shards(blocks(), encoders, num_workers or cores(), advance)
+    finally:
+        for work in unreadable:
+            shutil.rmtree(work.folder, ignore_errors=True)
 
 
 def _block_examples(source: Source) -> int:

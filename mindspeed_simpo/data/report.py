@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections import Counter
@@ -10,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int32, Int64
 
 from mindspeed_simpo.config.options import DataOptions
+from mindspeed_simpo.data.examples import Examples
 from mindspeed_simpo.data.problems import NO_FAULT, ProblemKind
-from mindspeed_simpo.data.source import Source
 from mindspeed_simpo.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ class DataReport:
     """Examples whose label or scores prefer no response."""
     unpaired: int
     """Prompts with a single answer."""
+    contaminated: int
+    """Held-out pairs that ``eval_decontaminate`` leaves out: their prompt is that of a training pair."""
     truncated_prompts: int
     """Kept pairs whose prompt was cut."""
     truncated_responses: int
@@ -101,8 +104,9 @@ class DataReport:
         )
 
 
-def make_report(table: Any, sources: Sequence[Source]) -> DataReport:
-    """Count the examples of a cache table, batch by batch: what it needs of memory is what it returns."""
+def make_report(examples: Examples) -> DataReport:
+    """Count the examples, batch by batch: what it needs of memory is what it returns."""
+    table = examples.table
     size = table.column("kind").null_count
     kept_rows, lengths = np.empty(size, np.int64), np.empty((size, 3), np.int32)
     counts: Counter[str] = Counter()
@@ -123,22 +127,36 @@ def make_report(table: Any, sources: Sequence[Source]) -> DataReport:
         prompts_cut += int(np.count_nonzero(cut[0]))
         responses_cut += int(np.count_nonzero(cut[1] + cut[2]))
         first, kept = first + batch.num_rows, part.stop
-    prompt, chosen, rejected = lengths.T
     return DataReport(
-        files=tuple(source.name for source in sources),
+        files=examples.files,
         rows=table.num_rows,
         kept=size,
-        **{kind: counts[kind] for kind in _KINDS},
+        **dict[str, Any]({kind: counts[kind] for kind in _KINDS}),
+        contaminated=0,
         truncated_prompts=prompts_cut,
         truncated_responses=responses_cut,
-        problems=tuple(_problem(table, index, sources) for index in listed),
-        prompt_tokens=_statistics(prompt),
-        chosen_tokens=_statistics(chosen),
-        rejected_tokens=_statistics(rejected),
-        pair_tokens=_statistics(prompt + np.maximum(chosen, rejected)),
-        lengths=lengths,
-        kept_rows=kept_rows,
+        problems=tuple(_problem(examples, index) for index in listed),
+        **_of_kept(kept_rows, lengths),
     )
+
+
+def without(report: DataReport, dropped: Bool[np.ndarray, " pair"]) -> DataReport:
+    """The report with some of the kept pairs counted as contaminated; its counts of cut pairs are those of all."""
+    number = int(np.count_nonzero(dropped))
+    changed: dict[str, Any] = {"kept": report.kept - number, "contaminated": report.contaminated + number}
+    return dataclasses.replace(report, **changed, **_of_kept(report.kept_rows[~dropped], report.lengths[~dropped]))
+
+
+def _of_kept(kept_rows: Int64[np.ndarray, " pair"], lengths: Int32[np.ndarray, "pair 3"]) -> dict[str, Any]:
+    prompt, chosen, rejected = lengths.T
+    return {
+        "prompt_tokens": _statistics(prompt),
+        "chosen_tokens": _statistics(chosen),
+        "rejected_tokens": _statistics(rejected),
+        "pair_tokens": _statistics(prompt + np.maximum(chosen, rejected)),
+        "lengths": lengths,
+        "kept_rows": kept_rows,
+    }
 
 
 def _statistics(lengths: Int32[np.ndarray, " pair"]) -> TokenStatistics:
@@ -158,11 +176,9 @@ def _percentile(numbers: Int64[np.ndarray, " length"], share: float) -> float:
     return low + (high - low) * (place - math.floor(place))
 
 
-def _problem(table: Any, index: int, sources: Sequence[Source]) -> ExampleProblem:
-    source, number, kind, message = (
-        table.column(name)[index].as_py() for name in ("source", "line", "kind", "message")
-    )
-    return ExampleProblem(sources[source].where(number), kind, message)
+def _problem(examples: Examples, index: int) -> ExampleProblem:
+    kind, message = (examples.table.column(name)[index].as_py() for name in ("kind", "message"))
+    return ExampleProblem(examples.where(index), kind, message)
 
 
 def judge(report: DataReport, options: DataOptions) -> None:

@@ -6,13 +6,15 @@ import os
 import uuid
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.config.options import DataOptions
 from mindspeed_simpo.data.cache import not_writable
-from mindspeed_simpo.data.dataset import PairDataset, dataset_of, preparation_of, sources_of
+from mindspeed_simpo.data.dataset import PairDataset, dataset_of, files_of, preparations_of, shared_prompts
 from mindspeed_simpo.data.paths import Part
+from mindspeed_simpo.data.preparation import tokenise_shares
 from mindspeed_simpo.data.processor import ImageProcessor
 from mindspeed_simpo.data.source import survey_share, take_surveys
 from mindspeed_simpo.data.workers import cores
@@ -48,32 +50,58 @@ def prepare_together(
     rank, ranks = group.rank(), group.size()
     local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with fail_together(group):
-        sources = sources_of(options, part)
-        own = survey_share(sources, local_rank, local_ranks)
+        files = files_of(options, part)
+        every = [file for its_files in files for file in its_files]
+        own = survey_share(every, local_rank, local_ranks)
     of_host = of_all_ranks(own, group)[rank - local_rank :][:local_ranks]
     with fail_together(group):
-        take_surveys(sources, {key: survey for surveys in of_host for key, survey in surveys.items()})
-        work = preparation_of(options, tokenizer, part, vocab_size, sources, images)
-        table = work.load_reusable() if local_rank == 0 else None
-        mark = _leave_mark(work.path)
+        take_surveys(every, {key: survey for surveys in of_host for key, survey in surveys.items()})
+        works = preparations_of(options, tokenizer, part, vocab_size, files, images)
+        tables = [work.load_reusable() if local_rank == 0 else None for work in works]
+        mark = _leave_mark(works[0].path)
     try:
         names = of_all_ranks(mark.name, group)
         shared = all(of_all_ranks(all(mark.with_name(name).exists() for name in names), group))
     finally:
         mark.unlink(missing_ok=True)
     index, count = (rank, ranks) if shared else (local_rank, local_ranks)
-    found = of_all_ranks(table is not None, group)
-    missing = not (any(found) if shared else found[rank - local_rank])
+    found = of_all_ranks([table is not None for table in tables], group)
+    missing = [
+        not (any(rank_found) if shared else rank_found[rank - local_rank]) for rank_found in zip(*found, strict=True)
+    ]
     with fail_together(group):
-        if missing:
+        left = [work for work, is_missing in zip(works, missing, strict=True) if is_missing]
+        if left:
             workers = max(1, (options.num_workers or cores()) // local_ranks)
-            work.tokenise_share(index, count, num_workers=workers, progress=rank == 0)
+            tokenise_shares(left, index, count, num_workers=workers, progress=rank == 0)
     with fail_together(group):
-        if missing and index == 0:
-            table = work.merge()
+        for number, work in enumerate(works):
+            if missing[number] and index == 0:
+                tables[number] = work.merge()
     with fail_together(group):
-        table = table or work.load(verified=local_rank != 0)
-        return dataset_of(options, part, work, table)
+        verified = local_rank != 0
+        tables = [table or work.load(verified=verified) for table, work in zip(tables, works, strict=True)]
+        return dataset_of(options, part, works, tables)
+
+
+def decontaminate_together(held_out: PairDataset, training: PairDataset, group: dist.ProcessGroup) -> PairDataset:
+    """The held-out pairs whose prompt is that of no training pair, the same on every rank; a collective.
+
+    Each rank reads its share of the training prompts.
+
+    Args:
+        held_out: The eval part.
+        training: The train part.
+        group: All ranks.
+
+    Raises:
+        DataError: on every rank, where no pair is left.
+    """
+    with fail_together(group):
+        own = shared_prompts(held_out, training, group.rank(), group.size())
+    shared = np.unique(np.concatenate(of_all_ranks(own, group)))
+    with fail_together(group):
+        return held_out.without_prompts(shared)
 
 
 def _leave_mark(path: Path) -> Path:

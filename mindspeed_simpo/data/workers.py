@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -47,6 +47,8 @@ class Block:
 
     path: Path
     examples: list[PlacedExample]
+    encoder: int = 0
+    """Index of the encoder of its examples."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,13 @@ class ExampleEncoder:
 
 
 def write_shards(
-    blocks: Iterable[Block], encoder: ExampleEncoder, num_workers: int, advance: Callable[[int], None]
+    blocks: Iterable[Block], encoders: Sequence[ExampleEncoder], num_workers: int, advance: Callable[[int], None]
 ) -> None:
     """Write the shard of each block.
 
     Args:
         blocks: Read lazily: at most two blocks for each process are in memory.
-        encoder: Of the examples.
+        encoders: Of the examples, see :attr:`Block.encoder`.
         num_workers: Processes; 1 encodes in this process, as do the first ``PATIENCE_SECONDS`` in any case.
         advance: Called with the number of examples that are done since the last call.
 
@@ -104,9 +106,9 @@ def write_shards(
     blocks = iter(blocks)
     for block in blocks:
         if num_workers > 1 and time.monotonic() - begin >= PATIENCE_SECONDS:
-            _in_processes(chain([block], blocks), encoder, num_workers, advance)
+            _in_processes(chain([block], blocks), encoders, num_workers, advance)
         else:
-            encoder.write(block, advance)
+            encoders[block.encoder].write(block, advance)
 
 
 def cores() -> int:
@@ -115,10 +117,10 @@ def cores() -> int:
 
 
 def _in_processes(
-    blocks: Iterable[Block], encoder: ExampleEncoder, workers: int, advance: Callable[[int], None]
+    blocks: Iterable[Block], encoders: Sequence[ExampleEncoder], workers: int, advance: Callable[[int], None]
 ) -> None:
     # spawn, not fork: a forked process can deadlock on a lock that a thread of the parent held.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(encoder,))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(encoders,))
     pending: deque[Future[int]] = deque()
     try:
         for block in blocks:
@@ -136,12 +138,12 @@ def _in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker_encoder: ExampleEncoder | None = None
+_worker_encoders: Sequence[ExampleEncoder] | None = None
 
 
-def _start_worker(encoder: ExampleEncoder) -> None:
-    global _worker_encoder
-    _worker_encoder = encoder
+def _start_worker(encoders: Sequence[ExampleEncoder]) -> None:
+    global _worker_encoders
+    _worker_encoders = encoders
     # The processes themselves are the parallelism; the parent process alone handles Ctrl-C.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -156,6 +158,6 @@ def _end_with_parent() -> None:
 
 
 def _write_block(block: Block) -> int:
-    if _worker_encoder is None:
+    if _worker_encoders is None:
         raise RuntimeError("the worker was not started")
-    return _worker_encoder.write(block)
+    return _worker_encoders[block.encoder].write(block)

@@ -76,6 +76,15 @@ class Device:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
         return int(self._accelerator().max_memory_allocated())
 
+    def memory_bytes(self) -> int | None:
+        """Memory of the accelerator, bytes; None on the CPU."""
+        return None if self.is_cpu else int(self._accelerator().mem_get_info()[1])
+
+    def release_memory(self) -> None:
+        """Give back what freed tensors have left in the allocator."""
+        if not self.is_cpu:
+            self._accelerator().empty_cache()
+
     def rng_state(self) -> dict[str, Any]:
         """State of every generator that :meth:`seed` seeds, for a checkpoint."""
         state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}

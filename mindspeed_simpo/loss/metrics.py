@@ -7,20 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mindspeed_simpo.losses import LossInputs, LossOutput
-
-METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "sft_loss",
-    "response_tokens/chosen",
-    "response_tokens/rejected",
-)
-"""Metrics of every objective; the metrics that an objective declares are logged after them."""
+from mindspeed_simpo.objectives import METRICS
 
 
 def pair_metrics(inputs: LossInputs, output: LossOutput, dtype: torch.dtype) -> dict[str, Float[Tensor, " pair"]]:

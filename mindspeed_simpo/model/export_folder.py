@@ -7,8 +7,9 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -17,10 +18,34 @@ from torch import Tensor
 
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.adapter_folder import CONFIG_FILE
+from mindspeed_simpo.model.tokenizer_files import write_tokenizer
 from mindspeed_simpo.model.weight_source import INDEX_FILE
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MAX_SHARD_BYTES = 5_000_000_000
+CARD_FILE = "README.md"
 _COPIED = ("generation_config.json",)
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What stands beside the weights of an export: tokenizer, chat template and model card."""
+
+    source: Path
+    """Hugging Face folder that the model was built from."""
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: str | None = None
+    """The template that takes the place of the tokenizer's own; None keeps that."""
+    card: str | None = None
+    """Content of ``README.md``; None writes none."""
+
+    def write(self, folder: Path) -> None:
+        """Write the files into an existing folder."""
+        write_tokenizer(self.source, folder, self.tokenizer, self.chat_template)
+        if self.card is not None:
+            (folder / CARD_FILE).write_text(self.card, encoding="utf-8")
 
 
 def write_on_first_rank(output: Path, tensors: Iterator[tuple[str, Tensor]], write: Callable[[Path], None]) -> None:

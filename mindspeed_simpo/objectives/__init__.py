@@ -13,9 +13,22 @@ from types import MappingProxyType
 
 from mindspeed_simpo.objectives._declaration import Keys, Objective
 
-__all__ = ["DEFAULT_STAGE", "OBJECTIVES", "Keys", "Objective"]
+__all__ = ["DEFAULT_STAGE", "METRICS", "OBJECTIVES", "Keys", "Objective"]
 
 DEFAULT_STAGE = "simpo"
+METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "sft_loss",
+    "response_tokens/chosen",
+    "response_tokens/rejected",
+)
+"""Metrics of every objective; the metrics that an objective declares are logged after them."""
 
 
 def _registry() -> dict[str, Objective]:

@@ -49,5 +49,8 @@ class Objective:
     tracked: Callable[[LossInputs], Tensor] | None
     """``tracked(inputs)``: a value of each pair. ``inputs.running`` has its running mean and standard deviation over
     the previous global batches. None for an objective without such statistics."""
+    flat_beyond: Callable[[Any], float | None]
+    """``flat_beyond(keys)``: the value of ``rewards/margins`` beyond which the preference term of a pair has less than
+    1 % of its largest gradient. None where the gradient does not vanish with the margin."""
     source: str
     """The publication of the formula."""

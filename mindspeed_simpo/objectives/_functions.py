@@ -17,6 +17,15 @@ def log_sigmoid(values: Tensor) -> Tensor:
     return logsigmoid(values)
 
 
+FLAT_LOGIT = 4.6
+"""``-log sigmoid(x)`` has the gradient ``-sigmoid(-x)``, which is 1 % of its largest value at ``x = log(99)``."""
+
+
+def flat_beyond(loss_type: LossType) -> float | None:
+    """``beta * margin`` beyond which :func:`preference_loss` has 1 % of its largest gradient; None for ``ipo``."""
+    return {"sigmoid": FLAT_LOGIT, "hinge": 1.0, "ipo": None}[loss_type]
+
+
 def log1m_exp(values: Tensor) -> Tensor:
     """``log(1 - exp(values))`` of negative values, elementwise, without cancellation near 0 and far from 0.
 

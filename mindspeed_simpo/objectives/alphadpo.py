@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from mindspeed_simpo.objectives._declaration import Keys, Objective
-from mindspeed_simpo.objectives._functions import log_sigmoid
+from mindspeed_simpo.objectives._functions import FLAT_LOGIT, log_sigmoid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,5 +85,6 @@ OBJECTIVE = Objective(
     warnings=_warnings,
     learning_rates=(3e-7, 1e-6),
     tracked=gap,
+    flat_beyond=lambda keys: keys.alphadpo_beta * keys.alphadpo_gamma_beta_ratio + FLAT_LOGIT,
     source="Wu et al. 2024, arXiv:2410.10148",
 )

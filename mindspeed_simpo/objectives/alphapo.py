@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from mindspeed_simpo.objectives._declaration import Keys, Objective
-from mindspeed_simpo.objectives._functions import log_sigmoid
+from mindspeed_simpo.objectives._functions import FLAT_LOGIT, log_sigmoid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,5 +66,6 @@ OBJECTIVE = Objective(
     warnings=_warnings,
     learning_rates=(3e-7, 1e-6),
     tracked=None,
+    flat_beyond=lambda keys: keys.alphapo_beta * keys.alphapo_gamma_beta_ratio + FLAT_LOGIT,
     source="Gupta et al. 2025, arXiv:2501.03884",
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from mindspeed_simpo.objectives._declaration import Keys, Objective
-from mindspeed_simpo.objectives._functions import log_sigmoid
+from mindspeed_simpo.objectives._functions import FLAT_LOGIT, log_sigmoid
 
 if TYPE_CHECKING:
     from mindspeed_simpo.losses import LossInputs, ObjectiveTerms
@@ -52,5 +52,6 @@ OBJECTIVE = Objective(
     warnings=_warnings,
     learning_rates=(3e-7, 1e-6),
     tracked=None,
+    flat_beyond=lambda keys: FLAT_LOGIT,  # noqa: ARG005 - the logit is the margin of the rewards
     source="Xu et al. 2024, arXiv:2401.08417",
 )

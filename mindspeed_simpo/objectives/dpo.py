@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from mindspeed_simpo.objectives._declaration import Keys, Objective
-from mindspeed_simpo.objectives._functions import LossType, preference_loss
+from mindspeed_simpo.objectives._functions import LossType, flat_beyond, preference_loss
 
 if TYPE_CHECKING:
     from mindspeed_simpo.losses import LossInputs, ObjectiveTerms
@@ -65,6 +65,7 @@ OBJECTIVE = Objective(
     warnings=_warnings,
     learning_rates=(3e-7, 1e-6),
     tracked=None,
+    flat_beyond=lambda keys: flat_beyond(keys.dpo_loss_type),
     source="Rafailov et al. 2023, arXiv:2305.18290, equation 7; hinge: arXiv:2305.10425; ipo: arXiv:2310.12036; "
     "smoothing: arXiv:2403.00409; length normalisation: arXiv:2407.15229",
 )

@@ -57,5 +57,6 @@ OBJECTIVE = Objective(
     warnings=_warnings,
     learning_rates=(5e-6, 8e-6),
     tracked=None,
+    flat_beyond=lambda keys: None,  # noqa: ARG005 - the supervised term keeps its gradient
     source="Hong et al. 2024, arXiv:2403.07691, equations 6 and 7",
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from mindspeed_simpo.objectives._declaration import Keys, Objective
-from mindspeed_simpo.objectives._functions import log_sigmoid
+from mindspeed_simpo.objectives._functions import FLAT_LOGIT, log_sigmoid
 
 if TYPE_CHECKING:
     from mindspeed_simpo.losses import LossInputs, ObjectiveTerms
@@ -54,6 +54,11 @@ def _warnings(keys: RainbowpoKeys) -> Iterator[str]:
         )
 
 
+def _flat_beyond(keys: RainbowpoKeys) -> float:
+    target = (1 - keys.rainbowpo_reference_mix) * keys.rainbowpo_gamma_beta_ratio
+    return keys.rainbowpo_beta * target + FLAT_LOGIT
+
+
 OBJECTIVE = Objective(
     stage="rainbowpo",
     title="RainbowPO",
@@ -65,5 +70,6 @@ OBJECTIVE = Objective(
     warnings=_warnings,
     learning_rates=(3e-7, 1e-6),
     tracked=None,
+    flat_beyond=_flat_beyond,
     source="Zhao et al. 2024, arXiv:2410.04203",
 )

@@ -41,5 +41,6 @@ OBJECTIVE = Objective(
     warnings=_warnings,
     learning_rates=(3e-7, 1e-6),
     tracked=None,
+    flat_beyond=lambda keys: keys.repo_margin,
     source="Wu et al. 2025, arXiv:2503.07426",
 )

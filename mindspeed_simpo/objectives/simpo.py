@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from mindspeed_simpo.objectives._declaration import Keys, Objective
-from mindspeed_simpo.objectives._functions import LossType, preference_loss
+from mindspeed_simpo.objectives._functions import LossType, flat_beyond, preference_loss
 
 if TYPE_CHECKING:
     from mindspeed_simpo.losses import LossInputs, ObjectiveTerms
@@ -62,6 +62,11 @@ def _warnings(keys: SimpoKeys) -> Iterator[str]:
         yield "simpo_length_norm: false is an ablation: the paper's runs show longer and worse answers with it"
 
 
+def _flat_beyond(keys: SimpoKeys) -> float | None:
+    flat = flat_beyond(keys.simpo_loss_type)
+    return None if flat is None else keys.simpo_beta * keys.gamma_beta_ratio + flat
+
+
 OBJECTIVE = Objective(
     stage="simpo",
     title="SimPO",
@@ -73,5 +78,6 @@ OBJECTIVE = Objective(
     warnings=_warnings,
     learning_rates=(3e-7, 1e-6),
     tracked=None,
+    flat_beyond=_flat_beyond,
     source="Meng et al. 2024, arXiv:2405.14734, equation 6",
 )

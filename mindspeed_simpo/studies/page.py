@@ -20,17 +20,25 @@ _DIR = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Section:
-    """A titled part of a page: a figure, HTML below it, or both."""
+    """A titled part of a page: figures, HTML below them, or both."""
 
     title: str
     how_to_read: str
     """One sentence."""
-    figure: Figure | None = None
+    figure: Figure | Sequence[Figure] | None = None
+    """Several stand side by side where the page is wide enough, below each other elsewhere."""
     body: str = ""
     """HTML; text in it has passed :func:`html.escape`."""
 
+    @property
+    def figures(self) -> Sequence[Figure]:
+        """The figures, from left to right."""
+        if self.figure is None:
+            return ()
+        return tuple(self.figure) if isinstance(self.figure, tuple | list) else (self.figure,)
 
-def write_page(path: Path, title: str, sections: Sequence[Section], summary: str = "") -> None:
+
+def write_page(path: Path, title: str, sections: Sequence[Section], summary: str = "", style: str = "") -> None:
     """Write a page, completely or not at all.
 
     Args:
@@ -38,6 +46,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section], summary: str
         title: Title of the page.
         sections: In their order.
         summary: HTML below the title.
+        style: CSS of the page's own classes; colours and fonts are there already, see ``page.html``.
 
     Raises:
         ConfigError: where plotly is not installed.
@@ -51,9 +60,10 @@ def write_page(path: Path, title: str, sections: Sequence[Section], summary: str
     text = (_DIR / "page.html").read_text(encoding="utf-8")
     values = {
         "TITLE": html.escape(title),
+        "STYLE": style,
         "SUMMARY": summary,
         "SECTIONS": "\n".join(parts),
-        "PLOTLY": get_plotlyjs() if any(section.figure is not None for section in sections) else "",
+        "PLOTLY": get_plotlyjs() if any(section.figures for section in sections) else "",
     }
     text = re.sub(r"<!--([A-Z]+)-->", lambda place: values[place[1]], text)
     partial = path.with_name(f".{path.name}.partial")
@@ -87,9 +97,14 @@ def _cell(value: object) -> str:
 
 def _section(number: int, section: Section) -> str:
     parts = [f"<h2>{html.escape(section.title)}</h2>", f'<p class="reading">{html.escape(section.how_to_read)}</p>']
-    if section.figure is not None:
-        # in a script element only `</` could end the JSON early
-        text = json.dumps(json.loads(section.figure.to_json())).replace("</", "<\\/")
-        parts.append(f'<div class="figure" id="figure{number}"></div>')
-        parts.append(f'<script type="application/json" data-figure="figure{number}">{text}</script>')
+    places = []
+    for index, figure in enumerate(section.figures):
+        name = f"figure{number}-{index}"
+        # within a script element `</` and `<!--` have meanings of their own
+        text = json.dumps(json.loads(figure.to_json()), ensure_ascii=False).replace("<", "\\u003c")
+        parts.append(f'<script type="application/json" data-figure="{name}">{text}</script>')
+        height = f' style="height: {figure.layout.height:.0f}px"' if figure.layout.height else ""
+        places.append(f'<div class="figure" id="{name}"{height}></div>')
+    if places:
+        parts.append(f'<div class="beside">{"".join(places)}</div>')
     return f"<section>{''.join(parts)}{section.body}</section>"

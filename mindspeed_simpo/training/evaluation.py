@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+
+import torch
 
 from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.data.dataset import PairDataset
 from mindspeed_simpo.data.loader import PairLoader
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import TrainingError
@@ -31,20 +35,12 @@ def evaluate(config: Config, device: Device) -> dict[str, float]:
         SimpoError: on every rank.
     """
     with open_session(config, device) as session:
-        config = session.config
         data = session.prepare("eval")
         loader = session.loader(data)
-        [table] = configured_tables(session, config, [UsedPairs(data, loader.eval_pairs())])
-        if config.load is not None:
-            load = config.output_dir if config.load == "auto" else config.load
-            folder, state = checkpoint.find(load, session.groups.control)
-            with fail_together(session.groups.control):
-                check_adapters(folder, state, config)
-                check_base(folder, state.base, session.base)
-            checkpoint.load(folder, session.models, None, session.groups, device)
-            session.running.load(state.running)
+        [table] = configured_tables(session, session.config, [UsedPairs(data, loader.eval_pairs())])
+        load_configured(session)
         schedule = session.schedule(session.backend.for_scoring(), table)
-        values = mean_metrics(session, schedule, loader, None)
+        values = mean_metrics(session, schedule, data, loader, None)
     if not math.isfinite(values["loss"]):
         weights = config.load or config.model_name_or_path
         raise on_every_rank(
@@ -53,18 +49,56 @@ def evaluate(config: Config, device: Device) -> dict[str, float]:
     return values
 
 
+def load_configured(session: Session) -> tuple[Path, checkpoint.TrainingState] | None:
+    """Load the checkpoint that ``load`` names into the session's model, which keeps its starting weights without one.
+
+    A collective of the world. The starting weights may be the reference, whose sums must have been computed before.
+
+    Returns:
+        Folder and state of the checkpoint.
+
+    Raises:
+        SimpoError: on every rank, where the checkpoint cannot be used.
+    """
+    config, groups = session.config, session.groups
+    if config.load is None:
+        return None
+    load = config.output_dir if config.load == "auto" else config.load
+    folder, state = checkpoint.find(load, groups.control)
+    with fail_together(groups.control):
+        check_adapters(folder, state, config)
+        check_base(folder, state.base, session.base)
+    checkpoint.load(folder, session.models, None, groups, session.device)
+    session.running.load(state.running)
+    return folder, state
+
+
 def mean_metrics(
-    session: Session, schedule: PairSchedule, loader: PairLoader, max_batches: int | None
+    session: Session, schedule: PairSchedule, data: PairDataset, loader: PairLoader, max_batches: int | None
 ) -> dict[str, float]:
     """Mean over pairs of every metric; a collective of the world.
+
+    Where the data have several sources, the metrics of each stand beside those of all as ``source/NAME/METRIC``; a
+    source without a pair among the evaluated ones has none.
 
     Args:
         session: The run's session.
         schedule: Evaluates the micro-batches.
-        loader: The held-out pairs.
+        data: The held-out pairs.
+        loader: Of ``data``.
         max_batches: Number of global batches; None for all.
     """
-    total = session.metric_sums.local([])
+    sums = session.metric_sums
+    starts = torch.tensor(data.mixture.starts, device=session.device.torch_device)
+    total, of_sources = sums.local([]), sums.local_by_source([], starts)
     for micro_batches in loader.eval_steps(max_batches):
-        total += session.metric_sums.local(schedule.forward(micro_batches))
-    return session.metric_sums.totals(session.metric_sums.reduce(total)).means
+        scored = schedule.forward(micro_batches)
+        total += sums.local(scored)
+        if len(data.sources) > 1:
+            of_sources += sums.local_by_source(scored, starts)
+    whole, *rows = sums.reduce(torch.cat([total[None], of_sources]))
+    values = sums.totals(whole).means
+    if len(data.sources) > 1:
+        for name, row in zip(data.sources, rows, strict=True):
+            values |= {f"source/{name}/{metric}": value for metric, value in sums.totals(row).means.items()}
+    return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,16 @@ from typing import Any
 from rich import progress
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from mindspeed_simpo.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
 LINE_SECONDS = 30.0
+PACE_LINES = 100
+"""Lines of metrics whose pace tells the time that is left."""
+MINUTE = 60
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 # stdout is reserved for results that another program reads
@@ -36,14 +41,27 @@ def set_up_logging(*, is_main: bool) -> None:
 
 
 def _to_terminal() -> logging.Handler:
-    return RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
+    handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
+    handler.addFilter(_is_unprinted)
+    return handler
 
 
 def _to_file_or_pipe() -> logging.Handler:
     # one line for each message: rich wraps at 80 columns where stderr is not a terminal
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(_FORMAT, "%H:%M:%S"))
+    handler.addFilter(_is_unprinted)
     return handler
+
+
+def _is_unprinted(record: logging.LogRecord) -> bool:
+    return not getattr(record, "printed", False)
+
+
+def warn(message: str) -> None:
+    """Print a warning to stderr as ``check`` prints its warnings, and log it to the run's file."""
+    console.print(f"[yellow]warning[/]: {escape(message)}", soft_wrap=True, highlight=False)
+    logger.warning("%s", message, extra={"printed": True})
 
 
 class _RunLog(logging.FileHandler):
@@ -119,15 +137,24 @@ class Progress:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("train", total=total_steps, completed=first_step, numbers="")
-        self._total = total_steps
+        self._total, self._first = total_steps, first_step
+        self._time_left = TimeLeft(total_steps, first_step)
 
     def show(self, line: Mapping[str, Any]) -> None:
         """Show a metrics line, which has ``step``, ``split``, ``loss`` and the ``rewards/*`` metrics."""
-        numbers = _numbers(line)
-        if line["split"] == "train":
-            self._bar.update(self._task, completed=line["step"], numbers=numbers)
-        if line["split"] == "eval" or self._bar.disable:
-            logger.info("%s step %d/%d  %s", line["split"], line["step"], self._total, numbers)
+        numbers, split, step = _numbers(line), line["split"], line["step"]
+        if split == "train":
+            self._bar.update(self._task, completed=step, numbers=numbers)
+            left = self._time_left.after(step)
+            numbers += f"  {shown_time(left)} left" if left else ""
+        elif step == self._first:
+            self._time_left = TimeLeft(self._total, step)  # without the evaluation before the first step
+        if split == "eval" or self._bar.disable:
+            logger.info("%s step %d/%d  %s", split, step, self._total, numbers)
+
+    def stop(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.stop()
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -136,7 +163,39 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self.stop()
+
+
+class TimeLeft:
+    """The time that the remaining steps will take, at the pace of the last lines, evaluations and saves included.
+
+    Args:
+        total_steps: Steps of the run.
+        first_step: Steps completed so far.
+        clock: Seconds, as ``time.monotonic``.
+    """
+
+    def __init__(self, total_steps: int, first_step: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._clock = total_steps, clock
+        self._passed = deque([(first_step, clock())], maxlen=PACE_LINES)
+
+    def after(self, step: int) -> float:
+        """Seconds left after a step."""
+        now = self._clock()
+        before, begin = self._passed[0]
+        self._passed.append((step, now))
+        return (self._total - step) * (now - begin) / (step - before) if step > before else 0.0
+
+
+def shown_time(seconds: float) -> str:
+    """Seconds as ``40 s``, ``12 min``, ``1 h 03 min`` or ``2 d 04 h``."""
+    if round(seconds) < MINUTE:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / MINUTE)
+    hours, days = minutes // 60, minutes // (24 * 60)
+    if days:
+        return f"{days} d {hours % 24:02d} h"
+    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min"
 
 
 def _numbers(line: Mapping[str, Any]) -> str:

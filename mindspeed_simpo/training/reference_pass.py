@@ -20,12 +20,13 @@ from mindspeed_simpo.data.dataset import PairDataset
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.loss.reference import SHARD_PAIRS, ReferenceCache, ReferenceTable
-from mindspeed_simpo.loss.scoring import PairScorer
+from mindspeed_simpo.loss.scoring import PairScorer, ScoredBatch
 from mindspeed_simpo.losses import LossInputs, LossOutput
 from mindspeed_simpo.parallel import Groups
 from mindspeed_simpo.parallel.collectives import fail_together
 from mindspeed_simpo.training.backends import Backend
 from mindspeed_simpo.training.base_model import weights_digest
+from mindspeed_simpo.training.pair_values import pair_values
 from mindspeed_simpo.training.progress import counting
 from mindspeed_simpo.training.schedule.runner import PairSchedule
 from mindspeed_simpo.training.session import Session
@@ -178,18 +179,11 @@ def compute(
         Sums of the chosen and of the rejected response, nats, fp64 (fp32 on NPUs).
     """
     schedule = dataclasses.replace(schedule, scorer=PairScorer(_no_loss))
-    ids = torch.from_numpy(pairs).to(device.torch_device)
-    sums = torch.zeros(len(pairs), 2, dtype=device.reduction_dtype, device=device.torch_device)
-    for micro_batches in steps:
-        for item in schedule.forward(micro_batches):
-            real = item.batch.pair_ids >= 0
-            rows = torch.stack([item.inputs.chosen_logprob, item.inputs.rejected_logprob], dim=1)
-            sums[torch.searchsorted(ids, item.batch.pair_ids[real])] = rows[real]
-        on_step()
-    if not groups.contributes_loss:
-        sums.zero_()
-    dist.all_reduce(sums, group=groups.world)
-    return sums
+    return pair_values(schedule, steps, pairs, groups, device, on_step, 2, _sums)
+
+
+def _sums(item: ScoredBatch) -> Sequence[Tensor]:
+    return item.inputs.chosen_logprob, item.inputs.rejected_logprob
 
 
 def _no_loss(inputs: LossInputs) -> LossOutput:

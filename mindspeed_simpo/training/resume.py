@@ -9,8 +9,16 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.options import TaskOptions, TrainingOptions, effect_of
 from mindspeed_simpo.errors import CheckpointError, ConfigError
 from mindspeed_simpo.parallel import Groups
-from mindspeed_simpo.parallel.collectives import fail_together
-from mindspeed_simpo.training.checkpoint import TrainingState, find, find_newest, list_checkpoints
+from mindspeed_simpo.parallel.collectives import fail_together, of_first_rank
+from mindspeed_simpo.training.best import Best
+from mindspeed_simpo.training.checkpoint import (
+    TrainingState,
+    find,
+    find_newest,
+    folder_of,
+    list_checkpoints,
+    name_best,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +63,19 @@ def check_resumable(folder: Path, state: TrainingState, config: Config, data_fin
         folder: The checkpoint.
         state: Its state.
         config: The configuration of this run.
-        data_fingerprint: Fingerprint of this run's training data.
+        data_fingerprint: ``order_fingerprint`` of this run's training data.
 
     Raises:
         CheckpointError: where the objective, the data, their order or the precision differ.
     """
-    if state.data_fingerprint != data_fingerprint:
+    theirs, ours = (fingerprint.partition(": ") for fingerprint in (state.data_fingerprint, data_fingerprint))
+    if theirs[0] == ours[0] and theirs != ours:
+        raise CheckpointError(
+            f"load: {folder} was written by a run on another mixture of the same data, with {theirs[2] or 'all pairs'} "
+            f"of each source in an epoch (now {ours[2] or 'all pairs'}); the order of the pairs would not go on where "
+            "it stopped. Give the same sources, weight and pairs"
+        )
+    if theirs[0] != ours[0]:
         raise CheckpointError(
             f"load: {folder} was written by a run on other data; the order of the pairs would not go on where it "
             "stopped. Give the same data, tokenizer, chat template and seq_length"
@@ -75,6 +90,30 @@ def check_resumable(folder: Path, state: TrainingState, config: Config, data_fin
     others = [name for name, field in fields.items() if effect_of(field) == "result" and name not in objective]
     if changed := _differences(state.config, config, others):
         logger.warning("options differ from those of %s, which had %s", folder, changed)
+
+
+def resumed_best(root: Path, state: TrainingState, config: Config, groups: Groups) -> Best | None:
+    """The best evaluation of a run that goes on from a checkpoint; a collective of the world.
+
+    Rank 0 has ``best.json`` name it. Where the checkpoint knows of none by the configured metric, or the best
+    checkpoint is not among the run's own, the comparison begins anew.
+
+    Args:
+        root: Folder of the run's checkpoints.
+        state: Of the checkpoint.
+        config: The configuration of this run.
+        groups: Process groups of this rank.
+    """
+    best = Best.of(config)
+    with fail_together(groups.control):
+        if groups.world.rank() == 0:
+            if best is not None and state.best is not None and best.continues(state.best):
+                best = state.best
+            if best is not None and best.step is not None and not folder_of(root, best.step).is_dir():
+                logger.warning("%s is missing: the best checkpoint is sought anew", folder_of(root, best.step))
+                best = Best.of(config)
+            name_best(root, best)
+    return of_first_rank(best, groups.control)
 
 
 def check_adapters(folder: Path, state: TrainingState, config: Config) -> None:

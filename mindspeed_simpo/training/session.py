@@ -23,7 +23,7 @@ from mindspeed_simpo.data.loader import PairLoader
 from mindspeed_simpo.data.paths import Part
 from mindspeed_simpo.data.pixels import ImageInputs
 from mindspeed_simpo.data.processor import ImageProcessor, load_processor
-from mindspeed_simpo.data.together import prepare_together
+from mindspeed_simpo.data.together import decontaminate_together, prepare_together
 from mindspeed_simpo.data.tokenizer import load_tokenizer
 from mindspeed_simpo.device import Device, open_device
 from mindspeed_simpo.errors import CheckpointError, SimpoError
@@ -33,6 +33,7 @@ from mindspeed_simpo.loss.reference import ReferenceTable, StepReference
 from mindspeed_simpo.loss.running import RunningTracker
 from mindspeed_simpo.loss.scoring import PairScorer
 from mindspeed_simpo.losses import RunningStatistics
+from mindspeed_simpo.model.export_folder import Companions
 from mindspeed_simpo.model.folder import resolve_model
 from mindspeed_simpo.parallel import Groups, initialize, seed_model_ranks, shutdown
 from mindspeed_simpo.parallel.collectives import fail_together
@@ -41,6 +42,7 @@ from mindspeed_simpo.training import checkpoint
 from mindspeed_simpo.training.backends import Backend, open_backend
 from mindspeed_simpo.training.base_model import Base, check_base, identify_base
 from mindspeed_simpo.training.metrics import MetricSums
+from mindspeed_simpo.training.model_card import Trained, Weights, held_out_lines, model_card
 from mindspeed_simpo.training.progress import set_up_logging
 from mindspeed_simpo.training.schedule.runner import PairSchedule
 
@@ -62,14 +64,16 @@ class Session:
     running: RunningTracker
     """Running statistics of the objective's tracked value over the global batches."""
     prepare: Callable[[Part], PairDataset]
-    """Reads and tokenises the train or eval part of the data; a collective that raises on every rank or on none."""
+    """Reads and tokenises the train or eval part of the data, the latter without prompts of the former where that is
+    configured; a collective that raises on every rank or on none."""
     loader: Callable[[PairDataset], PairLoader]
     """Makes the loader of this rank's micro-batches of a dataset."""
     schedule: Callable[[list[torch.nn.Module], ReferenceTable | None], PairSchedule]
     """Makes the configured pair schedule over pipeline chunks, wrapped or not."""
-    export: Callable[[Path, bool], None]
-    """``export(folder, merge_adapters)`` writes the current weights as a Hugging Face folder, or the adapters as a
-    folder of peft unless they are to be merged; a collective that raises on every rank or on none."""
+    export: Callable[[Path, bool, checkpoint.TrainingState, Path], None]
+    """``export(folder, merge_adapters, state, run)`` writes the current weights as a Hugging Face folder, or the
+    adapters as a folder of peft unless they are to be merged, with a model card of the state and of the metrics in the
+    output folder ``run``; a collective that raises on every rank or on none."""
     base: Base | None
     """The model that the adapters belong to; None without adapters, and where its weights are not read."""
 
@@ -167,7 +171,7 @@ def export_checkpoint(load: str, output: Path, *, merge_adapters: bool = False) 
         if merge_adapters:
             check_base(folder, state.base, session.base)
         checkpoint.load(folder, session.models, None, session.groups, session.device)
-        session.export(output, merge_adapters)
+        session.export(output, merge_adapters, state, folder.parent.parent)
 
 
 @contextmanager
@@ -183,12 +187,24 @@ def open_session(config: Config, device: Device, *, starting_weights: bool = Tru
     Raises:
         SimpoError: on every rank.
     """
+    with open_groups(config, device) as groups:
+        yield build_session(config, device, groups, starting_weights=starting_weights)
+
+
+@contextmanager
+def open_groups(config: Config, device: Device) -> Iterator[Groups]:
+    """Set up the process groups, for sessions of one layout that follow each other; destroy them at the end.
+
+    Args:
+        config: A validated configuration.
+        device: See :func:`open_session`.
+    """
     layout = make_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     try:
         with naming_lost_ranks():
             groups = initialize(layout, device, config.distributed_timeout_minutes)
             set_up_logging(is_main=groups.world.rank() == 0)
-            yield build_session(config, device, groups, starting_weights=starting_weights)
+            yield groups
     finally:
         shutdown()
 
@@ -233,14 +249,39 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
         tokenizer,
         MetricSums(config.objective, groups, device),
         running,
-        prepare=partial(
-            prepare_together, config, tokenizer, group=groups.control, vocab_size=vocab_size, images=processor
+        prepare=_Parts(
+            partial(prepare_together, config, tokenizer, group=groups.control, vocab_size=vocab_size, images=processor),
+            groups,
+            decontaminates=config.eval_decontaminate,
         ),
         loader=_Loaders(backend, groups, processor),
         schedule=partial(build_schedule, config, backend, groups, device, running.current),
         export=partial(_export, backend, groups, tokenizer),
         base=base,
     )
+
+
+class _Parts:
+    """Prepares the parts of the data; the train part once, though the eval part may need it too.
+
+    Args:
+        prepare: Prepares a part; a collective.
+        groups: Process groups of this rank.
+        decontaminates: Whether held-out pairs whose prompt is that of a training pair are left out.
+    """
+
+    def __init__(self, prepare: Callable[..., PairDataset], groups: Groups, *, decontaminates: bool) -> None:
+        self._prepare, self._groups, self._decontaminates = prepare, groups, decontaminates
+        self._train: PairDataset | None = None
+
+    def __call__(self, part: Part) -> PairDataset:
+        if part == "train":
+            self._train = self._train or self._prepare(part="train")
+            return self._train
+        held_out = self._prepare(part="eval")
+        if not self._decontaminates:
+            return held_out
+        return decontaminate_together(held_out, self("train"), self._groups.control)
 
 
 class _Loaders:
@@ -266,6 +307,7 @@ class _Loaders:
             data_parallel_rank=self._groups.data.rank(),
             data_parallel_size=self._groups.data.size(),
             images=self._checked_images() if data.has_images else None,
+            mixture=data.mixture,
         )
 
     def _checked_images(self) -> ImageInputs:
@@ -279,12 +321,23 @@ class _Loaders:
 
 
 def _export(
-    backend: Backend, groups: Groups, tokenizer: PreTrainedTokenizerBase, output: Path, merge_adapters: bool
+    backend: Backend,
+    groups: Groups,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    merge_adapters: bool,
+    state: checkpoint.TrainingState,
+    run: Path,
 ) -> None:
     config = backend.config
     folder = resolve_model(config.model_name_or_path, weights=False)
     template = None if config.chat_template is None else str(tokenizer.chat_template)
+    card = None
     with fail_together(groups.control):
-        backend.export(
-            output, merge_adapters=merge_adapters, source=folder, tokenizer=tokenizer, chat_template=template
-        )
+        if groups.world.rank() == 0:
+            adapters = config.lora_r > 0 and not merge_adapters
+            weights = Weights(adapters=adapters, images=backend.description.takes_images)
+            trained = Trained(state.config, state.facts, state.step, state.consumed_pairs, state.data_fingerprint)
+            card = model_card(trained, held_out_lines(run, state.step), weights)
+    with fail_together(groups.control):
+        backend.export(output, merge_adapters=merge_adapters, beside=Companions(folder, tokenizer, template, card))

@@ -97,7 +97,7 @@ def training(config_file):
 
 
 def _steps(metrics: Path) -> int:
-    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    return metrics.read_text().count('"split": "train"') if metrics.exists() else 0
 
 
 def test_a_killed_rank_brings_the_run_down(training):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -76,6 +77,8 @@ def test_adapters_for_peft_and_merged(program, tmp_path, model, train_pairs, kin
     folder = tmp_path / "out"
     config = json.loads((folder / "hf" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, str(model))
+    card = ModelCard.load(folder / "hf" / "README.md")
+    assert (card.data.library_name, card.data.tags[0], "| `lora_r` | `4` |" in card.text) == ("peft", "dpo", True)
     done = program.run("export", checkpoint=folder / "checkpoints", output=tmp_path / "merged", merge_adapters=True)
     assert done.code == 0, done.stderr
     [(prompt, chosen, _), *_] = encode_file(model, train_pairs)

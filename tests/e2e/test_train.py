@@ -139,7 +139,7 @@ def test_what_a_run_leaves(program, tmp_path, eval_pairs, caplog):
     assert done.code == 0, done.stderr
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "run.log", ".lock")
+        *("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "run.log", "summary.json", ".lock")
     }
     assert load_config(out / "config.yaml") == Config(**program.config, logprob_chunk_tokens=512)
     assert yaml.safe_load((out / "config.yaml").read_text()).keys() == Config.model_fields.keys()

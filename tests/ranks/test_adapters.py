@@ -32,14 +32,15 @@ FILE = "adapter_model.safetensors"
 def _written_back(folder, layout, options, output, merged=None):
     """Loads the configured adapters and exports them, and the model with them; an error's text."""
     from mindspeed_simpo.errors import ModelError
+    from mindspeed_simpo.model.export_folder import Companions
     from mindspeed_simpo.model.megatron.export import export_adapters, export_hf
 
     try:
         description, groups, models = engine_model(folder, layout, **options)
-        files = {"source": Path(folder), "tokenizer": make_tokenizer()}
-        export_adapters(models, description, groups, base=folder, output=Path(output), **files)
+        beside = Companions(Path(folder), make_tokenizer())
+        export_adapters(models, description, groups, beside=beside, base=folder, output=Path(output))
         if merged is not None:
-            export_hf(models, description, groups, output=Path(merged), **files)
+            export_hf(models, description, groups, beside=beside, output=Path(merged))
     except ModelError as error:
         return str(error)
     return None
@@ -49,6 +50,7 @@ def keys(modules, **others):
     return {"lora_r": 4, "lora_alpha": 8.0, "lora_target_modules": modules, **others}
 
 
+@pytest.mark.newest_core
 @pytest.mark.parametrize(
     ("family", "layout", "dtype"),
     [
@@ -71,6 +73,7 @@ def test_what_peft_wrote_is_written_back_bit_by_bit(tmp_path, family, layout, dt
         assert torch.equal(written[name], tensor.float()), name
 
 
+@pytest.mark.newest_core
 @pytest.mark.parametrize(
     ("family", "layout", "divided"),
     [
@@ -111,6 +114,7 @@ def test_adapters_of_experts_are_written_back_and_peft_computes_the_same(tmp_pat
         assert "target_parameters has down_proj, gate_up_proj: peft makes such factors for all experts" in message
 
 
+@pytest.mark.newest_core
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 def test_all_linear_of_attention_is_that_of_peft(tmp_path, family):
     folder = hf.make_checkpoint(tmp_path, family)
@@ -123,6 +127,7 @@ def test_all_linear_of_attention_is_that_of_peft(tmp_path, family):
     assert {*projections(read_description(str(folder)))} - mlp == theirs
 
 
+@pytest.mark.newest_core
 def test_new_adapters_are_those_of_peft_and_the_same_at_every_layout(tmp_path):
     folder, found = make_checkpoint(tmp_path / "base", "qwen2"), []
     for layout in ((1, 1, 1), (4, 1, 1)):
@@ -139,6 +144,7 @@ def test_new_adapters_are_those_of_peft_and_the_same_at_every_layout(tmp_path):
             assert tensor.std() == pytest.approx(bound / 3**0.5, rel=0.2)
 
 
+@pytest.mark.newest_core
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     folder = make_checkpoint(tmp_path / "base", "qwen2")
     wider = make_checkpoint(tmp_path / "wider", "qwen2", intermediate_size=128)
@@ -228,6 +234,7 @@ def _evaluated(folder, pairs, options):
     return found
 
 
+@pytest.mark.newest_core
 def test_an_evaluation_drops_nothing(tmp_path):
     folder = hf.make_checkpoint(tmp_path / "base", "qwen2", vocab_size=301)
     adapter = hf_adapters.make_adapter(tmp_path / "adapter", folder, MODULES["qwen2"])

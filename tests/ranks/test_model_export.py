@@ -45,6 +45,7 @@ FAMILIES = {
 
 def _export(folder, layout, output, max_shard_bytes=10**9, change=0.0, rounded=False, **options):
     from mindspeed_simpo.errors import ModelError
+    from mindspeed_simpo.model.export_folder import Companions
     from mindspeed_simpo.model.megatron.export import export_hf
 
     description, groups, models = engine_model(folder, layout, **options)
@@ -60,9 +61,8 @@ def _export(folder, layout, output, max_shard_bytes=10**9, change=0.0, rounded=F
             models,
             description,
             groups,
-            source=Path(folder),
+            beside=Companions(Path(folder), make_tokenizer()),
             output=Path(output),
-            tokenizer=make_tokenizer(),
             max_shard_bytes=max_shard_bytes,
         )
     except ModelError as error:

@@ -99,11 +99,13 @@ def test_layouts(checkpoints, layout):
     check(checkpoints("qwen2"), "qwen2", **LAYOUTS[layout])
 
 
+@pytest.mark.newest_core
 @pytest.mark.parametrize("model", ["llama", "mistral"])
 def test_families(checkpoints, model):
     check(checkpoints(model), model, **{TP: 2, PP: 2})
 
 
+@pytest.mark.newest_core
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_objectives(checkpoints, objective):
     reference = checkpoints("reference") if objective.startswith("dpo") else None

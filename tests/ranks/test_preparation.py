@@ -10,6 +10,8 @@ import pytest
 from tests.ranks.launcher import run_ranks
 from tests.unit.data_helpers import PLAIN, write_jsonl
 
+pytestmark = pytest.mark.newest_core
+
 HOSTS = {"one host": (4, True), "two hosts, one folder": (2, True), "two hosts, two folders": (2, False)}
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from mindspeed_simpo.data.dataset import has_eval_data
-from mindspeed_simpo.data.preparation import Preparation
 from mindspeed_simpo.errors import ConfigError, DataError
 from tests.unit.data_helpers import BROKEN, PLAIN, config_for, prepare, texts, tokenizer, write_jsonl
 
@@ -135,7 +134,7 @@ def test_evaluation_data(tmp_path):
 def test_the_cache_is_used_and_keeps_the_report(tmp_path, monkeypatch):
     options = {"seq_length": 128, "data_errors": "drop", "truncation": "drop"}
     first = prepare(tmp_path, BROKEN, **options)
-    monkeypatch.setattr(Preparation, "tokenise_share", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr("mindspeed_simpo.data.dataset.tokenise_shares", lambda *_, **__: pytest.fail("tokenised again"))
     second = prepare(tmp_path, BROKEN, **options)
     assert second.fingerprint == first.fingerprint
     assert second.report.problems == first.report.problems

@@ -17,7 +17,7 @@ import pytest
 from mindspeed_simpo.batch import TokenizedPair
 from mindspeed_simpo.data import json_source, preparation, workers
 from mindspeed_simpo.data.conversations import ExampleReader
-from mindspeed_simpo.data.dataset import dataset_of, preparation_of, prepare_pairs
+from mindspeed_simpo.data.dataset import dataset_of, preparations_of, prepare_pairs
 from mindspeed_simpo.data.encoding import PairEncoder
 from mindspeed_simpo.data.indexed import IndexedSource, write_indexed_pairs
 from mindspeed_simpo.data.json_source import JsonLine, JsonSource
@@ -69,7 +69,7 @@ def test_a_share_reads_little_beside_its_own_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "BLOCK_EXAMPLES", 256)
     row = json.dumps({**PLAIN, "chosen": "word " * 200})
     path = write_jsonl(tmp_path / "rows.jsonl", [row] * 8192)
-    work = preparation_of(config_for(tmp_path, path), tokenizer(), "train", None)
+    [work] = preparations_of(config_for(tmp_path, path), tokenizer(), "train", None)
     monkeypatch.setattr(preparation, "write_shards", lambda blocks, *_: [len(block.examples) for block in blocks])
     before = _bytes_read()
     work.tokenise_share(13, 16, num_workers=1, progress=False)
@@ -93,7 +93,7 @@ def test_nothing_is_left_behind_when_a_file_is_broken(tmp_path):
     good, bad = write_jsonl(tmp_path / "a.jsonl", [PLAIN]), tmp_path / "b.json"
     bad.write_text("[{")
     with pytest.raises(DataError, match=r"b.json:1: not valid JSON"):
-        prepare(tmp_path, [good, bad])
+        prepare(tmp_path, [bad, good])
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
@@ -209,7 +209,7 @@ def test_shares_make_what_one_process_makes(tmp_path, monkeypatch, count, size):
     rows = [{**PLAIN, "chosen": f"answer {number}"} for number in range(size - 1)] + ["{broken"]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     config = config_for(tmp_path, path, data_errors="drop")
-    works = [preparation_of(config, tokenizer(), "train", None) for _ in range(count)]
+    works = [preparations_of(config, tokenizer(), "train", None)[0] for _ in range(count)]
     for index in reversed(range(count)):
         if index == 0 and 1 < count < 5:
             with pytest.raises(DataError, match=r"0000_0000000.arrow: this part of the tokenised data is missing"):
@@ -219,7 +219,7 @@ def test_shares_make_what_one_process_makes(tmp_path, monkeypatch, count, size):
     table = works[0].merge()
     assert table.table.num_rows == size
     whole = prepare(tmp_path, path, data_errors="drop", data_cache_dir=str(tmp_path / "other"))
-    assert dataset_of(config, "train", works[0], table).fingerprint == whole.fingerprint
+    assert dataset_of(config, "train", works[:1], [table]).fingerprint == whole.fingerprint
     assert whole.report.malformed == 1
 
 
@@ -229,7 +229,7 @@ def test_a_share_decodes_only_its_own_lines(tmp_path, monkeypatch):
     decoded = []
     original = JsonLine.decode
     monkeypatch.setattr(JsonLine, "decode", lambda self: decoded.append(self) or original(self))
-    work = preparation_of(config_for(tmp_path, path), tokenizer(), "train", None)
+    [work] = preparations_of(config_for(tmp_path, path), tokenizer(), "train", None)
     work.tokenise_share(1, 4, num_workers=1, progress=False)
     assert len(decoded) == 16 + 1  # the first line tells the layout
 
@@ -243,10 +243,10 @@ def test_single_answers_are_grouped_whatever_the_shares(tmp_path, monkeypatch):
     ]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     config = config_for(tmp_path, path)
-    works = [preparation_of(config, tokenizer(), "train", None) for _ in range(2)]
+    works = [preparations_of(config, tokenizer(), "train", None)[0] for _ in range(2)]
     for index, work in enumerate(works):
         work.tokenise_share(index, 2, num_workers=1, progress=False)
-    dataset = dataset_of(config, "train", works[0], works[0].merge())
+    dataset = dataset_of(config, "train", works[:1], [works[0].merge()])
     assert len(dataset) == 9
     assert texts(dataset, 8)[1:] == ("good<|im_end|>", "bad<|im_end|>")
 

@@ -23,10 +23,11 @@ from mindspeed_simpo.errors import ConfigError
 REPO = Path(__file__).parents[2]
 ENGLISH, CHINESE = REPO / "README.md", REPO / "README.zh-CN.md"
 PAGES = [ENGLISH, CHINESE, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *sorted(REPO.glob("docs/*.md"))]
+EVALUATE = REPO / "docs" / "evaluate.md"
 # pages about another program, whose flags and names are its own
-FOREIGN = {"plugin.md", "ascend.md", "ascend.zh-CN.md"}
+FOREIGN = {"plugin.md", "ascend.md", "ascend.zh-CN.md", EVALUATE.name}
 OWN = [page for page in PAGES if page.name not in FOREIGN]
-COMMANDED = [page for page in OWN if "mindspeed-simpo " in page.read_text(encoding="utf-8")]
+COMMANDED = [page for page in [*OWN, EVALUATE] if "mindspeed-simpo " in page.read_text(encoding="utf-8")]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -37,6 +38,10 @@ _OTHER_FLAGS = {
     "nproc-per-node",
     "checkpoint",
     "output",
+    "against",
+    "part",
+    "max-pairs",
+    "shown-pairs",
     "output-prefix",
     "merge-adapters",
     "help",
@@ -132,7 +137,8 @@ def complaint_about(values):
 def test_flags_exist(page):
     options = {name.replace("_", "-") for name in Config.model_fields}
     scripts = {name for path in REPO.glob("scripts/*.py") for name in re.findall(r'"--([a-z-]+)"', read(path))}
-    known = options | {f"no-{name}" for name in options} | _OTHER_FLAGS | scripts
+    own = {argument[0].replace("_", "-") for command in COMMANDS for argument in command.arguments}
+    known = options | {f"no-{name}" for name in options} | own | _OTHER_FLAGS | scripts
     for span in spans(page):
         if span.startswith(("mindspeed-simpo ", "--")):
             assert set(_FLAG.findall(span)) <= known, f"{page.name}: `{span}`"
@@ -232,7 +238,13 @@ def test_messages_in_troubleshooting_are_those_of_the_code(page):
     assert [fragment for fragment in fragments if not any(fragment in message for message in messages)] == []
 
 
-def test_both_readmes_have_the_same_sections_and_code():
+FAQ = REPO / "docs" / "faq.md", REPO / "docs" / "faq.zh-CN.md"
+
+
+@pytest.mark.parametrize("pages", [(ENGLISH, CHINESE), FAQ], ids=["readme", "faq"])
+def test_both_languages_have_the_same_sections_and_code(pages):
+    english, chinese = pages
+
     def outline(page):
         return re.findall(r"^#+(?= )", prose(page), re.MULTILINE)
 
@@ -240,13 +252,14 @@ def test_both_readmes_have_the_same_sections_and_code():
         return [(kind, re.sub(r" *#.*", "", body)) for kind, body in _FENCE.findall(read(page))]
 
     def rows(page):
-        """First cell of each table row that is code, and the links of the page."""
+        """First cell of each table row that is code, and the links to other pages."""
         cells = re.findall(r"^\| (`[^|]+`) \|", prose(page), re.MULTILINE)
-        return cells, sorted({link.replace(".zh-CN", "") for link in _LINK.findall(prose(page))} - {"README.md"})
+        links = {link.replace(".zh-CN", "") for link in _LINK.findall(prose(page)) if not link.startswith("#")}
+        return cells, sorted(links - {english.name})
 
-    assert outline(ENGLISH) == outline(CHINESE)
-    assert code(ENGLISH) == code(CHINESE)
-    assert rows(ENGLISH) == rows(CHINESE)
+    assert outline(english) == outline(chinese)
+    assert code(english) == code(chinese)
+    assert rows(english) == rows(chinese)
 
 
 def test_the_tables_of_options_are_current(monkeypatch):

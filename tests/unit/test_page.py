@@ -18,8 +18,7 @@ def page_file(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 375])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 375)])
 def test_a_page_draws_every_figure(page_file, scheme, width):
     with open_browser() as browser, open_page(browser, page_file.as_uri(), width=width, scheme=scheme) as page:
         page.wait_for_function("document.querySelectorAll('.figure[data-drawn]').length == 2")

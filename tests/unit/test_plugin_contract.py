@@ -6,8 +6,7 @@ import json
 import pytest
 import torch
 
-from mindspeed_simpo.loss.metrics import METRICS
-from mindspeed_simpo.objectives import OBJECTIVES
+from mindspeed_simpo.objectives import METRICS, OBJECTIVES
 from tests.objectives import OBJECTIVES as FORMS
 from tests.objectives import stage_of
 from tests.oracle_objectives import Options, Scores, score

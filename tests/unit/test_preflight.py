@@ -108,7 +108,7 @@ def test_a_cut_response_is_warned_of(tmp_path):
 
 def test_held_out_prompts_that_training_shows(tmp_path):
     _, report = run(tmp_path, [*PAIRS, *PAIRS], split="50,50")
-    assert "warning: eval: 2 of 2 inspected prompts are training prompts too" in report
+    assert "warning: eval: the prompts of 2 of 2 held-out pairs are training prompts too" in report
 
 
 def model_folder(tmp_path: Path, **tokenizer_changes) -> Path:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mindspeed_simpo.data.loader import PairStream
+from mindspeed_simpo.data.mixture import Mixture
 from mindspeed_simpo.errors import DataError
 from mindspeed_simpo.loss import reference
 from mindspeed_simpo.loss.reference import ReferenceCache, file_digests, model_fingerprint
@@ -72,7 +73,7 @@ def test_ranks_digest_shares_of_the_files(tmp_path):
 
 @pytest.mark.parametrize("seed", [None, 3])
 def test_the_pairs_between_two_places_of_the_stream(seed):
-    stream = PairStream(10, seed)
+    stream = PairStream(Mixture.of_all(10), seed)
     places = [pair for step in range(6) for pair in stream.take(stream.consumed_pairs(step, 4), 4)]
     for first in range(0, 20, 3):
         for last in range(first, 20, 2):

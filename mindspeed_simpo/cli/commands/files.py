@@ -30,12 +30,15 @@ def _encode(command: Any, _argv: Sequence[str]) -> int:
     if command.part not in ("train", "eval"):
         raise ConfigError(f"--part: expected train or eval, found {command.part!r}")
     config = load_config(command.config, flags.given(command))
-    from mindspeed_simpo.data.dataset import prepare_pairs
+    from mindspeed_simpo.data.dataset import prepare_pairs, shared_prompts
     from mindspeed_simpo.data.indexed import write_indexed_pairs
     from mindspeed_simpo.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     pairs = prepare_pairs(config, tokenizer, command.part, progress=sys.stderr.isatty())
+    if command.part == "eval" and config.eval_decontaminate:
+        training = prepare_pairs(config, tokenizer, "train", progress=sys.stderr.isatty())
+        pairs = pairs.without_prompts(shared_prompts(pairs, training))
     written = write_indexed_pairs(command.output_prefix, (pairs[index] for index in range(len(pairs))))
     sys.stdout.write(f"{written} pairs: --data-path {command.output_prefix}\n")
     return 0

@@ -16,8 +16,10 @@ from mindspeed_simpo.config.options.base import (
 from mindspeed_simpo.config.options.data import DataOptions
 from mindspeed_simpo.config.options.model import ALL_LINEAR, AdapterOptions, ModelOptions
 from mindspeed_simpo.config.options.parallel import OutputOptions, ParallelOptions
+from mindspeed_simpo.config.options.sources import DataSource, split_weights
 from mindspeed_simpo.config.options.task import TaskOptions
 from mindspeed_simpo.config.options.training import TrainingOptions
+from mindspeed_simpo.config.options.watch import WatchOptions
 
 OPTION_GROUPS: tuple[type[Options], ...] = (
     TaskOptions,
@@ -27,6 +29,7 @@ OPTION_GROUPS: tuple[type[Options], ...] = (
     TrainingOptions,
     ParallelOptions,
     OutputOptions,
+    WatchOptions,
 )
 
 __all__ = [
@@ -40,11 +43,14 @@ __all__ = [
     "BatchingName",
     "ContextParallelAlgo",
     "DataOptions",
+    "DataSource",
     "ModelOptions",
     "OutputOptions",
     "ParallelOptions",
     "TaskOptions",
     "TrainingOptions",
+    "WatchOptions",
     "effect_of",
+    "split_weights",
     "takes_bool",
 ]

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from datetime import date
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from mindspeed_simpo.config.options.base import DEFAULT_TEMPLATE_DATE, Options, option
+from mindspeed_simpo.config.options.sources import DataSource, check_numbers, named, read_sources, split_weights
+
+Paths = str | DataSource | list[str | DataSource]
 
 
 class DataOptions(Options):
     """Data."""
 
-    data_path: str | list[str] | None = option(
+    data_path: Paths | None = option(
         None,
         effect="result",
-        description="Training pairs: a file, a folder, a hub id, or a list of these. `evaluate` with eval_data_path "
-        "needs none.",
+        description="Training pairs: a file, a folder, a hub id, or a list of these; an entry may be a mapping (path, "
+        "split, weight or pairs, map_keys, name). `evaluate` with eval_data_path needs none.",
     )
-    eval_data_path: str | list[str] | None = option(
+    eval_data_path: Paths | None = option(
         None,
         effect="result",
-        description="Evaluation pairs, in the same forms as data_path. Default: the eval part of split, if any.",
+        description="Evaluation pairs, in the same forms as data_path, without weight. Default: the eval part of "
+        "split, if any.",
+    )
+    eval_decontaminate: bool = option(
+        False,
+        effect="result",
+        description="Leave the held-out pairs out whose prompt is the prompt of a training pair.",
     )
     split: str = option(
         "100,0",
@@ -83,14 +91,7 @@ class DataOptions(Options):
     @field_validator("split")
     @classmethod
     def _split_is_weights(cls, value: str) -> str:
-        try:
-            weights = [float(part) for part in value.split(",")]
-        except ValueError:
-            raise ValueError("expected two or three comma-separated weights, such as 95,5") from None
-        if not math.isfinite(sum(weights)):
-            raise ValueError("expected two or three finite weights, such as 95,5")
-        if not 1 <= len(weights) <= 3 or min(weights) < 0 or weights[0] <= 0:
-            raise ValueError("expected two or three weights of at least 0, the first above 0, such as 95,5")
+        split_weights(value)
         return value
 
     @field_validator("chat_template_date")
@@ -113,11 +114,18 @@ class DataOptions(Options):
             raise ValueError(f"expected values that JSON has (texts, numbers, true, false, lists); {error}") from None
         return value
 
+    @field_validator("data_path", "eval_data_path", mode="before")
+    @classmethod
+    def _entries_are_sources(cls, value: Any) -> Any:
+        if value is not None and value in ("", []):
+            raise ValueError("expected a path, or a list of at least one path")
+        return None if value is None else read_sources(value)
+
     @field_validator("data_path", "eval_data_path")
     @classmethod
-    def _paths_are_given(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if value is not None and not all([value] if isinstance(value, str) else value or [""]):
-            raise ValueError("expected a path, or a list of at least one path")
+    def _numbers_agree(cls, value: Paths | None, info: ValidationInfo) -> Paths | None:
+        if value is not None:
+            check_numbers(_as_sources(value), evaluated=info.field_name == "eval_data_path")
         return value
 
     @model_validator(mode="after")
@@ -129,7 +137,39 @@ class DataOptions(Options):
             )
         return self
 
+    @model_validator(mode="after")
+    def _prompts_can_be_compared(self) -> DataOptions:
+        if self.eval_decontaminate and self.data_path is None:
+            raise ValueError("eval_decontaminate compares held-out prompts with training prompts: set data_path")
+        if self.eval_decontaminate and not self.has_held_out:
+            raise ValueError(
+                "eval_decontaminate: no pairs are held out: set eval_data_path, or give split a second weight"
+            )
+        return self
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are held-out pairs: ``eval_data_path``, or a second weight of a source's ``split``."""
+        return self.eval_data_path is not None or any(
+            split_weights(source.sizes or self.split)[1] > 0 for source in self.sources
+        )
+
     @property
     def prompt_limit(self) -> int:
         """``max_prompt_length`` with its default, tokens."""
         return self.max_prompt_length if self.max_prompt_length is not None else self.seq_length // 2
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """The sources of ``data_path``, each with its name."""
+        return named(_as_sources(self.data_path))
+
+    @property
+    def eval_sources(self) -> list[DataSource]:
+        """The sources of ``eval_data_path``, each with its name."""
+        return named(_as_sources(self.eval_data_path))
+
+
+def _as_sources(paths: Paths | None) -> list[DataSource]:
+    entries = paths if isinstance(paths, list) else [] if paths is None else [paths]
+    return [DataSource(path=entry) if isinstance(entry, str) else entry for entry in entries]

@@ -142,7 +142,11 @@ class OutputOptions(Options):
         0, ge=0, effect="none", description="Optimizer steps between checkpoints; 0 saves only at the end."
     )
     save_total_limit: int | None = option(
-        None, ge=1, effect="none", description="Number of checkpoints that are kept, the newest ones. Default: all."
+        None,
+        ge=1,
+        effect="none",
+        description="Number of checkpoints that are kept, the newest ones; the best one of "
+        "metric_for_best_model is kept beside them. Default: all.",
     )
     async_save: bool = option(
         False,
@@ -167,7 +171,8 @@ class OutputOptions(Options):
     export_hf: bool = option(
         False,
         effect="none",
-        description="Write the trained model to output_dir/hf as a Hugging Face folder at the end.",
+        description="Write the trained model to output_dir/hf as a Hugging Face folder at the end: that of the last "
+        "step, or of the best checkpoint where metric_for_best_model is set.",
     )
     wandb_project: str | None = option(
         None, effect="none", description="Weights & Biases project that also receives the metrics. Default: none."

@@ -14,16 +14,15 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from mindspeed_simpo.config.options import ALL_LINEAR, AdapterOptions
 from mindspeed_simpo.errors import ConfigError, ModelError
-from mindspeed_simpo.model.export_folder import write_on_first_rank
+from mindspeed_simpo.model.export_folder import Companions, write_on_first_rank
 from mindspeed_simpo.model.fsdp.build import decoder_of
 from mindspeed_simpo.model.fsdp.dropout import ForwardTokens, mask_inputs
-from mindspeed_simpo.model.tokenizer_files import write_tokenizer
 
 _AXES_OF_EXPERTS = 3
 
@@ -152,27 +151,23 @@ def _shown(stored: PeftConfig) -> str:
 def write_adapters(
     adapted: PeftModel,
     base: str,
-    source: Path,
+    beside: Companions,
     output: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: str | None,
 ) -> None:
-    """Write the adapters as a folder of peft, with the tokenizer; a collective, in which rank 0 writes.
+    """Write the adapters as a folder of peft, with the files beside them; a collective, in which rank 0 writes.
 
     Args:
         adapted: The model with its adapters.
         base: What the adapters name as their model: a folder or a hub id.
-        source: Hugging Face folder that the model was built from.
+        beside: The files beside the weights; the card takes the place of the one that peft writes.
         output: Folder to write.
-        tokenizer: See :func:`~mindspeed_simpo.model.tokenizer_files.write_tokenizer`.
-        chat_template: See :func:`~mindspeed_simpo.model.tokenizer_files.write_tokenizer`.
     """
 
     def write(folder: Path) -> None:
         adapted.peft_config["default"].base_model_name_or_path = base
         factors = {name: value for name, value in adapted.state_dict().items() if ".lora_" in name}
         adapted.save_pretrained(str(folder), state_dict=factors, save_embedding_layers=False)
-        write_tokenizer(source, folder, tokenizer, chat_template)
+        beside.write(folder)
 
     write_on_first_rank(output, iter(()), write)
 

@@ -9,15 +9,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from mindspeed_simpo.model.export_folder import write_config, write_on_first_rank, write_weights
+from mindspeed_simpo.model.export_folder import Companions, write_config, write_on_first_rank, write_weights
 from mindspeed_simpo.model.fsdp.adapters import deltas
 from mindspeed_simpo.model.fsdp.description import TransformersModel
 from mindspeed_simpo.model.fsdp.policy import Policy
 from mindspeed_simpo.model.fsdp.quantized import dequantized
-from mindspeed_simpo.model.tokenizer_files import write_tokenizer
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -25,12 +23,10 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 def export_model(
     policy: Policy,
     description: TransformersModel,
-    source: Path,
+    beside: Companions,
     output: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: str | None,
 ) -> None:
-    """Write config.json, safetensors and the tokenizer; a collective, in which rank 0 gathers and writes.
+    """Write config.json, safetensors and the files beside them; a collective, in which rank 0 gathers and writes.
 
     Each weight has the dtype that it has in ``source``, or that of config.json where ``source`` has no weights.
     Adapters are merged in fp32. Rank 0 needs host memory for the whole model.
@@ -38,26 +34,29 @@ def export_model(
     Args:
         policy: The sharded model.
         description: Of the model.
-        source: Hugging Face folder that the model was built from.
+        beside: The files beside the weights.
         output: Folder to write; an earlier export is replaced.
-        tokenizer: See :func:`~mindspeed_simpo.model.tokenizer_files.write_tokenizer`.
-        chat_template: See :func:`~mindspeed_simpo.model.tokenizer_files.write_tokenizer`.
     """
     gathered = gather(policy)
 
     def write(folder: Path) -> None:
-        state = revert_weight_conversion(policy.causal, dict(gathered))
+        state = stored_tensors(policy, dict(gathered))
         declared = description.settings.get("dtype") or description.settings.get("torch_dtype") or "float32"
         default = (
             declared if isinstance(declared, torch.dtype) else getattr(torch, str(declared).removeprefix("torch."))
         )
-        stored = stored_dtypes(source)
+        stored = stored_dtypes(beside.source)
         dtypes = {name: stored.get(name, default) for name in state}
         write_weights(folder, iter(state.items()), {name: tuple(value.shape) for name, value in state.items()}, dtypes)
-        write_config(folder, source, description.architecture, dtypes)
-        write_tokenizer(source, folder, tokenizer, chat_template)
+        write_config(folder, beside.source, description.architecture, dtypes)
+        beside.write(folder)
 
     write_on_first_rank(output, gathered, write)
+
+
+def stored_tensors(policy: Policy, gathered: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What :func:`gather` yielded, by the names that transformers writes; none on ranks that it yielded nothing on."""
+    return dict(revert_weight_conversion(policy.causal, gathered)) if gathered else {}
 
 
 @torch.no_grad()

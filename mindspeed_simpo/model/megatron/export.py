@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.model.adapter_folder import write_adapter
 from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.export_folder import MAX_SHARD_BYTES, write_config, write_on_first_rank, write_weights
+from mindspeed_simpo.model.export_folder import (
+    MAX_SHARD_BYTES,
+    Companions,
+    write_config,
+    write_on_first_rank,
+    write_weights,
+)
 from mindspeed_simpo.model.megatron.weights import gather_hf_tensors, gather_merged, unwrap
 from mindspeed_simpo.model.naming import stored_shapes
-from mindspeed_simpo.model.tokenizer_files import write_tokenizer
 from mindspeed_simpo.model.weight_source import SafetensorsFolder
 from mindspeed_simpo.parallel import Groups
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+
+def whole_tensors(
+    models: Sequence[torch.nn.Module], description: ModelDescription, groups: Groups
+) -> Iterator[tuple[str, Tensor]]:
+    """:func:`~mindspeed_simpo.model.megatron.weights.gather_hf_tensors`, adapters merged where there are any."""
+    adapters = unwrap(models[0]).adapters
+    if adapters is None:
+        return gather_hf_tensors(models, description, groups)
+    return gather_merged(models, description, adapters, groups)
 
 
 def export_hf(
@@ -27,13 +39,11 @@ def export_hf(
     description: ModelDescription,
     groups: Groups,
     *,
-    source: Path,
+    beside: Companions,
     output: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write config.json, generation_config.json, safetensors and the tokenizer with its chat template.
+    """Write config.json, generation_config.json, safetensors and the files beside them.
 
     A collective of all ranks; only global rank 0 writes. Each weight has its dtype in ``source``, or the dtype of
     config.json where ``source`` has no weights, so that an export directly after import is bit-identical; weights in
@@ -44,28 +54,21 @@ def export_hf(
         models: This rank's model chunks, with or without wrappers.
         description: Description of the model.
         groups: Process groups that the models were built with.
-        source: Hugging Face folder that the model was built from; config.json is copied with the dtype and
-            architecture.
+        beside: The files beside the weights; config.json of their ``source`` is copied with the dtype and architecture.
         output: Folder to write.
-        tokenizer: See :func:`~mindspeed_simpo.model.tokenizer_files.write_tokenizer`.
-        chat_template: The template that takes the place of the tokenizer's own; None keeps that.
         max_shard_bytes: Largest size of a safetensors file; rank 0 needs this much host memory.
 
     Raises:
         ModelError: where ``output`` exists and is no earlier export, or cannot be written.
     """
-    adapters = unwrap(models[0]).adapters
-    if adapters is None:
-        tensors = gather_hf_tensors(models, description, groups)
-    else:
-        tensors = gather_merged(models, description, adapters, groups)
+    tensors = whole_tensors(models, description, groups)
 
     def write(folder: Path) -> None:
-        dtypes = _stored_dtypes(source, description)
+        dtypes = _stored_dtypes(beside.source, description)
         write_weights(folder, tensors, stored_shapes(description), dtypes, max_shard_bytes)
         removed = ["quantization_config"] if description.mxfp4 else []
-        write_config(folder, source, description.architecture, dtypes, removed)
-        write_tokenizer(source, folder, tokenizer, chat_template)
+        write_config(folder, beside.source, description.architecture, dtypes, removed)
+        beside.write(folder)
 
     write_on_first_rank(output, tensors, write)
 
@@ -75,13 +78,11 @@ def export_adapters(
     description: ModelDescription,
     groups: Groups,
     *,
-    source: Path,
+    beside: Companions,
     base: str,
     output: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: str | None = None,
 ) -> None:
-    """Write the adapters as a folder for peft, in fp32, with the tokenizer and its chat template.
+    """Write the adapters as a folder for peft, in fp32, with the files beside them.
 
     A collective of all ranks; see :func:`export_hf`.
 
@@ -89,11 +90,9 @@ def export_adapters(
         models: This rank's model chunks, with or without wrappers; they have adapters.
         description: Description of the model.
         groups: Process groups that the models were built with.
-        source: Hugging Face folder that the model was built from.
+        beside: The files beside the weights.
         base: What the adapters name as their model: a folder or a hub id.
         output: Folder to write.
-        tokenizer: See :func:`~mindspeed_simpo.model.tokenizer_files.write_tokenizer`.
-        chat_template: See :func:`export_hf`.
 
     Raises:
         ModelError: where ``output`` exists and is no earlier export, or cannot be written.
@@ -104,7 +103,7 @@ def export_adapters(
 
     def write(folder: Path) -> None:
         write_adapter(folder, dict(tensors), adapters, description, base)
-        write_tokenizer(source, folder, tokenizer, chat_template)
+        beside.write(folder)
 
     write_on_first_rank(output, tensors, write)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from mindspeed_simpo.batch_images import BatchImages
 from mindspeed_simpo.config.config import Config
@@ -19,6 +19,7 @@ from mindspeed_simpo.data.pixels import Positions
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.loss.head import ResponseHead
+from mindspeed_simpo.model.export_folder import Companions
 from mindspeed_simpo.model.folder import resolve_model
 from mindspeed_simpo.model.fsdp.adapters import add_adapters, write_adapters
 from mindspeed_simpo.model.fsdp.build import (
@@ -32,7 +33,7 @@ from mindspeed_simpo.model.fsdp.build import (
 )
 from mindspeed_simpo.model.fsdp.description import describe
 from mindspeed_simpo.model.fsdp.dropout import ForwardTokens
-from mindspeed_simpo.model.fsdp.export import export_model
+from mindspeed_simpo.model.fsdp.export import export_model, gather, stored_tensors
 from mindspeed_simpo.model.fsdp.images import rope_positions
 from mindspeed_simpo.model.fsdp.policy import Policy
 from mindspeed_simpo.model.fsdp.quantized import copy_weight
@@ -161,17 +162,18 @@ class FsdpBackend:
             copy_weight(local_part(parameter), local_part(other[name]))
         self.models[0].forget_images()
 
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: D102
+        yield from stored_tensors(self.models[0], dict(gather(self.models[0]))).items()
+
     def export(  # noqa: D102
         self,
         output: Path,
         *,
         merge_adapters: bool,
-        source: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        chat_template: str | None,
+        beside: Companions,
     ) -> None:
         policy = self.models[0]
         if policy.adapted is not None and not merge_adapters:
-            write_adapters(policy.adapted, self.config.model_name_or_path, source, output, tokenizer, chat_template)
+            write_adapters(policy.adapted, self.config.model_name_or_path, beside, output)
         else:
-            export_model(policy, self.description, source, output, tokenizer, chat_template)
+            export_model(policy, self.description, beside, output)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch_images import BatchImages
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.data.pixels import Positions
 from mindspeed_simpo.loss.head import ResponseHead
+from mindspeed_simpo.model.export_folder import Companions
 from mindspeed_simpo.training.schedule.passes import Engine
 from mindspeed_simpo.training.stepper import Stepper
 
@@ -96,21 +96,23 @@ class Backend(Protocol):
     def load_weights(self, path: str | None) -> None:
         """Load the weights of a model of the same shape, or with None the starting weights again."""
 
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield ``(Hugging Face name, whole tensor)`` of the current weights, adapters merged, on global rank 0.
+
+        It yields nothing on other ranks. Every rank must exhaust the iterator.
+        """
+
     def export(
         self,
         output: Path,
         *,
         merge_adapters: bool,
-        source: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        chat_template: str | None,
+        beside: Companions,
     ) -> None:
         """Write the current weights as a Hugging Face folder, or the adapters as a folder of peft.
 
         Args:
             output: Folder to write.
             merge_adapters: Whether adapters are merged into the weights.
-            source: Hugging Face folder that the model was built from.
-            tokenizer: The tokenizer.
-            chat_template: The template that takes the place of the tokenizer's own; None keeps that.
+            beside: The files beside the weights.
         """

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.batch_images import BatchImages
 from mindspeed_simpo.config.config import Config
@@ -17,9 +15,10 @@ from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import ModelError
 from mindspeed_simpo.loss.head import ResponseHead
+from mindspeed_simpo.model.export_folder import Companions
 from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.megatron.adapters import without_adapters
-from mindspeed_simpo.model.megatron.export import export_adapters, export_hf
+from mindspeed_simpo.model.megatron.export import export_adapters, export_hf, whole_tensors
 from mindspeed_simpo.model.megatron.gpt import build_model
 from mindspeed_simpo.model.megatron.weights import fill_adapters, fill_weights, load_hf_weights
 from mindspeed_simpo.parallel import Groups
@@ -75,19 +74,18 @@ class MegatronBackend:
         else:
             load_hf_weights(self.models, self.description, path, self.groups)
 
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: D102
+        return whole_tensors(self.models, self.description, self.groups)
+
     def export(  # noqa: D102
         self,
         output: Path,
         *,
         merge_adapters: bool,
-        source: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        chat_template: str | None,
+        beside: Companions,
     ) -> None:
-        files: dict[str, Any] = {"source": source, "output": output}
-        files |= {"tokenizer": tokenizer, "chat_template": chat_template}
         model = self.models, self.description, self.groups
         if self.config.lora_r and not merge_adapters:
-            export_adapters(*model, base=self.config.model_name_or_path, **files)
+            export_adapters(*model, beside=beside, base=self.config.model_name_or_path, output=output)
         else:
-            export_hf(*model, **files)
+            export_hf(*model, beside=beside, output=output)

@@ -7,8 +7,28 @@ when it is complete, so that a killed run leaves no incomplete folder under the 
 code: every file is safetensors or JSON.
 """
 
-from mindspeed_simpo.training.checkpoint.folder import TrainingState, find, find_newest, list_checkpoints, read_state
+from mindspeed_simpo.training.checkpoint.folder import (
+    TrainingState,
+    choose,
+    find,
+    find_newest,
+    folder_of,
+    list_checkpoints,
+    name_best,
+    read_state,
+)
 from mindspeed_simpo.training.checkpoint.reader import load
 from mindspeed_simpo.training.checkpoint.writer import CheckpointWriter
 
-__all__ = ["CheckpointWriter", "TrainingState", "find", "find_newest", "list_checkpoints", "load", "read_state"]
+__all__ = [
+    "CheckpointWriter",
+    "TrainingState",
+    "choose",
+    "find",
+    "find_newest",
+    "folder_of",
+    "list_checkpoints",
+    "load",
+    "name_best",
+    "read_state",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -17,9 +18,12 @@ from mindspeed_simpo.errors import CheckpointError
 from mindspeed_simpo.loss.running import RunningState
 from mindspeed_simpo.parallel.collectives import fail_together, of_all_ranks, of_first_rank
 from mindspeed_simpo.training.base_model import Base
+from mindspeed_simpo.training.best import Best
+from mindspeed_simpo.training.run_facts import RunFacts
 
 STATE = "state.json"
 FILES = "files.json"
+BEST = "best.json"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -47,6 +51,12 @@ class TrainingState(BaseModel):
     """Statistics of the objective's tracked value."""
     base: Base | None = None
     """The model that the adapters belong to; None where the checkpoint holds all weights."""
+    best: Best | None = None
+    """The best evaluation so far; None where no metric is configured."""
+    evaluation_due: bool = False
+    """Whether a signal stopped the run before the evaluation of this step."""
+    facts: RunFacts | None = None
+    """What the card of the model says beside the configuration; None in checkpoints of earlier versions."""
     config: Config
 
 
@@ -73,6 +83,30 @@ def remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
+def expired(root: Path, keep: int | None, best: Best | None) -> list[Path]:
+    """The checkpoints that are not kept: all but the ``keep`` newest and the best.
+
+    Args:
+        root: Folder of checkpoints.
+        keep: None keeps all.
+        best: The best evaluation so far; None where no metric is configured.
+    """
+    old = list_checkpoints(root)[:-keep] if keep else []
+    return [path for path in old if best is None or _step(path) != best.step]
+
+
+def name_best(root: Path, best: Best | None) -> None:
+    """Have ``best.json`` name the best checkpoint of a folder, or remove it where there is none."""
+    path = root / BEST
+    if best is None or best.step is None:
+        path.unlink(missing_ok=True)
+        return
+    named = {"checkpoint": folder_of(root, best.step).name, **best.model_dump(exclude={"without_improvement"})}
+    unfinished = path.with_name(f".{BEST}.incomplete")
+    unfinished.write_text(json.dumps(named, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
 def find(load: str, world: dist.ProcessGroup | None) -> tuple[Path, TrainingState]:
     """Find the checkpoint that the key ``load`` names, and verify the size and digest of every file; a collective.
 
@@ -89,9 +123,7 @@ def find(load: str, world: dist.ProcessGroup | None) -> tuple[Path, TrainingStat
         CheckpointError: on every rank, where there is no checkpoint, or it is incomplete or damaged; the message names
             the defect and the newest valid checkpoint before it.
     """
-    with fail_together(world):
-        chosen = _chosen(load)
-    chosen = of_first_rank(chosen, world)
+    chosen = choose(load, world)
     problem = _find_problem(chosen, world)
     if problem is None:
         return chosen, read_state(chosen)
@@ -100,6 +132,17 @@ def find(load: str, world: dist.ProcessGroup | None) -> tuple[Path, TrainingStat
     raised = CheckpointError(f"load: {chosen} cannot be used: {problem}; {advice}")
     raised.everywhere = True
     raise raised
+
+
+def choose(load: str, world: dist.ProcessGroup | None) -> Path:
+    """The checkpoint that :func:`find` finds, not verified; a collective.
+
+    Raises:
+        CheckpointError: on every rank, where there is no checkpoint.
+    """
+    with fail_together(world):
+        chosen = _chosen(load)
+    return of_first_rank(chosen, world)
 
 
 def find_newest(root: Path, world: dist.ProcessGroup | None) -> tuple[Path, TrainingState] | None:

@@ -28,9 +28,10 @@ from mindspeed_simpo.training.checkpoint.folder import (
     FileList,
     FileRecord,
     TrainingState,
+    expired,
     flush,
     folder_of,
-    list_checkpoints,
+    name_best,
     rank_file,
     record_of,
     remove,
@@ -56,7 +57,7 @@ class CheckpointWriter:
         root: Folder of the run's checkpoints.
         groups: Process groups of this rank.
         device: Its random state is written.
-        keep: Number of newest checkpoints that remain; None keeps all.
+        keep: Number of newest checkpoints that remain, beside the best one; None keeps all.
         in_background: Whether :meth:`save` returns as soon as this rank's shard is copied to host memory.
     """
 
@@ -129,7 +130,8 @@ class CheckpointWriter:
             with fail_together(world), _written_errors(folder):
                 if world.rank() == 0:
                     _complete(folder, final, state, records)
-                    for old in list_checkpoints(self.root)[: -self.keep or None] if self.keep else []:
+                    name_best(self.root, state.best)
+                    for old in expired(self.root, self.keep, state.best):
                         remove(old)
         except CheckpointError:
             if world.rank() == 0:

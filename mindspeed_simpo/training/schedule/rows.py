@@ -79,6 +79,8 @@ class Rows:
     lengths: Int[Tensor, " row"] | None = None
     """int64 tokens of each padded row without its padding; None for a packed row."""
     images: BatchImages | None = None
+    each_alone: bool = False
+    """Whether each response token is scored as a sequence of its own, see :meth:`ScoredTokens.each_alone`."""
 
     @classmethod
     def of(cls, batch: PairBatch) -> Rows:
@@ -102,6 +104,9 @@ class Rows:
         local = positions_of(context_rank, context_size, lengths, self.tokens.device)
         packing = self.packing.at(local) if self.packing is not None else None
         identities, images = self.identities[:, local], self.images
+        scored = ScoredTokens.of(self.targets[:, local], packing)
+        if self.each_alone:
+            scored = scored.each_alone(local, self.tokens.shape[1])
         positions = packing.positions if packing is not None else local
         if images is not None and images.positions is not None:
             positions = images.positions.at(identities)
@@ -109,7 +114,7 @@ class Rows:
             tokens=self.tokens[:, local],
             position_ids=positions,
             documents=documents,
-            scored=ScoredTokens.of(self.targets[:, local], packing),
+            scored=scored,
             lengths=self.lengths,
             members=self._members(local, sequence_weight) if sequence_weight else None,
             token_keys=None if dropout_key is None else token_keys(identities, dropout_key),
@@ -208,7 +213,7 @@ class Rows:
             torch.nn.functional.pad(tensor, (0, missing), value=value) for tensor, value in tensors
         )
         packing = self.packing.with_padding(missing) if self.packing is not None else None
-        return Rows(tokens, targets, identities, packing, self.lengths, self.images)
+        return Rows(tokens, targets, identities, packing, self.lengths, self.images, self.each_alone)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,24 @@ class PairSchedule:
         return self._run(self._joint_passes(micro_batches, 1.0), forward_only=True)
 
     @torch.no_grad()
+    def token_logprobs(self, micro_batches: Sequence[PairBatch]) -> list[list[Float[Tensor, " token"]]]:
+        """Log-probability of each response token, nats.
+
+        Returns:
+            For each micro-batch its sequences (chosen 0..P-1, then rejected P..2P-1), for each the scored tokens in
+            order, in host memory; empty except on the last pipeline rank.
+        """
+        rows = [dataclasses.replace(Rows.of(batch), each_alone=True) for batch in micro_batches]
+        found = self._run([Pass(each, _record) for each in rows], forward_only=True)
+        tokens = []
+        for batch, logprobs in zip(micro_batches if found else [], found, strict=True):
+            places = batch.scored_places
+            # the interleaved schedule has made all rows as long as the longest
+            by_place = logprobs.cpu().view(len(places), -1)[:, : places.shape[1]]
+            tokens.append([of_sequence[mask] for of_sequence, mask in zip(by_place, places, strict=True)])
+        return tokens
+
+    @torch.no_grad()
     def _score_reference(self, micro_batches: Sequence[PairBatch]) -> None:
         if self.step_reference is None:
             return

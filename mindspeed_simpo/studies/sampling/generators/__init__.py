@@ -1,0 +1,1 @@
+"""What generates answers: transformers and vLLM in this process, or a server."""

@@ -122,8 +122,12 @@ class Config(
 
     @property
     def equal_micro_batches(self) -> bool:
-        """See :attr:`Layout.experts_span_data_ranks`."""
-        return self.layout_with(data=1).experts_span_data_ranks
+        """Whether all data-parallel ranks compute equally many micro-batches, because every forward is a collective.
+
+        With ``backend: fsdp`` each forward gathers the shards of the parameters; see also
+        :attr:`Layout.experts_span_data_ranks`.
+        """
+        return self.backend == "fsdp" or self.layout_with(data=1).experts_span_data_ranks
 
     def layout_with(self, data: int) -> Layout:
         """The configured layout with ``data`` data-parallel ranks; ``config.validation`` checks layouts."""

@@ -6,8 +6,6 @@ have the option. The module imports no torch, so that a wrong configuration fail
 
 from __future__ import annotations
 
-import difflib
-
 from pydantic import model_validator
 
 from mindspeed_simpo.config import supported
@@ -24,7 +22,7 @@ from mindspeed_simpo.config.options import (
     WatchOptions,
     effect_of,
 )
-from mindspeed_simpo.objectives import METRICS
+from mindspeed_simpo.objectives import unknown_metric
 
 
 class Config(
@@ -62,15 +60,8 @@ class Config(
         metric = self.metric_for_best_model
         if metric is None:
             return self
-        known = [*METRICS, *self.objective.metrics]
-        name = metric.split("/", 2)[-1] if metric.startswith("source/") else metric
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(
-                f"metric_for_best_model: evaluations with stage: {self.stage} have no metric {metric!r}{hint}; they "
-                f"have {', '.join(known)}"
-            )
+        if problem := unknown_metric(metric, self.objective):
+            raise ValueError(f"metric_for_best_model: {problem}")
         if not self.eval_interval or self.eval_iters == 0:
             key = "eval_interval" if not self.eval_interval else "eval_iters"
             raise ValueError(

@@ -6,7 +6,6 @@ have the option. The module imports no torch, so that a wrong configuration fail
 
 from __future__ import annotations
 
-import difflib
 import functools
 
 from pydantic import model_validator
@@ -25,7 +24,7 @@ from mindspeed_simpo.config.options import (
     WatchOptions,
     effect_of,
 )
-from mindspeed_simpo.objectives import METRICS
+from mindspeed_simpo.objectives import unknown_metric
 
 
 class Config(
@@ -63,15 +62,8 @@ class Config(
         metric = self.metric_for_best_model
         if metric is None:
             return self
-        known = [*METRICS, *self.objective.metrics]
-        name = metric.split("/", 2)[-1] if metric.startswith("source/") else metric
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(
-                f"metric_for_best_model: evaluations with stage: {self.stage} have no metric {metric!r}{hint}; they "
-                f"have {', '.join(known)}"
-            )
+        if problem := unknown_metric(metric, self.objective):
+            raise ValueError(f"metric_for_best_model: {problem}")
         if not self.eval_interval or self.eval_iters == 0:
             key = "eval_interval" if not self.eval_interval else "eval_iters"
             raise ValueError(
@@ -123,8 +115,12 @@ class Config(
 
     @property
     def equal_micro_batches(self) -> bool:
-        """See :attr:`Layout.experts_span_data_ranks`."""
-        return self.layout_with(data=1).experts_span_data_ranks
+        """Whether all data-parallel ranks compute equally many micro-batches, because every forward is a collective.
+
+        With ``backend: fsdp`` each forward gathers the shards of the parameters; see also
+        :attr:`Layout.experts_span_data_ranks`.
+        """
+        return self.backend == "fsdp" or self.layout_with(data=1).experts_span_data_ranks
 
     def layout_with(self, data: int) -> Layout:
         """The configured layout with ``data`` data-parallel ranks; ``config.validation`` checks layouts."""

@@ -7,13 +7,14 @@ is imported.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 from types import MappingProxyType
 
 from mindspeed_simpo.objectives._declaration import Keys, Objective
 
-__all__ = ["DEFAULT_STAGE", "METRICS", "OBJECTIVES", "Keys", "Objective"]
+__all__ = ["DEFAULT_STAGE", "METRICS", "OBJECTIVES", "Keys", "Objective", "unknown_metric"]
 
 DEFAULT_STAGE = "simpo"
 METRICS = (
@@ -44,3 +45,19 @@ def _registry() -> dict[str, Objective]:
 
 OBJECTIVES = MappingProxyType(_registry())
 """Value of ``stage`` -> objective."""
+
+
+def unknown_metric(metric: str, objective: Objective) -> str | None:
+    """Why evaluations with an objective have no such metric, in words; None where they have it.
+
+    Args:
+        metric: A name, which may be that of a source: ``source/NAME/METRIC``.
+        objective: What the evaluations are with.
+    """
+    known = [*METRICS, *objective.metrics]
+    name = metric.split("/", 2)[-1] if metric.startswith("source/") else metric
+    if name in known:
+        return None
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"evaluations with stage: {objective.stage} have no metric {metric!r}{hint}; they have {', '.join(known)}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindspeed_simpo.errors import ConfigError
+from mindspeed_simpo.studies.whole_file import write_whole
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -66,9 +67,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section], summary: str
         "PLOTLY": get_plotlyjs() if any(section.figures for section in sections) else "",
     }
     text = re.sub(r"<!--([A-Z]+)-->", lambda place: values[place[1]], text)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

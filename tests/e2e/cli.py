@@ -160,8 +160,9 @@ class Program:
 
 
 def lines_of(output, split="train"):
-    """Metrics lines of a run's output folder."""
-    lines = (json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines())
+    """Metrics lines of a run's output folder, without one that the run is about to write."""
+    text = (Path(output) / "metrics.jsonl").read_text()
+    lines = (json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines())
     return [line for line in lines if line["split"] == split]
 
 

@@ -10,9 +10,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from mindspeed_simpo.data.batching import Batching
 from tests import oracle
 from tests.e2e.cli import lines_of
-from tests.e2e.encode import encode_file
+from tests.e2e.encode import encode_file, encode_rows
 from tests.hf import make_checkpoint
 from tests.hf_adapters import quiet_peft
 
@@ -57,6 +58,32 @@ def test_train_resume_evaluate_and_export(program, tmp_path, eval_pairs, model):
     metrics = program.run("evaluate", 2, load=tmp_path / "whole", eval_data_path=eval_pairs).metrics
     expected = oracle.evaluate(tmp_path / "exported", encode_file(model, eval_pairs), oracle.Options())
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("batching", ["packed", "prefix_shared"])
+def test_ranks_with_other_numbers_of_micro_batches(program, tmp_path, model, batching):
+    """Of a long pair and three shorter ones one rank has two micro-batches, the other one has one."""
+    texts = ["long" * 80, *["short" * 38] * 3]
+    rows = [([{"role": "user", "content": "A word?"}], text, f"{number} {text}") for number, text in enumerate(texts)]
+    lengths = [tuple(map(len, pair)) for pair in encode_rows(model, rows)]
+    sizes = [Batching(batching, 1, 1).size_of(*each) for each in lengths]
+    budget = sum(sizes[1:3]) + 8
+    assert budget >= sizes[0]
+    packing = Batching(batching, 1, budget)
+    assert sorted(len(packing.parts([sizes[pair] for pair in own])) for own in packing.deal(sizes, 2)) == [1, 2]
+
+    names = ("prompt", "chosen", "rejected")
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(dict(zip(names, ("A word?", *row[1:]), strict=True))) + "\n" for row in rows))
+    program.config |= {"data_path": str(data), "eval_data_path": str(data), "batching": batching}
+    program.config |= {"max_tokens_per_micro_batch": budget, "seq_length": max(p + max(c, r) for p, c, r in lengths)}
+    program.config |= {"global_batch_size": 4, "micro_batch_size": 1, "distributed_timeout_minutes": 1}
+    for name, ranks, backend in (("fsdp", 2, "fsdp"), ("one", 1, "megatron")):
+        done = program.run("train", ranks, output_dir=tmp_path / name, backend=backend)
+        assert done.code == 0, done.stderr
+    for split in ("train", "eval"):
+        found, expected = (lines_of(tmp_path / name, split) for name in ("fsdp", "one"))
+        assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["linear layers", "experts", "4 bits"])

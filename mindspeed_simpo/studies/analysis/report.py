@@ -15,6 +15,7 @@ from mindspeed_simpo.studies.analysis.history import displacement
 from mindspeed_simpo.studies.analysis.scores import Measured, Numbers, Pairs, PairScores
 from mindspeed_simpo.studies.analysis.sections import sections
 from mindspeed_simpo.studies.page import table, write_page
+from mindspeed_simpo.studies.whole_file import write_whole
 
 FILES = ("analysis.json", "pairs.jsonl", "index.html")
 
@@ -32,9 +33,9 @@ def write_analysis(folder: Path, pairs: Pairs, models: Sequence[Measured], shown
         OSError: where a file cannot be written.
     """
     numbers = numbers_of(pairs, models, shown)
-    _write(folder / "analysis.json", json.dumps(numbers, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "analysis.json", json.dumps(numbers, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in _rows(pairs, models))
-    _write(folder / "pairs.jsonl", "".join(lines))
+    write_whole(folder / "pairs.jsonl", "".join(lines))
     titles = " and ".join(model.label for model in models)
     title = f"Analysis of {len(pairs.indices)} pairs: {titles}"
     write_page(folder / "index.html", title, sections(numbers, pairs, models, shown), _summary(numbers), texts.STYLE)
@@ -153,9 +154,3 @@ _ROWS: tuple[tuple[str, Callable[[Numbers], str]], ...] = (
     ),
     ("loss", lambda model: _number(model["means"]["loss"])),
 )
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

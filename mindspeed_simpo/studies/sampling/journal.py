@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_simpo.errors import ConfigError, DataError
+from mindspeed_simpo.studies.whole_file import write_whole
 
 SYNC_SECONDS = 5.0
 """Longest time until a line is on the disk; what a crash of the host, not of the program, loses."""
@@ -145,16 +146,6 @@ def check_facts(path: Path, facts: Mapping[str, Any], journal: Journal) -> str:
             f"Give the same settings to go on, another --output, or remove {path.stem}.jsonl to begin them again."
         )
     return begun
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is whole or absent."""
-    partial = path.with_name(f".{path.name}.incomplete")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _shown(facts: Mapping[str, Any], name: str) -> str:

@@ -18,13 +18,14 @@ from mindspeed_simpo.data.problems import ExampleError, first_line
 from mindspeed_simpo.errors import ConfigError, DataError, ModelError
 from mindspeed_simpo.studies.sampling.engines import Engines
 from mindspeed_simpo.studies.sampling.generators.vllm import VllmGenerator
-from mindspeed_simpo.studies.sampling.journal import Journal, check_facts, claimed, write_whole
+from mindspeed_simpo.studies.sampling.journal import Journal, check_facts, claimed
 from mindspeed_simpo.studies.sampling.prompts import PromptSet, Rendering, read_prompts
 from mindspeed_simpo.studies.sampling.record import Answer, Candidates, SamplingPrompt
 from mindspeed_simpo.studies.sampling.report import Report
 from mindspeed_simpo.studies.sampling.rows import PairRows
 from mindspeed_simpo.studies.sampling.selection import Scored, select
 from mindspeed_simpo.studies.sampling.settings import SamplingSettings
+from mindspeed_simpo.studies.whole_file import write_whole
 from mindspeed_simpo.training.progress import counting, set_up_logging
 
 logger = logging.getLogger(__name__)

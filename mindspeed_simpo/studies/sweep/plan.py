@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -19,7 +18,7 @@ from mindspeed_simpo.config.options import effect_of
 from mindspeed_simpo.config.recipes import configuration_path
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.errors import ConfigError
-from mindspeed_simpo.objectives import METRICS, OBJECTIVES
+from mindspeed_simpo.objectives import OBJECTIVES, unknown_metric
 from mindspeed_simpo.studies.sweep.space import POINT, Space, label
 
 MAX_COMBINATIONS = 1000
@@ -293,12 +292,5 @@ def _check_held_out(plan: Plan) -> None:
 
 def _check_metric(goal: Goal, configs: Sequence[Config]) -> None:
     for config in configs:
-        known = [*METRICS, *config.objective.metrics]
-        name = goal.metric.split("/", 2)[-1] if goal.metric.startswith("source/") else goal.metric
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(
-                f"--metric: evaluations with stage: {config.stage} have no metric {goal.metric!r}{hint}; they have "
-                f"{', '.join(known)}"
-            )
+        if problem := unknown_metric(goal.metric, config.objective):
+            raise ConfigError(f"--metric: {problem}")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mindspeed_simpo.studies.page import Section, table, write_page
 from mindspeed_simpo.studies.sweep.plan import describe, show
 from mindspeed_simpo.studies.sweep.results import Results, Row, cells_of, explain, header
-
-if TYPE_CHECKING:
-    pass
 
 _STYLES = {"complete": ("#2563a8", "circle"), "infeasible": ("#d08a1d", "x")}
 """State -> colour and symbol of its trials."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mindspeed_simpo.studies.sweep.plan import CONFIG_FILE, Goal, Params, Plan, describe, show
 from mindspeed_simpo.studies.sweep.trial import trial_folder
+from mindspeed_simpo.studies.whole_file import write_whole
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -128,9 +129,7 @@ def write_json(results: Results, path: Path) -> None:
         "trials": [_record(plan, row) for row in results.rows],
         "best": None if best is None else {"trial": best.slot, "command": results.next_command()},
     }
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _record(plan: Plan, row: Row) -> dict[str, Any]:

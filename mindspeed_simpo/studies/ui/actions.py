@@ -18,6 +18,7 @@ from mindspeed_simpo.config.recipes import recipes
 from mindspeed_simpo.errors import ConfigError, SimpoError
 from mindspeed_simpo.studies.ui import curves, form, runs, views
 from mindspeed_simpo.studies.ui.root import Root
+from mindspeed_simpo.studies.whole_file import write_whole
 
 NEWEST, EVERY = "newest", "every step"
 _MARK = "# Written by `mindspeed-simpo ui`."
@@ -85,9 +86,7 @@ class Actions:
             if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(_MARK):
                 raise ConfigError(f"{self.root.name(path)} was not written by the page: take another name")
             path.parent.mkdir(exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text(f"{_MARK}\n{form.to_yaml(form.changed(config))}", encoding="utf-8")
-            partial.replace(path)
+            write_whole(path, f"{_MARK}\n{form.to_yaml(form.changed(config))}")
         except (SimpoError, OSError) as error:
             return views.notice("bad", str(error)), gr.skip()
         return views.notice("good", f"Saved: {self.root.name(path)}"), self._sources()

@@ -22,6 +22,7 @@ from mindspeed_simpo.config.file import read_configuration, validate
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.studies.ui import form, locks
 from mindspeed_simpo.studies.ui.root import Root
+from mindspeed_simpo.studies.whole_file import write_whole
 
 OWN = "ui"
 """Folder of the page in a run's folder: ``config.yaml``, ``log.txt``, ``run.json`` and ``lock``."""
@@ -219,9 +220,7 @@ def _launch(root: Root, output: Path, written: str, nproc: int) -> str:
         record = folder / "run.json"
         record.unlink(missing_ok=True)
         config = folder / "config.yaml"
-        partial = folder / ".config.yaml.partial"
-        partial.write_text(f"# Written by `mindspeed-simpo ui`.\n{written}", encoding="utf-8")
-        partial.replace(config)
+        write_whole(config, f"# Written by `mindspeed-simpo ui`.\n{written}")
         words = ["train", root.name(config), "--nproc-per-node", str(nproc)]
         module = f"{__package__}.supervisor"
         with (folder / "log.txt").open("wb") as log:

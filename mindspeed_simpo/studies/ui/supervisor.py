@@ -18,12 +18,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mindspeed_simpo.studies.whole_file import write_whole
+
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a run's record, completely or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def supervise(path: Path, lock: int, words: Sequence[str], nproc: int) -> int:

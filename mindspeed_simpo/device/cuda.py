@@ -183,7 +183,7 @@ def flex_attention(
     width = query.shape[3]
     more = max(_SMALLEST_DOT, 1 << (width - 1).bit_length()) - width
     q, k, v = (pad(each.permute(1, 2, 0, 3), (0, more)) for each in (query, key, value))
-    shapes = len(q), q.shape[1], k.shape[1], q.shape[3], q.dtype, torch.is_grad_enabled()
+    shapes = len(q) == 1, q.shape[1], k.shape[1], q.shape[3], q.dtype, torch.is_grad_enabled()
     context, lse = _attend(scale, softcap, sinks is not None, shapes)(q, k, v, mask)
     if sinks is not None and lse is not None:
         context = (context * torch.sigmoid(lse - sinks[:, None])[..., None]).to(query.dtype)

@@ -13,7 +13,7 @@ from mindspeed_simpo.model.visible import intervals, row_mask, row_spans
 
 _ROW = Documents((170, 60), (Branch(0, 150, 40),))
 _WINDOW = 100
-_SCALE, _SOFTCAP = 0.3, 2.0
+_SOFTCAP = 2.0
 _LARGEST_ERROR = {torch.float32: 1e-5, torch.float64: 1e-10}
 _LARGEST_IN_HALF = 2e-2
 
@@ -43,14 +43,14 @@ def check_flex_attention(
     kept = [dtype] * 3 + [torch.promote_types(dtype, torch.float32)]
     inputs = [each.to(device, kind).requires_grad_() for each, kind in zip(drawn, kept, strict=False)]
     exact = [each.detach().double().requires_grad_() for each in inputs]
-    cap = _SOFTCAP if softcap else None
+    scale, cap = head_dim**-0.5, _SOFTCAP if softcap else None
     # a checkpoint around the caller would count the tensors that are saved here
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
         mask = row_mask(_ROW, 0, 1, _WINDOW, device)
         query, key, value, *own_sinks = inputs
-        context = cuda.flex_attention(query, key, value, mask, _SCALE, cap, own_sinks[0] if own_sinks else None)
+        context = cuda.flex_attention(query, key, value, mask, scale, cap, own_sinks[0] if own_sinks else None)
         found = _with_gradients(context, inputs, upstream)
-        expected = _with_gradients(_formula(exact, cap), exact, upstream.double())
+        expected = _with_gradients(_formula(exact, scale, cap), exact, upstream.double())
     errors = [float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True)]
     limit = _LARGEST_ERROR.get(dtype, _LARGEST_IN_HALF)
     if not max(errors) <= limit:  # not a number is an error too
@@ -61,10 +61,10 @@ def _with_gradients(context: Tensor, inputs: Sequence[Tensor], upstream: Tensor)
     return [context.detach(), *torch.autograd.grad(context, inputs, upstream)]
 
 
-def _formula(inputs: Sequence[Tensor], softcap: float | None) -> Tensor:
+def _formula(inputs: Sequence[Tensor], scale: float, softcap: float | None) -> Tensor:
     """Dense scores of the small row."""
     query, key, value, *sinks = inputs
-    scores = _SCALE * torch.einsum("qrhd,kd->hqk", query, key[:, 0, 0])
+    scores = scale * torch.einsum("qrhd,kd->hqk", query, key[:, 0, 0])
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     first, stop, prefix_first, prefix_stop = intervals(row_spans(_ROW, 0, 1), _WINDOW).to(scores.device)[..., None]

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mindspeed_simpo.device import npu
 from mindspeed_simpo.device.cuda import Platform, platform_of
 from mindspeed_simpo.model.flex_check import check_flex_attention
 
@@ -109,6 +110,8 @@ def chosen_kernel(
         softcap: Soft cap of the scores; None for none.
         sinks: Of each query head, the score of one more key; None for none.
     """
+    if npu.is_on_npu(query):
+        return "npu_fusion_attention"
     window_counts = window is not None and not packed
     scores = Scores(query.dtype, query.shape[-1], packed, window_counts, softcap is not None, sinks is not None)
     return _said(query.device, scores)

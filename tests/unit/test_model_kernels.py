@@ -219,7 +219,7 @@ def test_flex_attention_that_fails_is_not_used(log, monkeypatch, fails):
         context, lse = right(*inputs)
         return context * 1.001, lse
 
-    right = cuda._attend(0.3, 2.0, False, (1, 2, 1, 16, FP64, True))
+    right = cuda._attend(8**-0.5, 2.0, False, (True, 2, 1, 16, FP64, True))
     monkeypatch.setattr(cuda, "_attend", lambda *_: attention if fails == "by an error" else wrong)
     context = packed.packed_attention(*random(13, 4, 2), Documents((3, 10)), 0.3, None, 0.5)
     assert context.shape == (13, 1, 32)

@@ -101,6 +101,15 @@ class Documents:
         """Tokens of each document and of each branch, in the order of the row."""
         return (*self.wholes, *(branch.length for branch in self.branches))
 
+    def prefix_of(self, document: int) -> tuple[int, int]:
+        """First position in the row, and tokens, of the prefix of a document; both 0 where it has none.
+
+        Args:
+            document: Index in :attr:`lengths`.
+        """
+        branch = document - len(self.wholes)
+        return self.branches[branch][:2] if branch >= 0 else (0, 0)
+
     def with_padding(self, tokens: int) -> Documents:
         """The pattern of the row with ``tokens`` further positions at its end, which attend to themselves."""
         if not tokens:

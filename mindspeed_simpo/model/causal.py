@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from mindspeed_simpo.device import npu
+from mindspeed_simpo.device import cuda, npu
 from mindspeed_simpo.model.blockwise import blockwise_attention, repeat_heads
+from mindspeed_simpo.model.kernels import chosen_kernel
+from mindspeed_simpo.model.visible import causal_mask
 
 LARGEST_MASK = 2048
 """Keys up to which CPUs mask queries at the last positions of more keys by one cached mask; beyond, block by block."""
@@ -43,13 +45,16 @@ def causal_attention(
     """
     if window is not None and window >= key.shape[0]:
         window = None
-    if npu.is_on_npu(query):
+    kernel = chosen_kernel(query, packed=False, window=window, softcap=softcap, sinks=sinks)
+    if kernel == "npu_fusion_attention":
         assert softcap is None, "no operator of NPUs caps the scores: refused when the model was built"
         return npu.causal_attention(query, key, value, scale, window, sinks)
+    if kernel == "flex_attention":
+        mask = causal_mask(query.shape[0], key.shape[0], window, query.device)
+        return cuda.flex_attention(query, key, value, mask, scale, softcap, sinks)
     square = query.shape[0] == key.shape[0]
     masked = not square and not query.is_cuda
-    varied = window is not None or softcap is not None or sinks is not None
-    if varied or (masked and key.shape[0] > LARGEST_MASK):
+    if kernel == "blockwise_attention" or (masked and key.shape[0] > LARGEST_MASK):
         return blockwise_attention(query, key, value, scale, window, softcap, sinks)
     repeats = query.shape[2] // key.shape[2]
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mindspeed_simpo.batch import Documents, to_device
-from mindspeed_simpo.device import npu
+from mindspeed_simpo.device import cuda, npu
 from mindspeed_simpo.model.causal import causal_attention
+from mindspeed_simpo.model.kernels import chosen_kernel
+from mindspeed_simpo.model.visible import row_mask
 from mindspeed_simpo.parallel.context import positions_of, segments_of, spans_of
 
 
@@ -32,7 +33,8 @@ def packed_attention(
 
     The first call computes the documents that attend causally to themselves. The second call computes the branches: the
     queries of a branch attend to all keys of the branch's prefix and causally to the branch itself. No mask over the
-    whole row is materialised.
+    whole row is materialised. FlexAttention computes both in one call, without a copy of the prefixes' keys.
+    :mod:`mindspeed_simpo.model.kernels` chooses.
 
     Args:
         query: ``heads`` is a multiple of ``groups``; consecutive query heads share a key-value head.
@@ -44,6 +46,9 @@ def packed_attention(
         softcap: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
         sinks: See :func:`~mindspeed_simpo.model.causal.causal_attention`.
     """
+    if _takes_masks(query, window, softcap, sinks):
+        mask = row_mask(documents, 0, 1, window, query.device)
+        return cuda.flex_attention(query, key, value, mask, scale, softcap, sinks)
     end = sum(documents.wholes)
     own = query[:end], key[:end], value[:end], documents.wholes, documents.wholes
     context = varlen_attention(*own, scale, window, softcap, sinks)
@@ -84,6 +89,10 @@ def segmented_attention(
         softcap: See :func:`packed_attention`.
         sinks: See :func:`packed_attention`.
     """
+    if _takes_masks(query, window, softcap, sinks):
+        key, value = (in_row_order(tensor, documents, size) for tensor in (key, value))
+        mask = row_mask(documents, rank, size, window, query.device)
+        return cuda.flex_attention(query, key, value, mask, scale, softcap, sinks)
     seen = _seen_by_rank(documents, rank, size)
     joint = query, seen.of(key), seen.of(value), seen.query_lengths, seen.key_lengths
     return varlen_attention(*joint, scale, window, softcap, sinks)
@@ -125,11 +134,15 @@ def varlen_attention(
     """
     if window is not None and window >= max(key_lengths, default=0):
         window = None
-    if npu.is_on_npu(query):
+    documents = query, key, value, query_lengths, key_lengths
+    kernel = chosen_kernel(query, packed=True, window=window, softcap=softcap, sinks=sinks)
+    if kernel == "npu_fusion_attention":
         assert softcap is None, "no operator of NPUs caps the scores: refused when the model was built"
-        return npu.varlen_attention(query, key, value, query_lengths, key_lengths, scale, window, sinks)
-    if query.is_cuda and sinks is None and query.dtype in (torch.float16, torch.bfloat16) and _has_flash_attention():
-        return flash_attention(query, key, value, query_lengths, key_lengths, scale, window, softcap)
+        return npu.varlen_attention(*documents, scale, window, sinks)
+    if kernel == "flash_attn":
+        return cuda.flash_attention(*documents, scale, window, softcap)
+    if kernel == "varlen_attn":
+        return cuda.varlen_attention(*documents, scale, window)
     # torch.split, not slices: the backward of each slice would allocate a gradient of the whole row
     queries, keys, values = (
         torch.split(tensor, list(lengths))
@@ -139,38 +152,9 @@ def varlen_attention(
     return torch.cat([causal_attention(*part, scale, window, softcap, sinks) for part in parts])
 
 
-def flash_attention(
-    query: Float[Tensor, "queries 1 heads dim"],
-    key: Float[Tensor, "keys 1 groups dim"],
-    value: Float[Tensor, "keys 1 groups dim"],
-    query_lengths: Sequence[int],
-    key_lengths: Sequence[int],
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Float[Tensor, "queries 1 width"]:
-    """:func:`varlen_attention` by the flash-attn package, whose causal mask is aligned to the last query and key."""
-    from flash_attn import flash_attn_varlen_func
-
-    context: Tensor = flash_attn_varlen_func(
-        query[:, 0],
-        key[:, 0],
-        value[:, 0],
-        _bounds(tuple(query_lengths), query.device),
-        _bounds(tuple(key_lengths), query.device),
-        max(query_lengths),
-        max(key_lengths),
-        softmax_scale=scale,
-        causal=True,
-        **({} if window is None else {"window_size": (window - 1, 0)}),
-        **({} if softcap is None else {"softcap": softcap}),
-    )
-    return context.flatten(1)[:, None]
-
-
-@functools.cache
-def _has_flash_attention() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+def _takes_masks(query: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None) -> bool:
+    kernel = chosen_kernel(query, packed=True, window=window, softcap=softcap, sinks=sinks)
+    return kernel == "flex_attention"
 
 
 # What follows is the same for all layers of a micro-batch; the caches copy each tensor to the device once
@@ -245,7 +229,7 @@ def _seen_by_rank(documents: Documents, rank: int, size: int) -> _Seen:
     starts = [0, *itertools.accumulate(documents.lengths)]
     wanted, query_lengths, key_lengths = [], [], []
     for document, start, stop in segments_of(documents.lengths, rank, size):
-        prefix_start, prefix_length = _prefix_of(documents, document)
+        prefix_start, prefix_length = documents.prefix_of(document)
         wanted.append((prefix_start, prefix_start + prefix_length))
         wanted.append((starts[document], starts[document] + stop))
         query_lengths.append(stop - start)
@@ -267,12 +251,6 @@ def _spans_of_ranks(documents: Documents, size: int) -> list[tuple[int, int]]:
     return [span for rank in range(size) for span in spans_of(documents.lengths, rank, size)]
 
 
-def _prefix_of(documents: Documents, document: int) -> tuple[int, int]:
-    """First position in the row, and tokens, of the prefix; ``document`` counts the wholes, then the branches."""
-    branch = document - len(documents.wholes)
-    return documents.branches[branch][:2] if branch >= 0 else (0, 0)
-
-
 @functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
 def document_lengths(documents: Documents, rank: int, size: int, device: torch.device) -> Int[Tensor, " seq"]:
     """int64 length of the sequence of each position that a context-parallel rank holds, tokens.
@@ -286,14 +264,8 @@ def document_lengths(documents: Documents, rank: int, size: int, device: torch.d
         device: Device of the result.
     """
     parts = [
-        torch.full((length,), length + _prefix_of(documents, document)[1])
+        torch.full((length,), length + documents.prefix_of(document)[1])
         for document, length in enumerate(documents.lengths)
     ]
     held = positions_of(rank, size, documents.lengths, torch.device("cpu"))
     return to_device(torch.cat(parts)[held], device)
-
-
-@functools.lru_cache(_MICRO_BATCHES_IN_FLIGHT)
-def _bounds(lengths: tuple[int, ...], device: torch.device) -> Int[Tensor, " bound"]:
-    """int32 start of each document, then the end of the last one (``cu_seqlens`` of flash-attn)."""
-    return to_device(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)

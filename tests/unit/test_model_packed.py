@@ -1,10 +1,12 @@
 """Attention of packed rows against a dense mask over the whole row, in fp64; every kernel that may serve it."""
 
+import importlib
+
 import pytest
 import torch
 
 from mindspeed_simpo.batch import Branch, Documents
-from mindspeed_simpo.device import npu
+from mindspeed_simpo.device import cuda, npu
 from mindspeed_simpo.model import packed
 from tests.unit.conftest import FAKES
 
@@ -54,15 +56,21 @@ def dense(query, key, value, documents, scale, window=None, softcap=None, sinks=
 @pytest.fixture
 def fakes(torch_npu, monkeypatch):  # noqa: ARG001
     monkeypatch.syspath_prepend(str(FAKES / "flash"))
+    importlib.import_module("torch_varlen").install(monkeypatch)
     return monkeypatch
 
 
-KERNELS = {"any device": None, "npu": npu.varlen_attention, "flash": packed.flash_attention}
+KERNELS = {
+    "any device": None,
+    "npu": npu.varlen_attention,
+    "flash": cuda.flash_attention,
+    "varlen": cuda.varlen_attention,
+}
 
 
-def random(length, heads, groups):
+def random(length, heads, groups, width=8):
     sizes = (heads, groups, groups)
-    return [torch.randn(length, 1, size, 8, dtype=torch.float64, requires_grad=True) for size in sizes]
+    return [torch.randn(length, 1, size, width, dtype=torch.float64, requires_grad=True) for size in sizes]
 
 
 def compare(kernel, inputs, documents, *scores):
@@ -84,9 +92,10 @@ def compare(kernel, inputs, documents, *scores):
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (6, None), (None, 0.5), (4, 0.5)])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_value_and_gradient(kernel, window, softcap, name, groups, fakes):
-    if kernel == "npu" and softcap is not None:
-        return  # refused by name when the model is built
-    variants = {"window": window} if kernel == "npu" else {"window": window, "softcap": softcap}
+    capped = {} if kernel in ("npu", "varlen") else {"softcap": softcap}
+    if softcap is not None and not capped:
+        return  # no softcap: the NPU's is refused when the model is built, and PyTorch's never chosen
+    variants = {"window": window, **capped}
     if KERNELS[kernel] is not None:
         fakes.setattr(packed, "varlen_attention", lambda *inputs: KERNELS[kernel](*inputs[:6], **variants))
     documents = DOCUMENTS[name]
@@ -122,8 +131,10 @@ def test_more_documents_than_one_call_of_an_npu_takes(fakes):  # noqa: ARG001
         torch.testing.assert_close(ours, theirs)
 
 
-def test_the_kernel_of_the_device_is_taken(monkeypatch):
-    """Neither the NPU's nor flash-attn's is asked for on a CPU, whatever is installed."""
-    monkeypatch.setattr(packed, "_has_flash_attention", lambda: True)
-    query = torch.randn(5, 1, 2, 8, dtype=torch.bfloat16)
-    assert packed.packed_attention(query, query, query, Documents((2, 3)), 1.0).shape == (5, 1, 16)
+def test_heads_of_any_width_before_key_value_heads_could_be_shared(fakes):
+    """PyTorch 2.11 asks for as many key-value heads as query heads, and the kernel for a multiple of 8 elements."""
+    stand_ins = importlib.import_module("torch_varlen")
+    stand_ins.install(fakes, stand_ins.varlen_attn_2_11)
+    fakes.setattr(packed, "varlen_attention", lambda *inputs: cuda.varlen_attention(*inputs[:6]))
+    documents = DOCUMENTS["a branch of each"]
+    compare("varlen", random(20, 4, 2, width=12), documents, 0.3)

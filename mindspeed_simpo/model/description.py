@@ -277,7 +277,9 @@ class ModelDescription:
                 keys = share.kv_heads * attention.head_dim // share.kv_parts
                 yield "queries, keys and values", queries + 2 * keys
             else:
+                unrotated = attention.head_dim - attention.rotation.dims
                 yield "queries", queries
+                yield "keys and values", share.padded_queries * (unrotated + attention.value_dim)
                 yield "kv_lora_rank", attention.latent.kv_rank
                 yield "q_lora_rank", attention.latent.query_rank or self.hidden_size
             if layer.mlp is not None:

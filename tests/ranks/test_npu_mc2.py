@@ -19,12 +19,9 @@ TP = "tensor_model_parallel_size"
 
 def take_fused_operators():
     """No projection but the fused ones can be built."""
-    from mindspeed_simpo.config.validation import make_layout
     from mindspeed_simpo.model.megatron import linear
-    from mindspeed_simpo.training.backends import megatron
 
     take_operators()
-    megatron.make_layout = lambda config, ranks, model, _: make_layout(config, ranks, model, "npu")
     linear._AdaptedColumns = linear._AdaptedRows = None
 
 

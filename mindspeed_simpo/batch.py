@@ -175,8 +175,8 @@ class ScoredTokens:
     position: Int[Tensor, " token"]
     """int64 position in the row that predicts the token."""
     token: Int[Tensor, "target_row state"]
-    """int64 number, among all tokens, of the token that each hidden state predicts, or -1: the inverse of ``state``.
-    It has several rows where a state may predict several tokens."""
+    """int64 number, among all tokens, of the token that each hidden state predicts, the inverse of ``state``; where a
+    state predicts none, the number of tokens. It has several rows where a state may predict several tokens."""
     num_sequences: int
     seq_length: int
     """Length of a row."""
@@ -191,7 +191,7 @@ class ScoredTokens:
         """
         scored = targets != IGNORE_INDEX
         row, position = scored.nonzero(as_tuple=True)
-        token = (scored.flatten().cumsum(0) - 1).view_as(targets).masked_fill(~scored, -1)
+        token = (scored.flatten().cumsum(0) - 1).view_as(targets).masked_fill(~scored, len(row))
         if packing is None:
             state, sequence, sequences = position * len(targets) + row, row, len(targets)
             token = token.t().reshape(1, -1)

@@ -11,7 +11,7 @@ _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLO
 
 
 def set_defaults(*, one_queue: bool) -> None:
-    """Set the variables that the user has not set, where torch is built for CUDA; call before CUDA is first used.
+    """Set the variables that the user has not set, where torch is built for GPUs; call before CUDA is first used.
 
     Torch's allocator gets ``expandable_segments:True``: micro-batches differ in length, and the allocator would
     fragment.
@@ -23,9 +23,10 @@ def set_defaults(*, one_queue: bool) -> None:
     Source: "Optimizing memory usage" in PyTorch's notes on CUDA; ``tensor_parallel/layers.py`` of megatron-core and
     ``megatron/training/arguments.py`` of Megatron-LM.
     """
-    if not torch.backends.cuda.is_built():
+    if torch.version.cuda is None and torch.version.hip is None:
         return
+    release = tuple(map(int, torch.__version__.split(".")[:2]))
     if not any(name in os.environ for name in _ALLOCATOR):
-        os.environ[_ALLOCATOR[0 if torch.__version__ >= (2, 9) else 1]] = "expandable_segments:True"
+        os.environ[_ALLOCATOR[0 if release >= (2, 9) else 1]] = "expandable_segments:True"
     if one_queue:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -160,10 +160,10 @@ class _Predicting(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "token hidden"]) -> tuple[Tensor, None, None]:
         (token,) = ctx.saved_tensors
-        total = grad.new_zeros(token.shape[1], grad.shape[1]) if not len(grad) else None
-        for tokens in token if len(grad) else ():
-            part = grad.index_select(0, tokens.clamp(min=0)).masked_fill_(tokens[:, None] < 0, 0)
-            total = part if total is None else total.add_(part)
+        grads = torch.cat([grad, grad.new_zeros(1, grad.shape[1])])  # the last is that of no token
+        total, *others = (grads.index_select(0, row) for row in token.unbind())
+        for other in others:
+            total.add_(other)
         return total, None, None
 
 

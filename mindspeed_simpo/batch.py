@@ -174,9 +174,9 @@ class ScoredTokens:
     """int64 index of the token's sequence."""
     position: Int[Tensor, " token"]
     """int64 position in the row that predicts the token."""
-    token: Int[Tensor, "target_row state"]
+    token: Int[Tensor, "copy state"]
     """int64 number, among all tokens, of the token that each hidden state predicts, the inverse of ``state``; where a
-    state predicts none, the number of tokens. It has several rows where a state may predict several tokens."""
+    state predicts none, the number of tokens. It has several rows where a state predicts several tokens."""
     num_sequences: int
     seq_length: int
     """Length of a row."""
@@ -198,6 +198,8 @@ class ScoredTokens:
         else:
             sequences = len(targets) * packing.num_pairs
             state, sequence = position, row * packing.num_pairs + packing.pair_of[position]
+            if not (scored.sum(0) > 1).any():
+                token = token.amin(0, keepdim=True)
         return cls(state, targets[row, position], sequence, position, token, sequences, targets.shape[1])
 
     def each_alone(self, places: Int[Tensor, " seq"], seq_length: int) -> ScoredTokens:

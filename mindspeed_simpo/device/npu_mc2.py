@@ -27,9 +27,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def gathered_linear(hidden: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``all_gather(hidden) weight^T`` along the first axis of ``hidden``; column-parallel under sequence parallelism.
 
-    The backward reduce-scatters ``grad weight``. For the gradient of the weight ``hidden`` is gathered again, as in
-    megatron-core, behind the product of the other gradient; that of a frozen weight is left out, and ``hidden`` is not
-    saved.
+    The backward reduce-scatters ``grad weight``. As in megatron-core, ``hidden`` is gathered again for the gradient of
+    the weight, while the product of the other gradient is computed. For a frozen weight ``hidden`` is not saved.
 
     Args:
         hidden: fp16 or bf16 ``[seq / ranks, row, inputs]``, this rank's shard of the sequence.

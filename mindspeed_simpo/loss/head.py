@@ -151,7 +151,7 @@ class ResponseHead:
 class _Predicting(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Float[Tensor, "state hidden"], state: Int[Tensor, " token"], token: Int[Tensor, "row state"]
+        ctx: Any, states: Float[Tensor, "state hidden"], state: Int[Tensor, " token"], token: Int[Tensor, "copy state"]
     ) -> Float[Tensor, "token hidden"]:
         ctx.save_for_backward(token)
         return states.index_select(0, state)

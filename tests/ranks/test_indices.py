@@ -98,7 +98,7 @@ def test_what_adds_is_seen():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", ["padded", "prefix_shared", "no tokens"])
+@pytest.mark.parametrize("form", ["padded", "packed", "prefix_shared", "no tokens"])
 def test_the_backward_is_that_of_an_index(form, dtype):
     from mindspeed_simpo.batch import IGNORE_INDEX, Documents, Packing, ScoredTokens
     from mindspeed_simpo.loss.head import predicting_states
@@ -109,10 +109,13 @@ def test_the_backward_is_that_of_an_index(form, dtype):
     packing = None
     if form == "no tokens":
         targets.fill_(IGNORE_INDEX)
-    elif form == "prefix_shared":
-        targets[:, 2] = 5  # the state that predicts the first token of both
+    elif form != "padded":
+        targets[1, :4], targets[0, 4:] = IGNORE_INDEX, IGNORE_INDEX
+        if form == "prefix_shared":
+            targets[:, 2] = 5  # the state that predicts the first token of both
         packing = Packing(Documents((7,)), torch.arange(7), torch.zeros(7, dtype=torch.int64), 1)
     scored = ScoredTokens.of(targets, packing)
+    assert len(scored.token) == (2 if form == "prefix_shared" else 1)
     hidden = torch.randn(7, 1 if packing else 2, 5, generator=draw).to(dtype)
     grad = torch.randn(len(scored.state), 5, generator=draw).to(dtype)
     results = []

@@ -183,6 +183,9 @@ class ScoredTokens:
     """int64 index of the token's sequence."""
     position: Int[Tensor, " token"]
     """int64 position in the row that predicts the token."""
+    token: Int[Tensor, "copy state"]
+    """int64 number, among all tokens, of the token that each hidden state predicts, the inverse of ``state``; where a
+    state predicts none, the number of tokens. It has several rows where a state predicts several tokens."""
     num_sequences: int
     seq_length: int
     """Length of a row."""
@@ -195,13 +198,18 @@ class ScoredTokens:
             targets: As in :class:`PairBatch`, or their slice at the positions of one context-parallel rank.
             packing: Set where all rows of targets belong to one packed row of tokens.
         """
-        row, position = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+        scored = targets != IGNORE_INDEX
+        row, position = scored.nonzero(as_tuple=True)
+        token = (scored.flatten().cumsum(0) - 1).view_as(targets).masked_fill(~scored, len(row))
         if packing is None:
             state, sequence, sequences = position * len(targets) + row, row, len(targets)
+            token = token.t().reshape(1, -1)
         else:
             sequences = len(targets) * packing.num_pairs
             state, sequence = position, row * packing.num_pairs + packing.pair_of[position]
-        return cls(state, targets[row, position], sequence, position, sequences, targets.shape[1])
+            if not (scored.sum(0) > 1).any():
+                token = token.amin(0, keepdim=True)
+        return cls(state, targets[row, position], sequence, position, token, sequences, targets.shape[1])
 
     def each_alone(self, places: Int[Tensor, " seq"], seq_length: int) -> ScoredTokens:
         """The same tokens, each as a sequence of its own, so that the sums of sequences are those of single tokens.
@@ -213,7 +221,7 @@ class ScoredTokens:
         """
         sequence = self.sequence * seq_length + places[self.position]
         alone = torch.zeros_like(self.position)
-        return ScoredTokens(self.state, self.target, sequence, alone, self.num_sequences * seq_length, 1)
+        return ScoredTokens(self.state, self.target, sequence, alone, self.token, self.num_sequences * seq_length, 1)
 
     def to(self, device: torch.device) -> ScoredTokens:
         """A copy with the tensors on ``device``."""
@@ -222,6 +230,7 @@ class ScoredTokens:
             to_device(self.target, device),
             to_device(self.sequence, device),
             to_device(self.position, device),
+            to_device(self.token, device),
             self.num_sequences,
             self.seq_length,
         )
@@ -257,11 +266,7 @@ class PairBatch:
     @property
     def response_tokens(self) -> Int[Tensor, " sequence"]:
         """int64 response tokens of each sequence."""
-        scored = (self.targets != IGNORE_INDEX).long()
-        if self.packing is None:
-            return scored.sum(dim=1)
-        counts = scored.new_zeros(len(scored), self.num_pairs)
-        return counts.index_add_(1, self.packing.pair_of, scored).flatten()
+        return self.scored_places.sum(dim=1)
 
     @property
     def scored_places(self) -> Bool[Tensor, "sequence seq"]:

@@ -91,7 +91,11 @@ def open_device(config: Config) -> Device:
     from mindspeed_simpo.device import open_device as open_named
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return open_named(config.device, local_rank, config.distributed_timeout_minutes)
+    # FSDP2 and the ranks of the distributed optimizer alone overlap better with several queues
+    one_queue = (
+        config.backend == "megatron" and max(config.tensor_model_parallel_size, config.context_parallel_size) > 1
+    )
+    return open_named(config.device, local_rank, config.distributed_timeout_minutes, one_queue=one_queue)
 
 
 def world_size(nproc: int) -> int:

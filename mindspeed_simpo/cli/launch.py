@@ -32,11 +32,15 @@ def in_launched_rank() -> bool:
 def prepare_process() -> None:
     """Set the signal handlers and parent-death signals of this process and of the processes that it forks.
 
+    Call it before torch is imported: ``import torch`` then does not import torch_npu, which would read the environment
+    before its defaults are set; the device's room imports torch_npu where it is used.
+
     The kernel kills a rank that :func:`launch` started when the launcher dies, even by SIGKILL, so that no orphan
     process writes checkpoints. Outside training a rank keeps the default action of SIGTERM, which also ends a process
     that is blocked in a collective. A process without a launcher unwinds on SIGTERM and exits with code 143. Forked
     helper processes are killed when their parent dies. The parent-death signal exists on Linux only.
     """
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     launcher = os.environ.get(_LAUNCHER_PID)
     if launcher is not None:
         _die_with_parent()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.model_sizes import Model
 from mindspeed_simpo.config.options import CPU_CHUNK_TOKENS
-from mindspeed_simpo.config.validation import Model
 
 ACCELERATOR_CHUNK_TOKENS = 4096
 """Tokens of a chunk of the head that keep the matrix units of an accelerator busy."""
@@ -16,7 +16,7 @@ def resolve(config: Config, model: Model, device: str) -> Config:
     """``config`` with ``bf16`` and ``logprob_chunk_tokens`` set, and ``batching: auto`` where the model decides it.
 
     ``batching: auto`` becomes ``packed`` where only the model forbids ``prefix_shared``, see
-    :meth:`~mindspeed_simpo.config.validation.Model.shares_prefixes`. A value that is given is kept.
+    :meth:`~mindspeed_simpo.config.model_sizes.Model.shares_prefixes`. A value that is given is kept.
 
     Args:
         config: A validated configuration.

@@ -25,6 +25,7 @@ PLAIN: Mapping[str, object] = {
     "overlap_grad_reduce": False,
     "recompute_granularity": None,
     "context_parallel_algo": "gathered",
+    "use_ascend_mc2": False,
 }
 """The baseline value of each option whose values are claimed one by one; the tests check every combination of axes
 with these values."""
@@ -65,6 +66,8 @@ CLAIMS: tuple[Claim, ...] = (
     # MindSpeed's own algorithms: compared with `gathered` in the tests that need an installed MindSpeed
     Claim("context_parallel_algo", "megatron_cp_algo"),
     Claim("context_parallel_algo", "ulysses_cp_algo"),
+    # operators of NPUs: compared in the tests that have a stand-in for torch_npu
+    Claim("use_ascend_mc2", True),
     # sizes of micro-batches and chunks: the matrix checks several of each
     Claim("micro_batch_size", ANY),
     Claim("max_tokens_per_micro_batch", ANY),

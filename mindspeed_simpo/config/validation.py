@@ -2,95 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
 from mindspeed_simpo.config import supported
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout, names_of
+from mindspeed_simpo.config.model_sizes import AttentionSizes, DividedModel, ExpertSizes, LayerSizes, Model
 from mindspeed_simpo.errors import ConfigError
 
-
-class AttentionSizes(Protocol):
-    """Sizes and variants of a layer's attention that a layout must respect."""
-
-    @property
-    def heads(self) -> int:
-        """Number of query heads."""
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key-value heads."""
-
-    @property
-    def head_dim(self) -> int:
-        """Elements of one head."""
-
-    @property
-    def window(self) -> int | None:
-        """Sliding window: keys that a query attends to, its own included; None for all earlier ones."""
-
-    @property
-    def softcap(self) -> float | None:
-        """Soft cap of the attention scores; None for none."""
-
-    @property
-    def sinks(self) -> bool:
-        """Whether the softmax has a learned sink of each query head."""
+FUSED_RANKS = (2, 4, 8)
+"""Tensor-parallel ranks that ``npu_all_gather_base_mm`` and ``npu_mm_reduce_scatter_base`` take: on the Atlas A3 also
+16 and 32, which MindSpeed excludes."""
+FUSED_AXIS = range(256, 65535)
+"""Elements of a summed axis that these operators take."""
 
 
-class MLPSizes(Protocol):
-    """Sizes of a layer's MLP that tensor parallelism divides."""
-
-    @property
-    def width(self) -> int:
-        """Elements of the inner activation, ``intermediate_size``."""
-
-
-class ExpertSizes(Protocol):
-    """Sizes of a layer's experts that expert parallelism divides."""
-
-    @property
-    def number(self) -> int:
-        """Number of experts."""
-
-    @property
-    def width(self) -> int:
-        """Elements of the inner activation of one expert."""
-
-
-class LayerSizes(Protocol):
-    """Sizes of one decoder layer."""
-
-    @property
-    def attention(self) -> AttentionSizes:
-        """Sizes of the attention."""
-
-    @property
-    def mlp(self) -> MLPSizes | None:
-        """Sizes of the MLP; None for none."""
-
-    @property
-    def experts(self) -> ExpertSizes | None:
-        """Sizes of the experts; None for none."""
-
-
-class Model(Protocol):
-    """The part of a model description that validation reads."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the output weight."""
-
-    @property
-    def layers(self) -> Sequence[LayerSizes]:
-        """The decoder layers, from first to last."""
-
-    def shares_prefixes(self, seq_length: int) -> bool:
-        """Whether chosen and rejected may share one copy of their prompt, in sequences of ``seq_length`` tokens."""
-
-
-def make_layout(config: Config, world_size: int, model: Model | None = None, device: str | None = None) -> Layout:
+def make_layout(
+    config: Config, world_size: int, model: DividedModel | None = None, device: str | None = None
+) -> Layout:
     """The parallel layout of ``world_size`` ranks; data parallelism takes what the configured degrees leave.
 
     Args:
@@ -116,6 +43,8 @@ def make_layout(config: Config, world_size: int, model: Model | None = None, dev
         if all(layer.experts is None for layer in model.layers):
             _check_dense(config, layout)
         _check_prefixes(config, model)
+    if config.use_ascend_mc2:
+        _check_fused_products(config, layout, device or config.device, model)
     refused = supported.refusal(layout, config.arithmetic())
     if refused is not None:
         raise ConfigError(refused)
@@ -283,6 +212,29 @@ def _check_prefixes(config: Config, model: Model) -> None:
             f"{config.model_name_or_path} depends on the length of each sequence beyond the length that the model was "
             f"first trained for: set batching: packed, or a seq_length ({config.seq_length}) of at most that length"
         )
+
+
+def _check_fused_products(config: Config, layout: Layout, device: str, model: DividedModel | None) -> None:
+    """Source: :mod:`mindspeed_simpo.device.npu_mc2`."""
+    if device in ("cpu", "cuda"):
+        raise ConfigError(f"use_ascend_mc2: its operators are torch_npu's and run on npu; this is {device}: remove it")
+    if layout.tensor not in FUSED_RANKS or not layout.sequence_parallel:
+        raise ConfigError(
+            f"use_ascend_mc2: its operators divide a sequence over 2, 4 or 8 ranks; found tensor_model_parallel_size "
+            f"{layout.tensor}{'' if layout.sequence_parallel else ' without sequence_parallel'}: set "
+            "sequence_parallel: true and one of these sizes, or remove use_ascend_mc2"
+        )
+    if model is None:
+        return
+    if not config.bf16_in_use:
+        raise ConfigError("use_ascend_mc2: its operators take no fp32: set bf16: true, or remove use_ascend_mc2")
+    for name, size in model.sharded_axes(layout.tensor):
+        if size not in FUSED_AXIS:
+            raise ConfigError(
+                f"use_ascend_mc2: its operators sum over {FUSED_AXIS.start} to {FUSED_AXIS.stop - 1} elements; found "
+                f"{size}, the {name} of {config.model_name_or_path} on one of {layout.tensor} tensor-parallel ranks: "
+                "choose another tensor_model_parallel_size, or remove use_ascend_mc2"
+            )
 
 
 def _check_device(config: Config, device: str, model: Model | None) -> None:

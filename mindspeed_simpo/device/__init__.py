@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from mindspeed_simpo.device import cpu, megatron_repairs, npu, npu_adaptor, npu_environment
+from mindspeed_simpo.device import cpu, cuda_environment, megatron_repairs, npu, npu_adaptor, npu_environment
 from mindspeed_simpo.errors import ConfigError
 
 DeviceName = Literal["npu", "cuda", "cpu"]
@@ -111,7 +111,11 @@ def reduction_dtype(device: torch.device) -> torch.dtype:
 
 
 def open_device(
-    name: Literal["auto", "npu", "cuda", "cpu"], local_rank: int = 0, timeout_minutes: float | None = None
+    name: Literal["auto", "npu", "cuda", "cpu"],
+    local_rank: int = 0,
+    timeout_minutes: float | None = None,
+    *,
+    one_queue: bool = False,
 ) -> Device:
     """Choose the device of this rank and prepare ``torch`` and ``megatron`` for it.
 
@@ -121,6 +125,7 @@ def open_device(
         name: ``auto`` takes the first available of npu, cuda, cpu.
         local_rank: Rank on this host; the index of the accelerator.
         timeout_minutes: Timeout of the process groups that will be made; HCCL's follows it.
+        one_queue: See :func:`~mindspeed_simpo.device.cuda_environment.set_defaults`.
 
     Raises:
         ConfigError: where the named device is not available, the host has fewer devices than ranks, or the versions of
@@ -132,6 +137,8 @@ def open_device(
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
     # megatron-core imports this module, which warns on every start on a host with a CUDA compiler and no device
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    if name in ("auto", "cuda"):
+        cuda_environment.set_defaults(one_queue=one_queue)
     found = find_device() if name == "auto" else name
     if found == "cpu":
         cpu.install_adaptor()

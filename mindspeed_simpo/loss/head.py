@@ -81,7 +81,7 @@ class ResponseHead:
         """
         if self.sequence_parallel:
             hidden = gather_along_first(hidden, self.tensor_group)
-        states = hidden.flatten(0, 1).index_select(0, scored.state)
+        states = predicting_states(hidden, scored)
         if not self.sequence_parallel:
             states = copy_to(states, self.tensor_group)
         logprobs = self.token_logprobs(states, weight, scored.target)
@@ -146,6 +146,39 @@ class ResponseHead:
         """Multiply ``grad`` in place by the softcap's slope ``1 - tanh(z / softcap)^2``; overwrites the logits z."""
         if self.softcap is not None:
             grad.mul_(logits.div_(self.softcap).tanh_().square_().neg_().add_(1))
+
+
+class _Predicting(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, states: Float[Tensor, "state hidden"], state: Int[Tensor, " token"], token: Int[Tensor, "copy state"]
+    ) -> Float[Tensor, "token hidden"]:
+        ctx.save_for_backward(token)
+        return states.index_select(0, state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "token hidden"]) -> tuple[Tensor, None, None]:
+        (token,) = ctx.saved_tensors
+        grads = torch.cat([grad, grad.new_zeros(1, grad.shape[1])])  # the last is that of no token
+        total, *others = (grads.index_select(0, row) for row in token.unbind())
+        for other in others:
+            total.add_(other)
+        return total, None, None
+
+
+def predicting_states(hidden: Float[Tensor, "seq row hidden"], scored: ScoredTokens) -> Float[Tensor, "token hidden"]:
+    """The hidden state that predicts each token.
+
+    In the backward each hidden state takes the gradients of its tokens, two where it predicts the first tokens of both
+    responses. The backward of an index would add the tokens' gradients to the states', one by one, by atomic additions.
+
+    Args:
+        hidden: Hidden states of the positions of ``scored``.
+        scored: The tokens.
+    """
+    states: Tensor = _Predicting.apply(hidden.flatten(0, 1), scored.state, scored.token)  # type: ignore[no-untyped-call]
+    return states
 
 
 def sequence_sums(

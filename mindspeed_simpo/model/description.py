@@ -280,6 +280,26 @@ class ModelDescription:
         """``vocab_size`` rounded up to a multiple of ``tensor_parallel_size``: rows of the embedding over all ranks."""
         return -(-self.vocab_size // tensor_parallel_size) * tensor_parallel_size
 
+    def sharded_axes(self, tensor_ranks: int) -> Iterator[tuple[str, int]]:
+        """Name and elements of each axis of the sharded projections, but experts, on one of ``tensor_ranks`` ranks."""
+        yield "hidden_size", self.hidden_size
+        for layer in self.layers:
+            attention, share = layer.attention, layer.attention.share(0, tensor_ranks)
+            queries = share.padded_queries * attention.head_dim
+            yield "output of the attention", share.padded_queries * attention.value_dim
+            if attention.latent is None:
+                keys = share.kv_heads * attention.head_dim // share.kv_parts
+                yield "queries, keys and values", queries + 2 * keys
+            else:
+                unrotated = attention.head_dim - attention.rotation.dims
+                yield "queries", queries
+                yield "keys and values", share.padded_queries * (unrotated + attention.value_dim)
+                yield "kv_lora_rank", attention.latent.kv_rank
+                yield "q_lora_rank", attention.latent.query_rank or self.hidden_size
+            if layer.mlp is not None:
+                yield "intermediate_size", layer.mlp.width // tensor_ranks
+                yield "gate and up projection", 2 * layer.mlp.width // tensor_ranks
+
     def difference(self, other: ModelDescription) -> str | None:
         """The first field of shape or arithmetic in which ``other`` differs, for messages; None where equal."""
         ignored = ("dtype", "mxfp4", "initializer_range", "max_position_embeddings")

@@ -29,6 +29,7 @@ CASES = {
     "experts": ({"expert_model_parallel_size": 2}, 2, 1, {"family": "qwen3_moe"}),
     "experts, sharded": ({TP: 2, "use_distributed_optimizer": True}, 2, 1, {"family": "qwen3_moe"}),
     "pipeline, experts": ({PP: 2, **VIRTUAL}, 2, 0, {"family": "glm4_moe"}),
+    "fused": ({TP: 2, "sequence_parallel": True, "use_ascend_mc2": True, "bf16": True}, 2, 0, {"hidden": 512}),
     "all": ({TP: 2, "sequence_parallel": True, PP: 2, CP: 2, **VIRTUAL}, 16, 3, {}),
 }
 

@@ -21,9 +21,12 @@ def take_operators():
     import types
     from pathlib import Path
 
+    from mindspeed_simpo.config.validation import make_layout
     from mindspeed_simpo.device import npu, operators
     from mindspeed_simpo.model import causal
+    from mindspeed_simpo.training.backends import megatron
 
+    megatron.make_layout = lambda config, ranks, model, _: make_layout(config, ranks, model, "npu")
     sys.path.insert(0, str(Path(__file__).parent.parent / "fakes"))
     npu.is_on_npu = lambda _: True
     operators._RMSNorm = operators._SwiGLU = operators._Rotation = causal.scaled_dot_product_attention = None

@@ -116,3 +116,71 @@ def test_no_megatron_core(opened):
     code, _, err = opened(core=None)
     assert code == 1
     assert "needs megatron-core, which is not installed" in err
+
+
+AUTOLOADED = """
+import os
+from mindspeed_simpo.cli import launch
+launch.prepare_process()
+import sys
+import torch
+early = "torch_npu" in sys.modules
+from mindspeed_simpo.device import find_device
+assert find_device() == "cpu"
+print(early, sys.modules["torch_npu"].SEEN.get("TASK_QUEUE_ENABLE"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "False 2"), ({"TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}, "True None")]
+)
+def test_torch_does_not_import_torch_npu_before_the_environment_is_set(given, expected, tmp_path):
+    package = "import os, types, torch\nSEEN = dict(os.environ)\ntorch.npu = types.SimpleNamespace(is_available=bool)\n"
+    files = {
+        "torch_npu/__init__.py": package + "def _autoload():\n    pass\n",
+        "torch_npu-2.7.1.dist-info/METADATA": "Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.7.1\n",
+        "torch_npu-2.7.1.dist-info/entry_points.txt": "[torch.backends]\ntorch_npu = torch_npu:_autoload\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    unset = ("TASK_QUEUE_ENABLE", "TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTHONWARNINGS")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    environment = kept | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])} | given
+    process = subprocess.run(
+        [sys.executable, "-c", AUTOLOADED], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert process.stdout.strip() == expected, process.stderr
+
+
+def test_the_environment_of_cuda(monkeypatch):
+    import torch
+
+    from mindspeed_simpo.device import cuda_environment
+
+    names = (*cuda_environment._ALLOCATOR, "CUDA_DEVICE_MAX_CONNECTIONS")
+    for name in names:  # set first, so that what is deleted now is deleted after the test, too
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def found():
+        return {name: os.environ[name] for name in names if name in os.environ}
+
+    cuda_environment.set_defaults(one_queue=True)
+    assert found() == {}, "this torch has no CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    cuda_environment.set_defaults(one_queue=False)
+    expected = {
+        "PYTORCH_ALLOC_CONF" if torch.__version__ >= (2, 9) else "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"
+    }
+    assert found() == expected
+    cuda_environment.set_defaults(one_queue=True)
+    assert found() == expected | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    given = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    cuda_environment.set_defaults(one_queue=True)
+    assert found() == given

@@ -15,7 +15,9 @@ from mindspeed_simpo.errors import ConfigError, ModelError
 from mindspeed_simpo.model.description import Rotation
 from mindspeed_simpo.model.folder import resolve_model
 from mindspeed_simpo.model.hf_config import read_description
+from mindspeed_simpo.model.naming import pipeline_chunks
 from mindspeed_simpo.model.rotary import inverse_frequencies, rotation_tables
+from tests.hf import make_checkpoint
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],
@@ -307,6 +309,40 @@ def test_layouts_that_do_not_divide_the_model(tmp_path):
     narrow = read_description(_write(tmp_path, head_dim=6, num_attention_heads=16, num_key_value_heads=1))
     with pytest.raises(ConfigError, match="does not divide its head_dim 6"):
         _lay_out(tmp_path, narrow, tensor_model_parallel_size=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cpu"}, "its operators are torch_npu's and run on npu; this is cpu"),
+        ({"device": "cuda"}, "this is cuda"),
+        ({"sequence_parallel": False}, "found tensor_model_parallel_size 2 without sequence_parallel"),
+        ({"tensor_model_parallel_size": 1}, "found tensor_model_parallel_size 1:"),
+        ({"bf16": False}, "its operators take no fp32: set bf16: true"),
+        ({"tensor_model_parallel_size": 4}, "found 128, the output of the attention of .* on one of 4 tensor-parallel"),
+    ],
+)
+def test_fused_products_that_the_operators_refuse(tmp_path, options, message):
+    sizes = {"hidden_size": 512, "head_dim": 128, "intermediate_size": 1024}
+    model = read_description(_write(tmp_path, **sizes))
+    fused = {"use_ascend_mc2": True, "device": "npu", "bf16": True, "sequence_parallel": True}
+    fused["tensor_model_parallel_size"] = 2
+    assert _lay_out(tmp_path, model, **fused).tensor == 2
+    with pytest.raises(ConfigError, match=message):
+        _lay_out(tmp_path, model, **(fused | options))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "deepseek_v3", "shared key-value heads"])
+def test_the_sharded_axes_are_those_of_the_weights(tmp_path, family):
+    shape = {"heads": 8, "kv_heads": 2} if family == "shared key-value heads" else {}
+    model = read_description(str(make_checkpoint(tmp_path, "qwen2" if shape else family, **shape)))
+    [chunk] = pipeline_chunks(model, 1, 1)
+    ends = ("embedding.word_embeddings.weight", "output_layer.weight")
+    slots = [each for each in chunk.slots(model) if each.axis is not None and not each.of_experts]
+    shapes = [slot.shape(0, 4) for slot in slots if slot.parameter not in ends]
+    assert {size for shape in shapes if len(shape) == 2 for size in shape} == {
+        size for _, size in model.sharded_axes(4)
+    }
 
 
 def test_the_first_difference_of_two_models(tmp_path):

@@ -24,6 +24,7 @@ def hccl(torch_npu, monkeypatch):
     for name in torch_npu.hccl.METHODS:
         if hasattr(dist.ProcessGroup, name):  # put back after the test
             monkeypatch.setattr(dist.ProcessGroup, name, getattr(dist.ProcessGroup, name))
+    monkeypatch.setattr(dist.ProcessGroup, "_get_backend", dist.ProcessGroup._get_backend)
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     torch_npu.hccl.make_groups()
@@ -67,6 +68,45 @@ def test_what_else_hccl_refuses(hccl):
         dist.all_to_all_single(torch.ones(()), torch.ones(()))
     dist.all_reduce(torch.ones(3, dtype=DOUBLE), group=hccl)
     dist.gather_object("anything", [None], group=hccl)
+
+
+HALF = torch.bfloat16
+PRODUCTS = [
+    ("fp16 or bf16", {"dtype": torch.float32}),
+    ("inputs of 2 axes", {"left": (4, 1, 256)}),
+    ("inputs that are not empty", {"left": (0, 256)}),
+    ("one summed axis", {"left": (4, 257)}),
+    ("256 to 65534 elements", {"left": (4, 255), "right": (255, 8)}),
+    ("256 to 65534 elements", {"left": (4, 65535), "right": (65535, 8)}),
+    ("a contiguous left input", {"left": (256, 4), "turn": "left"}),
+    ("a contiguous right input", {"right": (256, 9), "cut": True}),
+    ("no bias", {"bias": torch.zeros(8, dtype=HALF)}),
+    ("comm_turn 0", {"comm_turn": 1}),
+    ("a name from get_hccl_comm_name", {"hcom": "another"}),
+    ("2, 4 or 8 ranks", {"right": (8, 256), "turn": "right"}),
+]
+
+
+@pytest.mark.parametrize("operator", ["npu_all_gather_base_mm", "npu_mm_reduce_scatter_base"])
+@pytest.mark.parametrize(("words", "options"), PRODUCTS)
+def test_products_refuse(words, options, operator, hccl, torch_npu):  # noqa: ARG001
+    options = {"left": (4, 256), "right": (256, 8), "dtype": HALF, "turn": "", "cut": False, **options}
+    hcom = options.pop("hcom", dist.group.WORLD._get_backend(torch.device("cpu")).get_hccl_comm_name(0))
+    shapes, dtype, turn = [options.pop("left"), options.pop("right")], options.pop("dtype"), options.pop("turn")
+    left, right = (torch.ones(shape, dtype=dtype) for shape in shapes)
+    left, right = left.t() if turn == "left" else left, right.t() if turn == "right" else right
+    right = right[:, :8] if options.pop("cut") else right
+    with pytest.raises(RuntimeError, match=words):
+        getattr(torch_npu, operator)(left, right, hcom, 1, **options)
+
+
+def test_the_name_of_a_communicator(hccl):
+    with pytest.raises(RuntimeError, match="rank in the world, found 1"):
+        dist.group.WORLD._get_backend(torch.device("cpu")).get_hccl_comm_name(1)
+    assert not hasattr(hccl._get_backend(torch.device("cpu")), "get_hccl_comm_name")
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    assert backend.get_hccl_comm_name(0, False) == ""
+    assert backend.get_hccl_comm_name(0) == backend.get_hccl_comm_name(0, False) != ""
 
 
 def test_the_sum_over_ranks_takes_any_strides(hccl):  # noqa: ARG001

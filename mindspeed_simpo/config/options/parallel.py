@@ -18,6 +18,7 @@ _OF_MEGATRON = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
     "overlap_grad_reduce",
+    "use_ascend_mc2",
 )
 _OF_FSDP = ("fsdp_shard_size", "fsdp_cpu_offload", "freeze_vision")
 
@@ -76,6 +77,13 @@ class ParallelOptions(Options):
         effect="layout",
         description="Shard the activations outside of attention and MLP along the sequence over the tensor-parallel "
         "ranks (SP).",
+    )
+    use_ascend_mc2: bool = option(
+        False,
+        effect="arithmetic",
+        description="Compute the projections of attention and MLP with torch_npu's operators that overlap a product "
+        "with its all-gather or reduce-scatter (MC2); npu only, with bf16, sequence_parallel and "
+        "tensor_model_parallel_size 2, 4 or 8.",
     )
     use_distributed_optimizer: bool = option(
         False, effect="layout", description="Shard the optimizer state over the data-parallel ranks (ZeRO-1)."

@@ -166,7 +166,7 @@ def transformer_config(model: ModelDescription, config: Config, device: Device) 
     with warnings.catch_warnings():
         # the warning is about fused attention of TransformerEngine, which this package never uses
         warnings.filterwarnings("ignore", message="If you are using transformer_engine")
-        return TransformerConfig(
+        result = TransformerConfig(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
             num_attention_heads=tensor,
@@ -211,3 +211,6 @@ def transformer_config(model: ModelDescription, config: Config, device: Device) 
             recompute_method=config.recompute_method,
             recompute_num_layers=config.recompute_num_layers,
         )
+    # megatron-core has no such field; its layers are not used with it
+    result.use_ascend_mc2 = config.use_ascend_mc2
+    return result

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mindspeed_simpo.device import operators
+from mindspeed_simpo.device import npu_mc2, operators
 from mindspeed_simpo.model import description
 from mindspeed_simpo.model.megatron.adapters import LinearAdapters
 from mindspeed_simpo.parallel import Groups
@@ -77,6 +79,39 @@ class _AdaptedRows(_Adapted, RowParallelLinear):  # type: ignore[misc]
     pass
 
 
+class _FusedColumns(ColumnParallelLinear):  # type: ignore[misc]
+    """Multiplies while the sequence is gathered."""
+
+    def __init__(self, *arguments: Any, group: dist.ProcessGroup, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.group = group
+
+    def forward(self, hidden: Float[Tensor, "held row inputs"]) -> tuple[Tensor, Tensor | None]:
+        output = npu_mc2.gathered_linear(hidden, self.weight, self.group)
+        if self.bias is None or self.skip_bias_add:
+            return output, self.bias
+        return output + self.bias, None
+
+
+class _FusedRows(RowParallelLinear):  # type: ignore[misc]
+    """Multiplies while the sums are scattered."""
+
+    def __init__(self, *arguments: Any, group: dist.ProcessGroup, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.group = group
+
+    def forward(self, hidden: Float[Tensor, "seq row inputs"]) -> tuple[Tensor, Tensor | None]:
+        return npu_mc2.scattered_linear(hidden, self.weight, self.group), self.bias
+
+
+class _AdaptedFusedColumns(_Adapted, _FusedColumns):
+    pass
+
+
+class _AdaptedFusedRows(_Adapted, _FusedRows):
+    pass
+
+
 def column_parallel(
     inputs: int, outputs: int, config: TransformerConfig, groups: Groups, *, bias: bool, adds_bias: bool
 ) -> torch.nn.Module:
@@ -85,12 +120,14 @@ def column_parallel(
     Args:
         inputs: Input features.
         outputs: Output features over all ranks.
-        config: Configuration of megatron-core.
+        config: See :func:`~mindspeed_simpo.model.megatron.layers.transformer_config`.
         groups: Process groups of the layout.
         bias: Whether the projection has a bias.
         adds_bias: Whether the output includes the bias; the module returns the bias otherwise.
     """
-    linear: torch.nn.Module = _AdaptedColumns(
+    fused = partial(_AdaptedFusedColumns, group=groups.tensor)
+    kind = fused if config.use_ascend_mc2 else _AdaptedColumns
+    linear: torch.nn.Module = kind(
         inputs,
         outputs,
         config=config,
@@ -128,11 +165,13 @@ def row_parallel(
     Args:
         inputs: Input features over all ranks.
         outputs: Output features.
-        config: Configuration of megatron-core.
+        config: See :func:`~mindspeed_simpo.model.megatron.layers.transformer_config`.
         groups: Process groups of the layout.
         bias: Whether the projection has a bias.
     """
-    linear: torch.nn.Module = _AdaptedRows(
+    fused = partial(_AdaptedFusedRows, group=groups.tensor)
+    kind = fused if config.use_ascend_mc2 else _AdaptedRows
+    linear: torch.nn.Module = kind(
         inputs,
         outputs,
         config=config,

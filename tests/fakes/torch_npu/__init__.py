@@ -13,6 +13,7 @@ import torch
 from torch_npu import _C, contrib, hccl, npu, utils
 from torch_npu.attention import npu_fusion_attention, npu_fusion_attention_grad
 from torch_npu.operators import npu_grouped_matmul, npu_rms_norm, npu_rotary_mul, npu_swiglu
+from torch_npu.products import npu_all_gather_base_mm, npu_mm_reduce_scatter_base
 
 __version__ = "2.7.1"
 unsupported_dtype = ()
@@ -21,9 +22,11 @@ __all__ = [
     "contrib",
     "hccl",
     "npu",
+    "npu_all_gather_base_mm",
     "npu_fusion_attention",
     "npu_fusion_attention_grad",
     "npu_grouped_matmul",
+    "npu_mm_reduce_scatter_base",
     "npu_rms_norm",
     "npu_rotary_mul",
     "npu_swiglu",

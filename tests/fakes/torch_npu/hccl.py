@@ -27,6 +27,8 @@ _LISTS = {"allgather": 0, "reduce_scatter": 1, "scatter": 1}
 """Arguments that are lists of tensors for one rank: these need no strides of their own, for HCCL flattens them."""
 _BITWISE = (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
 _groups = set()
+communicators = {}
+"""Name of a communicator -> its group, once :meth:`Backend.get_hccl_comm_name` has told the name."""
 
 
 def stand_for_hccl(group):
@@ -53,6 +55,40 @@ def make_groups():
         stand_for_hccl(distributed.group.WORLD)
     if not hasattr(distributed.new_group, "checked"):
         distributed.new_group = _watched(distributed.new_group)
+    if not hasattr(ProcessGroup._get_backend, "checked"):
+        ProcessGroup._get_backend = _named(ProcessGroup._get_backend)
+
+
+class Backend:
+    """The backend of a group that is HCCL's: gloo's, and HCCL's name of the communicator.
+
+    Source: the page of ``get_hccl_comm_name`` in the documentation of Ascend Extension for PyTorch, for the rank, which
+    is that in the world.
+    """
+
+    def __init__(self, group, backend):
+        self._group, self._backend = group, backend
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def get_hccl_comm_name(self, rankid, init_comm=True):
+        if rankid != torch.distributed.get_rank():
+            raise RuntimeError(f"get_hccl_comm_name: expected this process' rank in the world, found {rankid}")
+        name = f"communicator of {self._group.group_name}"
+        if init_comm:
+            communicators[name] = self._group
+        return name if name in communicators else ""
+
+
+def _named(get_backend):
+    @functools.wraps(get_backend)
+    def get(group, device):
+        backend = get_backend(group, device)
+        return Backend(group, backend) if group.group_name in _groups else backend
+
+    get.checked = True
+    return get
 
 
 def _watched(new_group):

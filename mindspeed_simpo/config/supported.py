@@ -23,6 +23,7 @@ PLAIN: Mapping[str, object] = {
     "batching": "padded",
     "fused_logprob": False,
     "overlap_grad_reduce": False,
+    "overlap_param_gather": False,
     "recompute_granularity": None,
     "context_parallel_algo": "gathered",
 }
@@ -58,6 +59,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("pair_schedule", "two_pass"),
     Claim("fused_logprob", True),
     Claim("overlap_grad_reduce", True),
+    Claim("overlap_param_gather", True),
     Claim("recompute_granularity", "full"),
     Claim("recompute_granularity", "selective"),
     Claim("batching", "packed", excludes=(_SPLIT, _RING)),

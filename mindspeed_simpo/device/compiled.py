@@ -25,7 +25,7 @@ Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 
 DEVICE_TYPES = {"cuda"}
 """Types of the devices whose formulas are compiled."""
-_OPTIONS = {
+_OPTIONS: dict[str, Any] = {
     # results in bf16 are rounded where the operators round them
     "emulate_precision_casts": True,
 }
@@ -47,7 +47,8 @@ def as_one_kernel(formula: Callable[..., Result], *arguments: Any) -> Result:
         return formula(*arguments)
     detached = [_of_fixed_width(each.detach()) if isinstance(each, Tensor) else each for each in arguments]
     try:
-        return _compiled(formula)(*detached)
+        result: Result = _compiled(formula)(*detached)
+        return result
     except _failures() as error:
         # without this formula's kernel the results are the same
         _failed.add(formula)

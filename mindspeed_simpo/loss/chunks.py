@@ -68,7 +68,7 @@ def chunk_grads(
     slope = logits.clone() if softcap is not None else None
     grads = _capped(logits, softcap, existing).sub_(local_max[:, None]).exp_().mul_((-grad * scale)[:, None])
     of_target = grads.gather(-1, column).add_((grad * mask)[:, None])
-    if slope is not None:
+    if slope is not None and softcap is not None:
         # d cap(z) / d z = 1 - tanh(z / softcap)^2
         slope.div_(softcap).tanh_().square_().neg_().add_(1)
         of_target.mul_(slope.gather(-1, column))

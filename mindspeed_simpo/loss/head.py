@@ -19,12 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from mindspeed_simpo.batch import ScoredTokens
 from mindspeed_simpo.device.compiled import as_one_kernel
+from mindspeed_simpo.device.products import add_product
 from mindspeed_simpo.loss.chunks import chunk_grads, chunk_terms
 from mindspeed_simpo.loss.vocab_parallel import LocalTargets, all_reduce_softmax, logits_logprobs
 from mindspeed_simpo.parallel.collectives import copy_to, gather_along_first, sum_over
-
-_ROWS_AT_ONCE = 8192
-"""Rows of the weight gradient whose product is stored at a time before it is added to an accumulator of wider dtype."""
 
 
 @dataclass(frozen=True)
@@ -190,18 +188,9 @@ class _ChunkedLogprob(torch.autograd.Function):
             grads = as_one_kernel(chunk_grads, products, *of_tokens, *cap)
             torch.mm(grads, weight, out=states_grad[tokens])
             if needs_weight:
-                _add_product(weight_grad, grads.t(), states[tokens])
+                add_product(weight_grad, grads.t(), states[tokens])
         if needs_weight and ctx.main_grad is not None:
             weight_grad = torch.zeros_like(weight) if head.weight_grad_awaited else None
         elif needs_weight:
             weight_grad = weight_grad.to(weight.dtype)
         return states_grad, weight_grad if needs_weight else None, None, None
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``; where ``total`` has another dtype, for ``_ROWS_AT_ONCE`` rows at a time."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-        return
-    for rows, part in zip(torch.split(total, _ROWS_AT_ONCE), torch.split(left, _ROWS_AT_ONCE), strict=True):
-        rows.add_(part @ right)

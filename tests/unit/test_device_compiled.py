@@ -44,8 +44,7 @@ def results(tokens, dtype):
     halves, heads = random(tokens, 2, 12, dtype=dtype, seed=2), random(tokens, 2, 3, 8, dtype=dtype, seed=3)
     tables = [function(random(tokens, 1, 1, 4, dtype=dtype).detach()) for function in (torch.cos, torch.sin)]
     outputs = [
-        (operators.rms_norm(hidden, weight, 1e-6), (hidden, weight)),
-        (operators.rms_norm(hidden, weight, 1e-5, 1.0), (hidden, weight)),
+        (operators.rms_norm(hidden, weight, 1e-6, 1.0), (hidden, weight)),
         (operators.swiglu(halves), (halves,)),
         (operators.geglu(halves), (halves,)),
         (operators.clamped_swiglu(halves, 1.7, 0.7), (halves,)),
@@ -67,7 +66,7 @@ def assert_equal(found, wanted):
 
 @pytest.mark.usefixtures("traced")
 def test_values_and_gradients_are_the_same(monkeypatch):
-    found = {tokens: results(tokens, torch.float32) for tokens in (5, 9, 0)}
+    found = {tokens: results(tokens, torch.float32) for tokens in (5, 0)}
     assert not compiled._failed
     monkeypatch.setattr(compiled, "DEVICE_TYPES", set())
     for tokens, ours in found.items():
@@ -84,18 +83,16 @@ def chunk(tokens, dtype, softcap, existing):
 
 @pytest.mark.usefixtures("traced")
 def test_chunks_of_logits_are_the_same():
-    for dtype in (torch.float32, torch.bfloat16):
-        for softcap, existing in ((None, None), (2.0, 17)):
-            for tokens in (6, 11):
-                products, column, *others = chunk(tokens, dtype, softcap, existing)
-                found, wanted = (
-                    (
-                        run(chunk_terms, products.clone(), column, softcap, existing),
-                        run(chunk_grads, products.clone(), column, *others),
-                    )
-                    for run in (compiled.as_one_kernel, lambda formula, *arguments: formula(*arguments))
-                )
-                assert_equal(found, wanted)
+    for dtype, softcap, existing in ((torch.float32, None, None), (torch.bfloat16, 2.0, 17)):
+        products, column, *others = chunk(6, dtype, softcap, existing)
+        found, wanted = (
+            (
+                run(chunk_terms, products.clone(), column, softcap, existing),
+                run(chunk_grads, products.clone(), column, *others),
+            )
+            for run in (compiled.as_one_kernel, lambda formula, *arguments: formula(*arguments))
+        )
+        assert_equal(found, wanted)
     assert not compiled._failed
 
 

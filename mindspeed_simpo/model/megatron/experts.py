@@ -201,8 +201,8 @@ class Experts(torch.nn.Module):
         dist.all_gather(list(all_counts.unbind()), counts, group=self.group)
         of_ranks = all_counts.view(self.group.size(), -1, self.held)
         own = of_ranks[:, self.group.rank() // self.tensor_ranks]
-        sent = counts.view(-1, self.held).sum(1).repeat_interleave(self.tensor_ranks).tolist()
-        received = own.sum(1).tolist()
+        to_ranks = counts.view(-1, self.held).sum(1).repeat_interleave(self.tensor_ranks)
+        sent, received = torch.stack([to_ranks, own.sum(1)]).tolist()
         arrived = exchange(rows, sent, received, self.group)
         # the rows of each rank lie expert by expert: bring those of one expert together
         expert = torch.arange(self.held, device=rows.device).repeat(self.group.size())

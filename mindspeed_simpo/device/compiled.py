@@ -45,9 +45,10 @@ def as_one_kernel(formula: Callable[..., Result], *arguments: Any) -> Result:
     """
     if not _compiles(formula, arguments[0]):
         return formula(*arguments)
+    kernel = _compiled(formula)
     detached = [_of_fixed_width(each.detach()) if isinstance(each, Tensor) else each for each in arguments]
     try:
-        result: Result = _compiled(formula)(*detached)
+        result: Result = kernel(*detached)
         return result
     except _failures() as error:
         # without this formula's kernel the results are the same
@@ -59,15 +60,6 @@ def as_one_kernel(formula: Callable[..., Result], *arguments: Any) -> Result:
                 " ".join(str(error).split("\n\n")[0].split()),
             )
         return formula(*arguments)
-
-
-def is_compiled_on(device_type: str) -> bool:
-    """Whether formulas on devices of this type are compiled, as far as is known before the first call."""
-    if device_type not in DEVICE_TYPES or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-        return False
-    from torch.utils._triton import has_triton
-
-    return device_type == "cpu" or has_triton()
 
 
 def _compiles(formula: Callable[..., Any], tensor: Tensor) -> bool:
@@ -83,7 +75,8 @@ def _of_fixed_width(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
-    # the kernels are small: processes that compile them side by side, on every rank, would cost more than they save
+    # the kernels are small: processes that compile them side by side, on every rank, would cost more than they save;
+    # the compiler reads this when it is imported
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # constants of a model, such as the eps of its norms, are part of the kernel
     torch._dynamo.config.specialize_float = True

@@ -29,7 +29,7 @@ from mindspeed_simpo.cli.check_warnings import (
 )
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
-from mindspeed_simpo.config.resolution import resolve
+from mindspeed_simpo.config.resolution import computation, resolve
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset, has_eval_data, prepare_pairs
@@ -89,7 +89,8 @@ def check(config: Config, world_size: int, console: Console | None = None) -> bo
     device = find_device() if config.device == "auto" else config.device
     spec = findings.attempt(lambda: _model(config, world_size, device))
     if spec is not None:
-        config = resolve(config, spec, device)
+        given, config = config, resolve(config, spec, device)
+        console.print(computation(given, config, device), soft_wrap=True, highlight=False)
     tokenizer, processor = _readers(config, spec, findings)
     parts: dict[str, PairDataset] = {}
     if tokenizer is not None:

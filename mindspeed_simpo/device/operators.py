@@ -1,7 +1,8 @@
 """Elementwise and norm operators with their own backward, which save only their inputs for the backward.
 
-Autograd would save every intermediate result of the same formulas. On NPUs the fused operators of torch_npu replace
-them (:mod:`mindspeed_simpo.device.npu`).
+Autograd would save every intermediate result of the same formulas (:mod:`mindspeed_simpo.device.elementwise`). On CUDA
+each formula is compiled to one kernel (:mod:`mindspeed_simpo.device.compiled`); on NPUs the fused operators of
+torch_npu replace them (:mod:`mindspeed_simpo.device.npu`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import gelu, silu
 
-from mindspeed_simpo.device import npu
+from mindspeed_simpo.device import elementwise, npu
+from mindspeed_simpo.device.compiled import as_one_kernel
 
 
 def rms_norm(
@@ -117,97 +118,56 @@ class _RMSNorm(Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, eps: float, weight_offset: float, rounds_last: bool
     ) -> Tensor:
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        # the rounding error of this scale is common to all elements of the vector
-        exact = torch.float64 if hidden.dtype == torch.float32 else wide.dtype
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True, dtype=exact) + eps).to(wide.dtype)
+        normed: Tensor
+        normed, scale = as_one_kernel(elementwise.rms_norm, hidden, weight, eps, weight_offset, rounds_last)
         ctx.save_for_backward(hidden, weight, scale)
         ctx.weight_offset, ctx.rounds_last = weight_offset, rounds_last
-        if rounds_last:
-            return (wide * scale * (weight_offset + weight.to(wide.dtype))).to(hidden.dtype)
-        return weight * (wide * scale).to(hidden.dtype)
+        return normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden, weight, scale = ctx.saved_tensors
-        normed = hidden.to(scale.dtype) * scale
-        axes = tuple(range(grad.dim() - 1))
-        if ctx.rounds_last:
-            grad = grad.to(scale.dtype)
-            weight_grad = (grad * normed).sum(axes).to(weight.dtype)
-            upstream = grad * (ctx.weight_offset + weight.to(scale.dtype))
-        else:
-            weight_grad = (grad * normed.to(grad.dtype)).sum(axes)
-            upstream = (grad * weight).to(scale.dtype)
-        # d normed = scale (d hidden - normed mean(normed d hidden))
-        hidden_grad = upstream.addcmul_(normed, (upstream * normed).mean(-1, keepdim=True), value=-1).mul_(scale)
-        return hidden_grad.to(hidden.dtype), weight_grad, None, None, None
+        constants = ctx.weight_offset, ctx.rounds_last
+        grads = as_one_kernel(elementwise.rms_norm_backward, grad, *ctx.saved_tensors, *constants)
+        return *grads, None, None, None
 
 
 class _SwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return silu(gate).mul_(up)
+        return as_one_kernel(elementwise.swiglu, gate_up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grads = torch.empty_like(gate_up)
-        gate_grad, up_grad = grads.chunk(2, dim=-1)
-        torch.mul(grad, silu(gate), out=up_grad)
-        gate_grad.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return grads
+        return as_one_kernel(elementwise.swiglu_backward, grad, *ctx.saved_tensors)
 
 
 class _GeGLU(Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return gelu(gate, approximate="tanh").mul_(up)
+        return as_one_kernel(elementwise.geglu, gate_up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grads = torch.empty_like(gate_up)
-        gate_grad, up_grad = grads.chunk(2, dim=-1)
-        torch.mul(grad, gelu(gate, approximate="tanh"), out=up_grad)
-        gate_grad.copy_(torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"))
-        return grads
+        return as_one_kernel(elementwise.geglu_backward, grad, *ctx.saved_tensors)
 
 
 class _ClampedSwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
         ctx.save_for_backward(gate_up)
-        ctx.variants = alpha, limit
-        gate, up = gate_up.chunk(2, dim=-1)
-        gate = gate.clamp(max=limit)
-        return (gate * torch.sigmoid(gate * alpha)).mul_(up.clamp(-limit, limit).add_(1))
+        ctx.constants = alpha, limit
+        return as_one_kernel(elementwise.clamped_swiglu, gate_up, alpha, limit)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (gate_up,) = ctx.saved_tensors
-        alpha, limit = ctx.variants
-        gate, up = gate_up.chunk(2, dim=-1)
-        grads = torch.empty_like(gate_up)
-        gate_grad, up_grad = grads.chunk(2, dim=-1)
-        gated = gate.clamp(max=limit)
-        sigmoid = torch.sigmoid(gated * alpha)
-        gated.mul_(sigmoid)
-        torch.mul(grad, gated, out=up_grad).mul_(up.abs() <= limit)
-        # d (g s) / d g = s + alpha g s (1 - s)
-        slope = sigmoid.addcmul_(gated, 1 - sigmoid, value=alpha).mul_(gate <= limit)
-        torch.mul(grad, slope, out=gate_grad).mul_(up.clamp(-limit, limit).add_(1))
-        return grads, None, None
+        gate_up_grad = as_one_kernel(elementwise.clamped_swiglu_backward, grad, *ctx.saved_tensors, *ctx.constants)
+        return gate_up_grad, None, None
 
 
 class _Rotation(Function):
@@ -215,32 +175,9 @@ class _Rotation(Function):
     def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cosines, sines)
         ctx.interleaved = interleaved
-        return _turn(heads, cosines, sines, interleaved)
+        return as_one_kernel(elementwise.rotate, heads, cosines, sines, interleaved)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        cosines, sines = ctx.saved_tensors
-        return _turn(grad, cosines, -sines, ctx.interleaved), None, None, None
-
-
-def _turn(heads: Tensor, cosines: Tensor, sines: Tensor, interleaved: bool) -> Tensor:
-    dims = cosines.shape[-1]
-    if dims == heads.shape[-1]:
-        turned = heads * cosines
-    else:
-        turned = heads.clone(memory_format=torch.contiguous_format)
-        turned[..., :dims].mul_(cosines)
-    (first, second), (turned_first, turned_second), (sines_first, sines_second) = (
-        _pairs(tensor[..., :dims], interleaved) for tensor in (heads, turned, sines)
-    )
-    turned_first.addcmul_(second, sines_first, value=-1)
-    turned_second.addcmul_(first, sines_second)
-    return turned
-
-
-def _pairs(tensor: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    if interleaved:
-        return tensor[..., 0::2], tensor[..., 1::2]
-    first, second = tensor.chunk(2, dim=-1)
-    return first, second
+        return as_one_kernel(elementwise.rotate_back, grad, *ctx.saved_tensors, ctx.interleaved), None, None, None

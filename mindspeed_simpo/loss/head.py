@@ -18,17 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mindspeed_simpo.batch import ScoredTokens
-from mindspeed_simpo.loss.vocab_parallel import (
-    LocalTargets,
-    all_reduce_softmax,
-    logit_grad,
-    logits_logprobs,
-    softmax_terms,
-)
+from mindspeed_simpo.device.compiled import as_one_kernel
+from mindspeed_simpo.device.products import add_product
+from mindspeed_simpo.loss.chunks import chunk_grads, chunk_terms
+from mindspeed_simpo.loss.vocab_parallel import LocalTargets, all_reduce_softmax, logits_logprobs
 from mindspeed_simpo.parallel.collectives import copy_to, gather_along_first, sum_over
-
-_ROWS_AT_ONCE = 8192
-"""Rows of the weight gradient whose product is stored at a time before it is added to an accumulator of wider dtype."""
 
 
 @dataclass(frozen=True)
@@ -120,32 +114,21 @@ class ResponseHead:
         first_id = self.tensor_group.rank() * weight.shape[0]
         return max(0, min(weight.shape[0], self.vocab_size - first_id))
 
-    def logit_chunks(
+    def product_chunks(
         self, states: Float[Tensor, "token hidden"], weight: Float[Tensor, "shard hidden"]
     ) -> Iterator[tuple[slice, Float[Tensor, "chunk shard"]]]:
-        """Yield each chunk of tokens with its fp32 logits before the softcap; the next chunk overwrites the buffer."""
+        """Yield each chunk of tokens with its logits before the softcap; the next chunk overwrites the buffer."""
         assert self.chunk_tokens is not None
         size = max(1, min(self.chunk_tokens, len(states)))
-        buffer = states.new_empty(size, len(weight), dtype=torch.float32)
+        buffer = states.new_empty(size, len(weight))
         for start in range(0, len(states), size):
             rows = states[start : start + size]
-            logits = buffer[: len(rows)]
-            if states.dtype == logits.dtype:
-                torch.mm(rows, weight.t(), out=logits)
-            else:
-                logits.copy_(rows @ weight.t())
-            yield slice(start, start + size), logits
+            yield slice(start, start + size), torch.mm(rows, weight.t(), out=buffer[: len(rows)])
 
-    def cap_(self, logits: Float[Tensor, "token shard"], weight: Float[Tensor, "shard hidden"]) -> None:
-        """Apply the softcap in place, and set the logits of padding ids to minus infinity."""
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        logits[:, self.existing_rows(weight) :] = float("-inf")
-
-    def uncap_grad_(self, grad: Float[Tensor, "token shard"], logits: Float[Tensor, "token shard"]) -> None:
-        """Multiply ``grad`` in place by the softcap's slope ``1 - tanh(z / softcap)^2``; overwrites the logits z."""
-        if self.softcap is not None:
-            grad.mul_(logits.div_(self.softcap).tanh_().square_().neg_().add_(1))
+    def cap_of(self, weight: Float[Tensor, "shard hidden"]) -> tuple[float | None, int | None]:
+        """The softcap, and the number of rows of this rank's shard that are not padding, None for all."""
+        existing = self.existing_rows(weight)
+        return self.softcap, existing if existing < len(weight) else None
 
 
 class _Predicting(torch.autograd.Function):
@@ -212,9 +195,9 @@ class _ChunkedLogprob(torch.autograd.Function):
         local_targets = targets - head.tensor_group.rank() * len(weight)
         owned = LocalTargets.of(local_targets, len(weight))
         terms = states.new_empty(3, len(states), dtype=torch.float32)
-        for tokens, logits in head.logit_chunks(states, weight):
-            head.cap_(logits, weight)
-            terms[:, tokens] = softmax_terms(logits, owned.part(tokens), out=logits)[1]
+        cap = head.cap_of(weight)
+        for tokens, products in head.product_chunks(states, weight):
+            terms[:, tokens] = as_one_kernel(chunk_terms, products, owned.column[tokens], *cap)
         logprobs, scale = all_reduce_softmax(terms, owned, head.tensor_group, head.sum_dtype)
         ctx.save_for_backward(states, weight, terms[0].clone(), scale, local_targets)
         # DDP sets this attribute on the parameters whose main_grad it reduces
@@ -232,27 +215,15 @@ class _ChunkedLogprob(torch.autograd.Function):
         weight_grad = ctx.main_grad
         if needs_weight and weight_grad is None:
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-        for tokens, logits in head.logit_chunks(states, weight):
-            uncapped = logits.clone() if head.softcap is not None else logits
-            head.cap_(logits, weight)
-            exponentials = logits.sub_(local_max[tokens, None]).exp_()
-            grads = logit_grad(exponentials, scale[tokens], owned.part(tokens), grad[tokens], out=exponentials)
-            head.uncap_grad_(grads, uncapped)
-            grads = grads.to(states.dtype)
+        cap = head.cap_of(weight)
+        for tokens, products in head.product_chunks(states, weight):
+            of_tokens = (each[tokens] for each in (*owned, local_max, scale, grad))
+            grads = as_one_kernel(chunk_grads, products, *of_tokens, *cap)
             torch.mm(grads, weight, out=states_grad[tokens])
             if needs_weight:
-                _add_product(weight_grad, grads.t(), states[tokens])
+                add_product(weight_grad, grads.t(), states[tokens])
         if needs_weight and ctx.main_grad is not None:
             weight_grad = torch.zeros_like(weight) if head.weight_grad_awaited else None
         elif needs_weight:
             weight_grad = weight_grad.to(weight.dtype)
         return states_grad, weight_grad if needs_weight else None, None, None
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``; where ``total`` has another dtype, for ``_ROWS_AT_ONCE`` rows at a time."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-        return
-    for rows, part in zip(torch.split(total, _ROWS_AT_ONCE), torch.split(left, _ROWS_AT_ONCE), strict=True):
-        rows.add_(part @ right)

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mindspeed_simpo.loss.chunks import softmax_terms
+
 
 def logits_logprobs(
     logits: Float[Tensor, "token shard"],
@@ -46,7 +48,7 @@ class _ShardLogprob(torch.autograd.Function):
     ) -> Float[Tensor, " token"]:
         local_targets = targets - group.rank() * logits.shape[-1]
         owned = LocalTargets.of(local_targets, logits.shape[-1])
-        exponentials, terms = softmax_terms(logits, owned)
+        exponentials, terms = softmax_terms(logits, owned.column)
         logprobs, scale = all_reduce_softmax(terms, owned, group, sum_dtype)
         ctx.save_for_backward(exponentials, scale, local_targets)
         return logprobs
@@ -55,8 +57,9 @@ class _ShardLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, " token"]) -> tuple[Tensor, None, None, None]:
         exponentials, scale, local_targets = ctx.saved_tensors
-        owned = LocalTargets.of(local_targets, exponentials.shape[-1])
-        return logit_grad(exponentials, scale, owned, grad.to(scale.dtype)), None, None, None
+        owned, grad = LocalTargets.of(local_targets, exponentials.shape[-1]), grad.to(scale.dtype)
+        logit_grad = exponentials * (-grad * scale)[:, None]
+        return logit_grad.scatter_add_(-1, owned.column, (grad * owned.mask)[:, None]), None, None, None
 
 
 class LocalTargets(NamedTuple):
@@ -73,31 +76,6 @@ class LocalTargets(NamedTuple):
         mask = (local_targets >= 0) & (local_targets < shard)
         return cls(local_targets.where(mask, 0)[:, None], mask)
 
-    def part(self, tokens: slice) -> LocalTargets:
-        """The targets of some tokens."""
-        return LocalTargets(self.column[tokens], self.mask[tokens])
-
-
-def softmax_terms(
-    logits: Float[Tensor, "token shard"], owned: LocalTargets, out: Float[Tensor, "token shard"] | None = None
-) -> tuple[Float[Tensor, "token shard"], Float[Tensor, "3 token"]]:
-    """The terms of the softmax on this rank's shard.
-
-    Args:
-        logits: This rank's shard.
-        owned: The targets in this rank's shard.
-        out: Buffer of the exponentials; may be ``logits``.
-
-    Returns:
-        ``exp(logits - local_max)``, and for each token ``local_max``, the sum of the exponentials and the logit of the
-        target (of column 0 where the target is in another shard).
-    """
-    # in a shard of padding ids only, every logit is minus infinity
-    local_max = logits.amax(dim=-1).clamp_(min=torch.finfo(logits.dtype).min)
-    target_logit = logits.gather(-1, owned.column)[:, 0]
-    exponentials = torch.sub(logits, local_max[:, None], out=out).exp_()
-    return exponentials, torch.stack([local_max, exponentials.sum(dim=-1), target_logit])
-
 
 def all_reduce_softmax(
     terms: Float[Tensor, "3 token"], owned: LocalTargets, group: dist.ProcessGroup, sum_dtype: torch.dtype
@@ -105,7 +83,7 @@ def all_reduce_softmax(
     """Combine the terms of all shards: one MAX and one SUM all-reduce.
 
     Args:
-        terms: From :func:`softmax_terms`.
+        terms: Second result of :func:`~mindspeed_simpo.loss.chunks.softmax_terms`.
         owned: The targets in this rank's shard.
         group: Ranks that hold the shards.
         sum_dtype: The dtype in which the terms of a log-probability are added.
@@ -123,23 +101,3 @@ def all_reduce_softmax(
     global_sum, target_logit = reduced
     # the terms differ in magnitude: in fp32 this sum would have the largest rounding error of all steps
     return target_logit.to(sum_dtype) - global_max - global_sum.to(sum_dtype).log(), rescale / global_sum
-
-
-def logit_grad(
-    exponentials: Float[Tensor, "token shard"],
-    scale: Float[Tensor, " token"],
-    owned: LocalTargets,
-    grad: Float[Tensor, " token"],
-    out: Float[Tensor, "token shard"] | None = None,
-) -> Float[Tensor, "token shard"]:
-    """Gradient of the logits: ``grad (onehot - scale exponentials)``.
-
-    Args:
-        exponentials: From :func:`softmax_terms`.
-        scale: From :func:`all_reduce_softmax`.
-        owned: The targets in this rank's shard.
-        grad: Gradient of the log-probabilities, of the dtype of ``scale``.
-        out: Buffer of the result; may be ``exponentials``.
-    """
-    product = torch.mul(exponentials, (-grad * scale)[:, None], out=out)
-    return product.scatter_add_(-1, owned.column, (grad * owned.mask)[:, None])

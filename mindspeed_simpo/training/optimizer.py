@@ -21,6 +21,7 @@ from mindspeed_simpo.config.options import ParallelOptions, TrainingOptions
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.model.megatron.weights import unwrap
 from mindspeed_simpo.training.learning_rate import learning_rate_schedule
+from mindspeed_simpo.training.param_gather import gather_updated, overlap_with_forward
 
 
 def wrap_for_training(
@@ -30,7 +31,7 @@ def wrap_for_training(
 
     Args:
         models: Pipeline chunks of this rank.
-        parallel: ``overlap_grad_reduce`` and ``use_distributed_optimizer``.
+        parallel: ``overlap_grad_reduce``, ``overlap_param_gather`` and ``use_distributed_optimizer``.
         bf16: Whether parameters and activations are bf16.
     """
     wrapped = []
@@ -40,6 +41,9 @@ def wrap_for_training(
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            # with virtual pipeline ranks the schedule starts the gathers, see param_gather
+            align_param_gather=len(models) > 1,
             use_distributed_optimizer=parallel.use_distributed_optimizer,
         )
         wrapped.append(DistributedDataParallel(transformer_config, ddp_config, model, disable_bucketing=index > 0))
@@ -47,6 +51,8 @@ def wrap_for_training(
         # the schedules overlap the reduction with the last backward only where they have a no_sync_func
         no_sync = [model.no_sync for model in wrapped]
         get_model_config(wrapped[0]).no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    if parallel.overlap_param_gather:
+        overlap_with_forward(wrapped)
     return wrapped
 
 
@@ -73,6 +79,8 @@ class MegatronStepper:
     norm_groups: tuple[tuple[bool, dist.ProcessGroup | None], ...]
     """Whether the parameters of experts are meant, and the ranks that hold the parts of such parameters' gradients;
     None for all ranks. Every rank has the same entries, whether it holds such parameters or not."""
+    gathers_later: bool = False
+    """Whether updated parameters are gathered over the data-parallel ranks while the next forward runs."""
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""
@@ -120,6 +128,8 @@ class MegatronStepper:
                 if grads:
                     torch._foreach_mul_(grads, coefficient)
         self.optimizer.step_with_ready_grads()
+        if self.gathers_later:
+            gather_updated(self.models)
         self.scheduler.step(increment=1)
         return learning_rate
 
@@ -166,7 +176,7 @@ def build_stepper(
     Args:
         models: Wrapped pipeline chunks from :func:`wrap_for_training`.
         training: ``lr*``, ``adam_*``, ``weight_decay``, ``clip_grad``, ``bf16``.
-        parallel: ``use_distributed_optimizer``.
+        parallel: ``use_distributed_optimizer`` and ``overlap_param_gather``.
         device: The device of the models; additional gloo groups are used only where its backend is not gloo.
         train_iters: Steps over which the learning rate decays.
     """
@@ -189,4 +199,12 @@ def build_stepper(
     )
     scheduler = learning_rate_schedule(optimizer, training, train_iters)
     norm_groups = _norm_groups(models, sharded=parallel.use_distributed_optimizer)
-    return MegatronStepper(models, optimizer, scheduler, training.clip_grad, device.reduction_dtype, norm_groups)
+    return MegatronStepper(
+        models,
+        optimizer,
+        scheduler,
+        training.clip_grad,
+        device.reduction_dtype,
+        norm_groups,
+        gathers_later=parallel.overlap_param_gather,
+    )

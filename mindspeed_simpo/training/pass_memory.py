@@ -296,5 +296,7 @@ class PassMemory:
         capped = 0 if self.model.logit_softcap is None else FP32
         if self.config.fused_logprob:
             chunk = min(scored, self.config.chunk_tokens_in_use)
+            if self.device == "cuda":  # the compiled formulas of a chunk store the products and their gradients only
+                return states + chunk * vocabulary * 2 * self.width
             return states + chunk * vocabulary * ((8 if self.config.bf16_in_use else 4) + capped)
         return states + scored * vocabulary * (8 + capped)

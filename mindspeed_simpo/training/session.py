@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.file import validate
+from mindspeed_simpo.config.resolution import computation
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.dataset import PairDataset
@@ -236,6 +237,7 @@ def build_session(config: Config, device: Device, groups: Groups, *, starting_we
         tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template, of_processor)
     with fail_together(groups.control):
         backend.build(starting_weights=starting_weights)
+    logger.info("%s", computation(config, backend.config, device.name))
     config, vocab_size = backend.config, backend.description.vocab_size
     base = None
     if config.lora_r and starting_weights:

@@ -5,7 +5,9 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mindspeed_simpo.config.config import Config
@@ -110,6 +112,35 @@ def test_packed_micro_batches_train_and_evaluate_alike(program, model, expected,
     assert [line["step"] for line in held_out] == [0, 3]
     first = oracle.evaluate(model, encode_file(model, eval_pairs), oracle.Options())
     assert {key: held_out[0][key] for key in first} == pytest.approx(first, rel=EXACT, abs=EXACT)
+
+
+def test_parameters_gathered_in_the_next_forward_change_nothing_that_is_read_between_steps(
+    program, model, tmp_path, eval_pairs
+):
+    program.config |= {"stage": "dpo", "eval_data_path": str(eval_pairs), "eval_interval": 1, "eval_generate": 1}
+    program.config |= {"eval_generate_max_new_tokens": 3, "save_interval": 2, "export_hf": True}
+    program.config |= {"lr": 0.02, "lr_decay_style": "constant"}
+    program.config |= {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
+    assert program.run("train", 2).code == 0
+    program.config |= {"overlap_param_gather": True, "output_dir": str(tmp_path / "gathered")}
+    stopped = program.run("train", 2, train_iters=2)
+    assert stopped.code == 0, stopped.stderr
+    resumed = program.run("train", 2, load="auto", train_iters=3)
+    assert resumed.code == 0, resumed.stderr
+    for split in ("train", "eval"):
+        plain, gathered = (
+            {line["step"]: line for line in lines_of(tmp_path / name, split)} for name in ("out", "gathered")
+        )
+        assert gathered.keys() == plain.keys()
+        for step, line in plain.items():
+            same = KEYS - {"step_seconds"} & line.keys()
+            assert {key: gathered[step][key] for key in same} == {key: line[key] for key in same}, step
+    whole = [load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("out", "gathered")]
+    started = load_file(model / "model.safetensors")
+    assert whole[0].keys() == whole[1].keys()
+    for name, values in whole[0].items():
+        assert torch.equal(values, whole[1][name]), name
+        assert not torch.equal(values, started[name]), name
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("overlap_grad_reduce", True, _PAIRS_OF_AXES),
     Option("recompute_granularity", "full", _PAIRS_OF_AXES, {"recompute_method": "uniform", "recompute_num_layers": 1}),
     Option("recompute_granularity", "selective", _PAIRS_OF_AXES),
+    # rows whose optimizer is distributed
+    Option("overlap_param_gather", True, _PAIRS_OF_AXES, {"overlap_grad_reduce": True}, _EXPERT_ROWS[:1]),
     _PACKED,
     _PREFIX_SHARED,
 )
@@ -184,7 +186,7 @@ HELD_ELSEWHERE: dict[tuple[str, object], str] = {
 """Claims that no row of the matrix can hold, and the tests that hold them."""
 
 OPTIONS_TOGETHER: tuple[tuple[Option, ...], ...] = (
-    OPTIONS[1:5],
+    (*OPTIONS[1:5], OPTIONS[6]),
     (_PACKED, *OPTIONS[1:5]),
     (_PREFIX_SHARED, *OPTIONS[2:5]),
 )

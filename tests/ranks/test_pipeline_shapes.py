@@ -92,3 +92,16 @@ def test_no_shapes_are_exchanged(tmp_path, options):
         # the exchange itself is still what these counters see
         assert exchanged[0] == exchanged[1] > 0, mode
         assert exchanged[2] > 0, mode
+
+
+def test_virtual_pipeline_ranks_exchange_no_shapes_either(tmp_path):
+    folder = make_checkpoint(tmp_path / "model", "llama", layers=4)
+    options = {PP: 2, "num_layers_per_virtual_pipeline_stage": 1}
+    modes = [mode for mode in MODES if mode["pair_schedule"] == "two_pass"]
+    for rank in run_ranks(_steps, 2, str(folder), make_token_pairs(8, seed=3, max_response=40), options, modes):
+        for mode, (same, trained, known, exchanged) in zip(modes, rank, strict=True):
+            assert same, mode
+            assert trained, mode
+            # all rows have one length, so that megatron-core has nothing to exchange
+            assert known == exchanged == (0, known[1], 0), mode
+            assert known[1] > 0, mode

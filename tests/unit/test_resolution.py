@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.config.resolution import resolve
+from mindspeed_simpo.config.resolution import computation, resolve
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,43 @@ def test_a_second_resolution_changes_nothing():
     assert resolve(once, Model(), "cpu") == once
 
 
-@pytest.mark.parametrize(("vocabulary", "tensor", "chunk"), [(151_936, 1, 1664), (151_936, 4, 4096), (10**7, 1, 512)])
-def test_the_logits_of_a_chunk_fit_a_gibibyte(vocabulary, tensor, chunk):
-    resolved = resolve(config(tensor_model_parallel_size=tensor), Model(vocabulary), "npu")
+@pytest.mark.parametrize(
+    ("device", "vocabulary", "tensor", "chunk"),
+    [
+        ("npu", 151_936, 1, 1664),
+        ("npu", 151_936, 4, 4096),
+        ("npu", 10**7, 1, 512),
+        ("cuda", 151_936, 1, 3456),
+        ("cuda", 151_936, 2, 4096),
+    ],
+)
+def test_the_logits_of_a_chunk_fit_the_memory_that_is_set_aside(device, vocabulary, tensor, chunk):
+    resolved = resolve(config(tensor_model_parallel_size=tensor), Model(vocabulary), device)
     assert resolved.logprob_chunk_tokens == chunk
-    assert chunk == 512 or 4 * chunk * vocabulary // tensor <= 2**30
+    bytes_of_a_logit = 8 if device == "npu" else 4
+    assert chunk == 512 or bytes_of_a_logit * chunk * vocabulary // tensor <= 2**31
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "line"),
+    [
+        (
+            "cuda",
+            {},
+            "device: cuda; precision: bf16 (default on cuda; bf16: false computes in fp32); output layer: "
+            "chunks of 4096 tokens (default)",
+        ),
+        ("cpu", {"fused_logprob": False}, "device: cpu; precision: fp32 (default on cpu; bf16: true computes in bf16)"),
+        (
+            "npu",
+            {"bf16": False, "logprob_chunk_tokens": 7},
+            "device: npu; precision: fp32 (bf16: false); output layer: chunks of 7 tokens (logprob_chunk_tokens)",
+        ),
+    ],
+)
+def test_a_line_says_how_is_computed_and_why(device, given, line):
+    before = config(**given)
+    assert computation(before, resolve(before, Model(), device), device) == line
 
 
 def test_the_model_decides_between_packed_and_shared_prefixes():

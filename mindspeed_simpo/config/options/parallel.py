@@ -19,6 +19,7 @@ _OF_MEGATRON = (
     "expert_tensor_parallel_size",
     "overlap_grad_reduce",
     "use_ascend_mc2",
+    "overlap_param_gather",
 )
 _OF_FSDP = ("fsdp_shard_size", "fsdp_cpu_offload", "freeze_vision")
 
@@ -106,6 +107,12 @@ class ParallelOptions(Options):
         effect="arithmetic",
         description="Overlap the gradient reduction over the data-parallel ranks with the last backward of a step.",
     )
+    overlap_param_gather: bool = option(
+        False,
+        effect="arithmetic",
+        description="Overlap the all-gather of the updated parameters over the data-parallel ranks with the next "
+        "forward. Needs use_distributed_optimizer and overlap_grad_reduce.",
+    )
     device: Literal["auto", "npu", "cuda", "cpu"] = option(
         "auto", effect="arithmetic", description="Device to run on; auto takes the first found of npu, cuda and cpu."
     )
@@ -125,6 +132,16 @@ class ParallelOptions(Options):
             raise ValueError(
                 f"{', '.join(given)}: only backend: {other} has {'it' if len(given) == 1 else 'them'}: remove "
                 f"{'it' if len(given) == 1 else 'them'}, or set backend: {other}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _overlapped_gather_has_what_it_needs(self) -> ParallelOptions:
+        absent = [name for name in ("use_distributed_optimizer", "overlap_grad_reduce") if not getattr(self, name)]
+        if self.overlap_param_gather and absent:
+            raise ValueError(
+                f"overlap_param_gather needs {' and '.join(f'{name}: true' for name in absent)}: set "
+                f"{'it' if len(absent) == 1 else 'them'}, or remove overlap_param_gather"
             )
         return self
 

@@ -114,7 +114,8 @@ class TrainingOptions(Options):
         ge=1,
         effect="arithmetic",
         description="With fused_logprob, response tokens per chunk, whose logits are in memory at the same time. "
-        "Default: 512 on cpu; on npu and cuda 4096, or as many as have fp32 logits of 1 GiB on a rank.",
+        "Default: 512 on cpu; on npu 4096, or as many as have fp32 logits of 1 GiB on a rank; on cuda, which stores "
+        "none in fp32, 4096 or twice as many.",
     )
     recompute_granularity: Literal["full", "selective"] | None = option(
         None,

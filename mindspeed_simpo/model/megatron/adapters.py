@@ -47,6 +47,10 @@ class LowRankFactors(torch.nn.Module):
                 parameter.sequence_parallel = config.sequence_parallel and slot.axis is None  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
 
+    def forward(self) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        """A and B; parameters that are gathered after an update are read through a call of their module."""
+        return self.lora_A, self.lora_B
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LowRankFactors:
         kept = [(factor, factor.data) for factor in (self.lora_A, self.lora_B)]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -116,10 +120,10 @@ class _Adapters(torch.nn.ModuleDict):
             products.append(self._dropout.product(multiply, rows, factor, mixed(keys ^ of_rows)))
         return torch.cat(products, dim=-1) / (1 - self._dropout.rate)
 
-    @property
-    def factors(self) -> list[LowRankFactors]:
-        """The factors of each projection, in the order of the keys."""
-        return list(self.values())  # type: ignore[arg-type]
+    def factors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The factors A and the factors B of the projections, in the order of the keys."""
+        a, b = zip(*(factors() for factors in self.values()), strict=True)
+        return list(a), list(b)
 
     def placed(self, products: Sequence[Tensor]) -> Tensor:
         """The products, in the order of the keys, as in the output of the weight; zeros for what has no adapter."""
@@ -153,16 +157,15 @@ class LinearAdapters(_Adapters):
         Args:
             hidden: Input of the layer.
         """
-        factors = self.factors
-        a: list[Tensor] = [each.lora_A for each in factors]
+        a, b = self.factors()
         if self.token_keys is None:
             inner = _linear(hidden, torch.cat(a) if len(a) > 1 else a[0])
         else:
             keys = self.token_keys.whole if self._axis == 1 else self.token_keys.held
             inner = self.dropped(_linear, hidden, a, keys)
         inner = self._communicate(inner) * self._scale
-        parts = zip(inner.chunk(len(factors), dim=-1), factors, strict=True)
-        return self.placed([_linear(part, each.lora_B) for part, each in parts])
+        parts = zip(inner.chunk(len(b), dim=-1), b, strict=True)
+        return self.placed([_linear(part, each) for part, each in parts])
 
     def _communicate(self, inner: Tensor) -> Tensor:
         if self._axis is None:
@@ -193,8 +196,7 @@ class ExpertAdapters(_Adapters):
             counts: int64 number of rows of each expert of this rank.
             keys: Key of the token of each row; None without dropout.
         """
-        a: list[Tensor] = [each.lora_A for each in self.factors]
-        b: list[Tensor] = [each.lora_B for each in self.factors]
+        a, b = self.factors()
         if self._axis == 1:
             b = [copy_to(each, self._group) for each in b]
         else:

@@ -88,6 +88,10 @@ class ExpertBias(torch.nn.Module):
         # weight decay leaves out parameters of this name
         self.bias = _stacked((number, outputs), config)
 
+    def forward(self) -> Float[Tensor, "expert outputs"]:
+        """The biases; a parameter that is gathered after an update is read through a call of its module."""
+        return self.bias
+
 
 class Experts(torch.nn.Module):
     """``sum_e w_e expert_e(x)`` over the experts that the router chooses.
@@ -178,13 +182,14 @@ class Experts(torch.nn.Module):
         """This rank's experts of consecutive rows."""
         gate_up = _projected(rows, self.linear_fc1, self.linear_fc1_adapters, counts, keys)
         if self.fc1 is not None:
-            gate_up = grouped_bias(gate_up, self.fc1.bias, counts)
+            gate_up = grouped_bias(gate_up, self.fc1(), counts)
         output = _projected(self.activation(gate_up), self.linear_fc2, self.linear_fc2_adapters, counts, keys)
         if self.fc2 is not None:
-            share = self.fc2.bias.shape[1]
+            bias = self.fc2()
+            share = bias.shape[1]
             first = self.tensor_rank * share
             # a negative number of zeros leaves out what pads the last rank's share
-            biases = pad(self.fc2.bias, (first, output.shape[1] - first - share))
+            biases = pad(bias, (first, output.shape[1] - first - share))
             output = grouped_bias(output, biases, counts)
         return output
 
@@ -196,8 +201,8 @@ class Experts(torch.nn.Module):
         dist.all_gather(list(all_counts.unbind()), counts, group=self.group)
         of_ranks = all_counts.view(self.group.size(), -1, self.held)
         own = of_ranks[:, self.group.rank() // self.tensor_ranks]
-        sent = counts.view(-1, self.held).sum(1).repeat_interleave(self.tensor_ranks).tolist()
-        received = own.sum(1).tolist()
+        to_ranks = counts.view(-1, self.held).sum(1).repeat_interleave(self.tensor_ranks)
+        sent, received = torch.stack([to_ranks, own.sum(1)]).tolist()
         arrived = exchange(rows, sent, received, self.group)
         # the rows of each rank lie expert by expert: bring those of one expert together
         expert = torch.arange(self.held, device=rows.device).repeat(self.group.size())

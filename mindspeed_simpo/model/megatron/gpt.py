@@ -102,6 +102,9 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         self._frequencies: dict[Rotation, Tensor] = {
             each: inverse_frequencies(each) for each in description.rotations if not each.depends_on_length
         }
+        self.await_parameters: Callable[[torch.nn.Module], None] = _already_there
+        """Waits until a module's own parameters, without those of its parts, are gathered after an update. Where the
+        gather overlaps with the forward, a call of the module does this; what reads parameters otherwise must ask."""
         check_slots(self.model_slots, dict(self.named_parameters()), groups)
         self._mark_sharded_parameters()
 
@@ -179,7 +182,11 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         )
         if not self.post_process:
             return hidden  # type: ignore[no-any-return]
-        return self._logits(hidden) if head is None else head(hidden, self.output_weight)
+        if head is None:
+            return self._logits(hidden)
+        # the head multiplies with the weight without a call of the layer
+        self.await_parameters(self.output_layer)
+        return head(hidden, self.output_weight)
 
     def _balance(self, members: SequenceMembers | None) -> Balance | None:
         """The auxiliary loss, for the tokens in the order of the hidden states of this rank."""
@@ -225,6 +232,10 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         if self._vocabulary_rows < logits.shape[-1]:
             logits[..., self._vocabulary_rows :] = -torch.inf
         return logits.transpose(0, 1).contiguous()  # type: ignore[no-any-return]
+
+
+def _already_there(_: torch.nn.Module) -> None:
+    """Of parameters that are whole whenever they are read."""
 
 
 def check_slots(slots: Sequence[Slot], parameters: Mapping[str, Tensor], groups: Groups) -> None:

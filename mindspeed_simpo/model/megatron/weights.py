@@ -153,6 +153,9 @@ def _gather_tensors(
     """See :func:`gather_hf_tensors`; of a tensor that holds all experts of a layer, the part of each expert."""
     first_rank = FirstRankFirst()
     own = {model.chunk: model for model in map(unwrap, models)}
+    for model in own.values():
+        for module in model.modules():
+            model.await_parameters(module)
     some = next(iter(own.values()))
     like = value(some.get_parameter(next(iter(slots_of(some.chunk, description))).parameter))
     for chunk in some.chunks:

@@ -39,7 +39,8 @@ class Indices(TorchDispatchMode):
             # one element of a row has a place of its own
             alone = name in ("scatter_add", "scatter_add_") and args[2].shape[1:] == (1,)
             adds = name.startswith(("index_add", "index_reduce", "scatter_")) and name not in self.PUT and not alone
-            if adds or (name in self.PUT and True in args[3:4]):
+            # the fourth argument of a scatter is the tensor that it puts
+            if adds or any(each is True for each in args[3:4]):
                 name = "accumulates"
             if name in (*self.TAKE, *self.PUT, "accumulates"):
                 self.seen.add((name, tuple(tensor.shape)))

@@ -1,0 +1,92 @@
+"""Which kernels a training step runs, by time, and whether attention, norms and products are those that should run."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+from mindspeed_simpo.device import Device
+from mindspeed_simpo.device.inspection import Profile, profile
+from scripts.device_report.job import Job
+from scripts.device_report.workload import FULL, Model, Shape, Work, open_world
+
+SHOWN = 12
+"""Kernels of a row."""
+LEVERS: dict[str, dict[str, Any]] = {
+    "padded, whole logits": {"batching": "padded", "fused_logprob": False},
+    "packed": {"batching": "packed"},
+    "prefix_shared": {"batching": "prefix_shared"},
+    "prefix_shared, full recompute": {"batching": "prefix_shared", **FULL},
+    "packed, two_pass": {"batching": "packed", "pair_schedule": "two_pass"},
+}
+_EXPERTS = (("num_experts", 8), ("num_experts_per_tok", 2), ("moe_intermediate_size", 256), ("norm_topk_prob", True))
+_FUSED = {
+    "cpu": ("_scaled_dot_product_flash_attention_for_cpu",),
+    "cuda": ("flash_attention", "flash_attn", "efficient_attention", "cudnn_attention", "varlen", "flex_attention"),
+    "npu": ("FlashAttentionScore",),
+}
+"""Parts of names: one operator with such a name computes attention without dense scores."""
+_DENSE = {
+    "cpu": ("_scaled_dot_product_attention_math",),
+    "cuda": ("_scaled_dot_product_attention_math",),
+    "npu": ("SoftmaxV2",),
+}
+"""Names of operators that compute, or would compute, dense scores."""
+
+
+def shape_of(small: bool, *, experts: bool = False) -> Shape:
+    """A model of two layers that is large enough for the kernels of real ones."""
+    hidden, heads, vocab = (64, 4, 512) if small else (1024, 16, 32_000)
+    family, extra = ("qwen3_moe", _EXPERTS) if experts else ("qwen3", ())
+    return Shape(family, hidden, 4 * hidden, 2, heads, heads // 2, vocab, tied=False, extra=extra)
+
+
+def run(job: Job) -> None:
+    """A row for each lever and dtype."""
+    device = job.open_device()
+    groups = open_world(device)
+    for experts in (False, True):
+        shape = shape_of(job.small, experts=experts)
+        folder = shape.write(job.folder / f"kernels-{experts}")
+        work = Work.drawn(shape.vocab, *((4, 30, 30, 128) if job.small else (8, 200, 200, 1024)))
+        for bf16 in (True, False):
+            if not job.has_time_for(f"kernels, {'bf16' if bf16 else 'fp32'}"):
+                continue
+            model = Model(folder, device, groups, work, bf16=bf16, micro_batch_size=2)
+            for name, keys in LEVERS.items() if not experts else (("prefix_shared", LEVERS["prefix_shared"]),):
+                lever = f"{name}, experts" if experts else name
+                if job.has_time_for(lever):
+                    _row(job, device, model, lever, "bfloat16" if bf16 else "float32", keys)
+
+
+def _row(job: Job, device: Device, model: Model, lever: str, dtype: str, keys: dict[str, Any]) -> None:
+    try:
+        step = model.step(**keys)
+        step()
+        found = profile(device, step)
+    except Exception:
+        job.add(lever=lever, dtype=dtype, crashed=traceback.format_exc()[-1500:])
+        return
+    total = sum(kernel.seconds for kernel in found.kernels)
+    job.add(
+        lever=lever,
+        dtype=dtype,
+        kernels=[
+            {"name": kernel.name, "calls": kernel.calls, "seconds": kernel.seconds, "share": kernel.seconds / total}
+            for kernel in found.kernels[:SHOWN]
+        ],
+        number_of_kernels=len(found.kernels),
+        calls=sum(kernel.calls for kernel in found.kernels),
+        seconds=total,
+        **attention_of(device, found),
+    )
+
+
+def attention_of(device: Device, found: Profile) -> dict[str, Any]:
+    """The operators that computed attention, and whether none of them has dense scores."""
+
+    def named(parts: tuple[str, ...]) -> list[str]:
+        return [name for name in found.operators if any(part in name for part in parts)]
+
+    fused, dense = named(_FUSED[device.name]), named(_DENSE[device.name])
+    return {"attention": fused, "dense_attention": dense, "as_expected": bool(fused) and not dense}

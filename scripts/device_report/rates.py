@@ -1,0 +1,113 @@
+"""Rates of single operators, and the record of the device for ``mindspeed-simpo plan --device-file``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mindspeed_simpo.device import Device
+from mindspeed_simpo.studies.plan.calibration import Rates
+from mindspeed_simpo.studies.plan.devices import KINDS, DeviceKind
+from scripts.device_report.job import Job
+
+_OTHER_PEAKS = {"A100": 312e12, "A800": 312e12, "H800": 989e12, "H20": 148e12, "L40S": 362e12, "GH200": 989e12}
+"""Dense bf16, operations a second, by a part of the product's name; NVIDIA's data sheets."""
+
+
+def run(job: Job) -> None:
+    """One row with all rates."""
+    device = job.open_device()
+    if job.small:
+        sizes = {"hidden": 128, "tokens": 128, "heads": 2, "parameters": 2**16}
+    else:
+        sizes = {"hidden": 4096, "tokens": 8192, "heads": 32, "parameters": 2**27}
+    wait = device.synchronize
+    in_bf16 = Rates(device.torch_device, torch.bfloat16, **sizes, wait=wait)
+    in_fp32 = Rates(device.torch_device, torch.float32, **sizes, wait=wait)
+    # CPUs compute fp32 faster, and train in it
+    used = in_fp32 if device.is_cpu else in_bf16
+    row: dict[str, Any] = {
+        "matmul_flops_bf16": in_bf16.matmul_flops(),
+        "matmul_flops_fp32": in_fp32.matmul_flops(),
+        "attention_flops": used.attention_flops(),
+        "memory_bytes_per_s": used.values_bytes_per_s(),
+        "optimizer_bytes_per_s": used.adam_bytes_per_s(),
+        "operator_s": used.operator_s(),
+        "layer_host_s": used.layer_host_s(),
+        "sizes": sizes,
+    }
+    job.add(**row)
+
+
+def known_kind(device_name: str, product: str | None, memory_bytes: int | None) -> DeviceKind | None:
+    """The kind of plan's table that a product is; None for others and for CPUs."""
+    name = (product or "").replace(" ", "")
+    if device_name == "npu" and "910_93" in name:
+        return KINDS["A3"]
+    if device_name == "npu" and "910B" in name:
+        return KINDS["910B-64GB" if (memory_bytes or 0) > 40 * 2**30 else "910B-32GB"]
+    named = [kind for kind in KINDS.values() if kind.device == "cuda" == device_name and kind.name in name]
+    return named[0] if named and "GH200" not in name else None
+
+
+def peak_flops(device_name: str, product: str | None, memory_bytes: int | None) -> float | None:
+    """Peak of dense bf16 products by the data sheet, operations a second; None where it is not known."""
+    kind = known_kind(device_name, product, memory_bytes)
+    if kind is not None:
+        return kind.bf16_flops
+    found = [peak for part, peak in _OTHER_PEAKS.items() if device_name == "cuda" and part in (product or "")]
+    return found[-1] if found else None
+
+
+def device_kind(facts: Mapping[str, Any], rates: Mapping[str, Any], link: Mapping[str, Any] | None) -> DeviceKind:
+    """The record, from what was measured.
+
+    Args:
+        facts: Of the device, see :func:`scripts.device_report.conditions.run`.
+        rates: The row of this section.
+        link: The measured link between devices of this host; None where there is one device.
+    """
+    on_cpu = facts["device"] == "cpu"
+    product = facts["device"], facts["product"], facts["memory_bytes"]
+    nearest = known_kind(*product) or KINDS["910B-64GB" if facts["device"] == "npu" else "H100"]
+    bf16, fp32, attention = rates["matmul_flops_bf16"], rates["matmul_flops_fp32"], rates["attention_flops"]
+    used = fp32 if on_cpu else bf16
+    peak = max(peak_flops(*product) or 0.0, used, attention)
+    efficiency, layer = used / peak, rates["layer_host_s"]
+    measured = "rates" if link is None else "rates and the links inside of a host"
+    return DeviceKind(
+        name=facts["product"] or "cpu",
+        device=facts["device"],
+        memory_bytes=facts["memory_bytes"] or facts["host_memory_bytes"],
+        bf16_flops=bf16 / efficiency,
+        fp32_flops=fp32 / efficiency,
+        matmul_efficiency=efficiency,
+        attention_efficiency=attention / peak,
+        memory_bytes_per_s=rates["memory_bytes_per_s"],
+        optimizer_bytes_per_s=rates["optimizer_bytes_per_s"],
+        devices_per_host=max(1, facts["devices"]),
+        inside=link or nearest.inside,
+        outside=nearest.outside,
+        operator_s=rates["operator_s"],
+        layer_host_s=layer,
+        pass_host_s=2 * layer,
+        step_host_s=10 * layer,
+        cores=facts["cores"] if on_cpu else None,
+        notes=f"Measured: {measured}. Links not measured here are those of the kind {nearest.name}; host seconds of a "
+        "pass and of a step are 2 and 10 times those of a layer, an assumption.",
+    )
+
+
+def wanted_rates(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What MFU is measured by: the data sheet's peak, and the measured rate of products."""
+    on_cpu = facts.get("device") == "cpu"
+    rate = rows[0]["matmul_flops_fp32" if on_cpu else "matmul_flops_bf16"] if rows else None
+    product = facts.get("product")
+    return {
+        "peak_flops": peak_flops(facts["device"], product, facts["memory_bytes"]) if facts else None,
+        "matmul_flops": rate,
+    }
+
+

@@ -6,15 +6,14 @@
 #   bash scripts/device_report.sh                               the first of npu, cuda and cpu that there is
 #   bash scripts/device_report.sh --output FOLDER --minutes 4   default: outputs/device_report, 8 minutes
 set -uo pipefail
-# a relative --output is meant from where the user is
-here=$PWD
+here=$PWD # a relative --output is meant from where the user is
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-$(command -v python || command -v python3)}
 if [ -z "$python" ]; then
     echo "error: found no python; name one with PYTHON=..." >&2
     exit 2
 fi
-# those of mindspeed_simpo come first; megatron-core and MindSpeed may lie on PYTHONPATH already
+# megatron-core and MindSpeed may lie on PYTHONPATH already
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 "$python" - <<'PYTHON' || exit 2
@@ -47,4 +46,4 @@ if absent:
         "trains (PYTHON=/path/to/python), or install the packages; on Ascend see docs/ascend.md"
     )
 PYTHON
-cd "$here" && exec "$python" -m scripts.device_report "$@"
+exec "$python" -m scripts.device_report --relative-to "$here" "$@"

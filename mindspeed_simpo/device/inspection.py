@@ -55,8 +55,9 @@ def profile(device: Device, run: Callable[[], object]) -> Profile:
         run()
         device.synchronize()
     events = seen.key_averages()
+    time_of = "self_cpu_time_total" if device.is_cpu else "self_device_time_total"
     kernels = [
-        Kernel(each.key, each.count, 1e-6 * (each.self_cpu_time_total if device.is_cpu else each.self_device_time_total))
+        Kernel(each.key, each.count, 1e-6 * getattr(each, time_of))
         for each in events
         if device.is_cpu or each.device_type == DeviceType.CUDA
     ]

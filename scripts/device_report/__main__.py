@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("outputs/device_report"), help="folder of the report")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything; what has none is left out")
     parser.add_argument("--small", action="store_true", help="small shapes; the default on a CPU")
+    parser.add_argument("--relative-to", type=Path, default=Path(), help="where a relative --output lies")
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="only these sections, by name")
     return parser.parse_args(argv)
 
@@ -112,16 +114,17 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, sections: Sequence[Section] = BEFORE_RANKS) -> int:
     """0 where numerics held, 1 where they did not or could not be judged, 130 after Ctrl-C."""
     arguments = parse(argv)
     device = find_device() if arguments.device == "auto" else arguments.device
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    report = Report(arguments.output, device, arguments.minutes, small=arguments.small or device == "cpu")
+    output = arguments.relative_to / arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    report = Report(output, device, arguments.minutes, small=arguments.small or device == "cpu")
     processes, interrupted = Processes(on_cpu=device == "cpu"), False
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for section in _sections(report, arguments.only):
+            for section in _sections(report, sections, arguments.only):
                 run_section(report, processes, section, Path(folder))
                 result = report.results[section.name]
                 say(f"{section.name}: {result.status}, {result.seconds:.0f} s, {len(result.rows)} rows")
@@ -136,14 +139,14 @@ def main(argv: list[str] | None = None) -> int:
     return 130 if interrupted else 0 if found["numerics"] == HELD else 1
 
 
-def _sections(report: Report, only: list[str] | None) -> Any:
+def _sections(report: Report, sections: Sequence[Section], only: list[str] | None) -> Iterator[Section]:
     """The sections one after the other; which ranks there can be is known after the first."""
     yield CONDITIONS
     if report.results["conditions"].status != "done":
         say(report.results["conditions"].error)
         return
     ranks = of_ranks(report.device, report.facts["devices"])
-    for section in (*BEFORE_RANKS, *ranks):
+    for section in (*sections, *ranks):
         if only is None or section.name in only:
             yield section
 

@@ -92,9 +92,7 @@ def _packed(
     seq = sum(documents.lengths)
     options = {"scale": 0.125, "softcap": softcap}
     call = partial(packed_attention, documents=documents, window=window, **options)
-    return _case(
-        name, _inputs(seq, seq, 1, (64, 64), 2, sinks), call, _within(*_visible(documents), window), options
-    )
+    return _case(name, _inputs(seq, seq, 1, (64, 64), 2, sinks), call, _within(*_visible(documents), window), options)
 
 
 def _parts(name: str, documents: Documents, size: int = 2) -> Case:

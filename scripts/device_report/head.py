@@ -63,9 +63,7 @@ def _products(states: Tensor, weight: Tensor) -> None:
     logits.t() @ states
 
 
-def _row(
-    job: Job, device: Device, row: dict[str, Any], step: Callable[[], None], bare: float | None
-) -> float | None:
+def _row(job: Job, device: Device, row: dict[str, Any], step: Callable[[], None], bare: float | None) -> float | None:
     before = 0
     try:
         step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from mindspeed_simpo.device import Device
@@ -16,9 +17,16 @@ LEVERS: dict[str, dict[str, Any]] = {
     "padded, whole logits": {"batching": "padded", "fused_logprob": False},
     "packed": {"batching": "packed"},
     "prefix_shared": {"batching": "prefix_shared"},
-    "prefix_shared, full recompute": {"batching": "prefix_shared", **FULL},
     "packed, two_pass": {"batching": "packed", "pair_schedule": "two_pass"},
 }
+"""Of one model."""
+MODELS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "": (False, {}),
+    ", full recompute": (False, FULL),
+    ", adapters": (False, {"lora_r": 8}),
+    ", experts": (True, {}),
+}
+"""Whether a model has experts, and keys that it is built with. The first has all levers, the others shared prompts."""
 _EXPERTS = (("num_experts", 8), ("num_experts_per_tok", 2), ("moe_intermediate_size", 256), ("norm_topk_prob", True))
 _FUSED = {
     "cpu": ("_scaled_dot_product_flash_attention_for_cpu",),
@@ -41,22 +49,31 @@ def shape_of(small: bool, *, experts: bool = False) -> Shape:
     return Shape(family, hidden, 4 * hidden, 2, heads, heads // 2, vocab, tied=False, extra=extra)
 
 
+def models_and_levers(
+    job: Job, device: Device, groups: Any, **keys: Any
+) -> Iterator[tuple[Model, str, dict[str, Any]]]:
+    """Each model, with the name and the keys of each of its levers, while there is time."""
+    for kind, (experts, own) in MODELS.items():
+        shape = shape_of(job.small, experts=experts)
+        folder = shape.write(job.folder / f"steps-{experts}")
+        work = Work.drawn(shape.vocab, *((4, 30, 30, 128) if job.small else (8, 200, 200, 1024)))
+        levers = LEVERS if not kind else {"prefix_shared": LEVERS["prefix_shared"]}
+        if not job.has_time_for(f"steps{kind}"):
+            continue
+        model = Model(folder, device, groups, work, micro_batch_size=2, **keys, **own)
+        for name, lever in levers.items():
+            if job.has_time_for(f"{name}{kind}"):
+                yield model, f"{name}{kind}", lever
+
+
 def run(job: Job) -> None:
     """A row for each lever and dtype."""
     device = job.open_device()
     groups = open_world(device)
-    for experts in (False, True):
-        shape = shape_of(job.small, experts=experts)
-        folder = shape.write(job.folder / f"kernels-{experts}")
-        work = Work.drawn(shape.vocab, *((4, 30, 30, 128) if job.small else (8, 200, 200, 1024)))
-        for bf16 in (True, False):
-            if not job.has_time_for(f"kernels, {'bf16' if bf16 else 'fp32'}"):
-                continue
-            model = Model(folder, device, groups, work, bf16=bf16, micro_batch_size=2)
-            for name, keys in LEVERS.items() if not experts else (("prefix_shared", LEVERS["prefix_shared"]),):
-                lever = f"{name}, experts" if experts else name
-                if job.has_time_for(lever):
-                    _row(job, device, model, lever, "bfloat16" if bf16 else "float32", keys)
+    for bf16 in (True, False):
+        dtype = "bfloat16" if bf16 else "float32"
+        for model, name, keys in models_and_levers(job, device, groups, bf16=bf16):
+            _row(job, device, model, name, dtype, keys)
 
 
 def _row(job: Job, device: Device, model: Model, lever: str, dtype: str, keys: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from scripts.device_report.job import Job
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
 """Largest relative L2 error of a value and of a gradient. fp32: sums of 2,048 numbers in one order are off by about
-``2^-24 sqrt(2048) = 3e-6``, products in TF32, whose numbers have 11 bits, by 3e-4. bf16: four roundings of ``2^-8``, for
-inputs are exact and sums are in fp32."""
+``2^-24 sqrt(2048) = 3e-6``, products in TF32, whose numbers have 11 bits, by 3e-4. bf16: four roundings of ``2^-8``,
+for inputs are exact and sums are in fp32."""
 
 
 @dataclass(frozen=True)

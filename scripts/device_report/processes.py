@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing as mp
 import os
@@ -75,8 +76,11 @@ class Processes:
         if not in_time:
             return Outcome("timed out", taken, f"killed after {seconds:.0f} s\n{_tail(logs[0])}".strip())
         if failed:
-            first = min(failed, key=lambda rank: (processes[rank].exitcode in (-signal.SIGKILL, 0), rank))
-            return Outcome("failed", taken, _reason(processes[first].exitcode, _tail(logs[first])))
+            said = {rank: _reason(processes[rank].exitcode, _tail(logs[rank])) for rank in failed}
+            # a rank that was killed because another one had failed is no cause
+            causes = {rank: text for rank, text in said.items() if processes[rank].exitcode != -signal.SIGKILL} or said
+            named = [f"rank {rank}: {text}" if len(jobs) > 1 else text for rank, text in causes.items()]
+            return Outcome("failed", taken, "\n".join(named))
         return Outcome("done", taken)
 
 
@@ -97,8 +101,7 @@ def _child(module: str, job: Job, log: Path, port: int | None) -> None:
         importlib.import_module(module).run(job)
     except BaseException:
         traceback.print_exc()
-        os._exit(1)
-    os._exit(0)  # libraries of devices may hang or crash while they are taken down
+        raise SystemExit(1) from None
 
 
 def _wait(processes: Sequence[Any], deadline: float) -> bool:
@@ -113,10 +116,11 @@ def _wait(processes: Sequence[Any], deadline: float) -> bool:
 
 
 def _kill(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        os.kill(pid, signal.SIGKILL)
+    """The process with what it has started; before it has a group of its own, it alone."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+            return
 
 
 def _reason(code: int, tail: str) -> str:

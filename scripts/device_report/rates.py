@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from mindspeed_simpo.device import Device
 from mindspeed_simpo.studies.plan.calibration import Rates
-from mindspeed_simpo.studies.plan.devices import KINDS, DeviceKind
+from mindspeed_simpo.studies.plan.devices import KINDS, DeviceKind, Link
 from scripts.device_report.job import Job
 
 _OTHER_PEAKS = {"A100": 312e12, "A800": 312e12, "H800": 989e12, "H20": 148e12, "L40S": 362e12, "GH200": 989e12}
@@ -72,6 +71,8 @@ def device_kind(facts: Mapping[str, Any], rates: Mapping[str, Any], link: Mappin
     on_cpu = facts["device"] == "cpu"
     product = facts["device"], facts["product"], facts["memory_bytes"]
     nearest = known_kind(*product) or KINDS["910B-64GB" if facts["device"] == "npu" else "H100"]
+    network = Link(latency_s=1e-3, bytes_per_s=1e9)
+    inside, outside = (network, network) if on_cpu else (nearest.inside, nearest.outside)
     bf16, fp32, attention = rates["matmul_flops_bf16"], rates["matmul_flops_fp32"], rates["attention_flops"]
     used = fp32 if on_cpu else bf16
     peak = max(peak_flops(*product) or 0.0, used, attention)
@@ -87,16 +88,16 @@ def device_kind(facts: Mapping[str, Any], rates: Mapping[str, Any], link: Mappin
         attention_efficiency=attention / peak,
         memory_bytes_per_s=rates["memory_bytes_per_s"],
         optimizer_bytes_per_s=rates["optimizer_bytes_per_s"],
-        devices_per_host=max(1, facts["devices"]),
-        inside=link or nearest.inside,
-        outside=nearest.outside,
+        devices_per_host=facts["devices"] or facts["cores"],
+        inside=link or inside,
+        outside=outside,
         operator_s=rates["operator_s"],
         layer_host_s=layer,
         pass_host_s=2 * layer,
         step_host_s=10 * layer,
         cores=facts["cores"] if on_cpu else None,
-        notes=f"Measured: {measured}. Links not measured here are those of the kind {nearest.name}; host seconds of a "
-        "pass and of a step are 2 and 10 times those of a layer, an assumption.",
+        notes=f"Measured: {measured}. Links not measured are {'assumed' if on_cpu else 'those of ' + nearest.name}; "
+        "host seconds of a pass and of a step are 2 and 10 times those of a layer, an assumption.",
     )
 
 
@@ -109,5 +110,3 @@ def wanted_rates(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         "peak_flops": peak_flops(facts["device"], product, facts["memory_bytes"]) if facts else None,
         "matmul_flops": rate,
     }
-
-

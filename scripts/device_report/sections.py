@@ -20,7 +20,7 @@ class Section:
     seconds: float
     """Limit."""
     module: str = ""
-    """Of ``scripts.device_report``; default the name."""
+    """Importable name of what runs it; default that of this package with its name."""
     numerics: bool = False
     """Whether the verdict depends on it."""
     optional: bool = False
@@ -30,15 +30,17 @@ class Section:
 
     @property
     def module_name(self) -> str:
-        """Importable name of the module."""
-        return f"scripts.device_report.{self.module or self.name}"
+        """``module`` with its default."""
+        return self.module or f"{_HERE}.{self.name}"
 
 
+_HERE = "scripts.device_report"
+_SPEED_MODULE, _RANKS_MODULE = f"{_HERE}.speed", f"{_HERE}.ranks"
 _SPEED = (
     "One training step, all of it, of as many layers as fit with the optimizer. MFU counts 6 operations a weight and "
     "token and 12 hidden a layer, query and key of the causal mask, prompts as often as the form computes them, and "
-    "nothing twice; useful counts each prompt once. Memory: what check expects over what the allocator held at the peak "
-    "(on a CPU: counted tensors)."
+    "nothing twice; useful counts each prompt once. Memory: what check expects over what the allocator held at the "
+    "peak (on a CPU: counted tensors)."
 )
 CONDITIONS = Section("conditions", "Conditions", "What this was made on.", 60)
 BEFORE_RANKS = (
@@ -58,7 +60,7 @@ BEFORE_RANKS = (
         numerics=True,
     ),
     Section("rates", "Rates", "Single operators of the engine; device_kind.json has them for plan.", 40),
-    Section("speed_1b", "Speed and memory, 1B", _SPEED, 90, "speed", options={"shape": "1B"}),
+    Section("speed_1b", "Speed and memory, 1B", _SPEED, 90, _SPEED_MODULE, options={"shape": "1B"}),
     Section(
         "head",
         "Output layer alone",
@@ -73,15 +75,15 @@ BEFORE_RANKS = (
         60,
     ),
     Section("waits", "Host synchronisations", "How often one training step makes the host wait, and where.", 60),
-    Section("speed_8b", "Speed and memory, 8B", _SPEED, 100, "speed", options={"shape": "8B"}),
+    Section("speed_8b", "Speed and memory, 8B", _SPEED, 100, _SPEED_MODULE, options={"shape": "8B"}),
 )
 
 
 def of_ranks(device: str, devices: int) -> Iterator[Section]:
     """The sections with several ranks that this host can have."""
     reading = (
-        "A step of each layout against the oracle, its speed on a model of two layers, and the rate of each collective: "
-        "bytes of the whole message a second."
+        "A step of each layout against the oracle, its speed on a model of two layers, and the rate of each "
+        "collective, bytes of the whole message a second."
     )
     if device != "cpu" and devices == 1:
         own = {"npu": "hccl", "cuda": "nccl"}[device]
@@ -90,9 +92,9 @@ def of_ranks(device: str, devices: int) -> Iterator[Section]:
             title = f"Two ranks on one device, {backend}"
             name = f"one_device_{backend}"
             yield Section(
-                name, title, reading, 60, "ranks", numerics=True, optional=True, ranks=2, options=options
+                name, title, reading, 60, _RANKS_MODULE, numerics=True, optional=True, ranks=2, options=options
             )
         return
     for ranks in LAYOUTS:
-        if device == "cpu" and ranks == 2 or ranks <= devices:
-            yield Section(f"ranks_{ranks}", f"{ranks} ranks", reading, 90, "ranks", numerics=True, ranks=ranks)
+        if (device == "cpu" and ranks == 2) or ranks <= devices:
+            yield Section(f"ranks_{ranks}", f"{ranks} ranks", reading, 90, _RANKS_MODULE, numerics=True, ranks=ranks)

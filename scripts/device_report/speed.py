@@ -24,20 +24,22 @@ SMALL = {
     "8B": Shape("qwen3", 96, 288, 2, 4, 2, 1024, tied=False),
 }
 _PADDED = {"batching": "padded", "micro_batch_size": 2}
+_BUDGET = {"max_tokens_per_micro_batch": 4096}
+_PACKED, _SHARED = {"batching": "packed", **_BUDGET}, {"batching": "prefix_shared", **_BUDGET}
 LEVERS: dict[str, dict[str, Any]] = {
     "padded, whole logits": {**_PADDED, "fused_logprob": False},
     "padded, fused head": _PADDED,
     "padded, fused head, two_pass": {**_PADDED, "pair_schedule": "two_pass"},
-    "packed, fused head": {"batching": "packed"},
-    "packed, fused head, two_pass": {"batching": "packed", "pair_schedule": "two_pass"},
-    "prefix_shared, fused head": {"batching": "prefix_shared"},
+    "packed, fused head": _PACKED,
+    "packed, fused head, two_pass": {**_PACKED, "pair_schedule": "two_pass"},
+    "prefix_shared, fused head": _SHARED,
 }
 """Of one model; ratios are to the first."""
 REBUILT: dict[str, dict[str, Any]] = {
-    "prefix_shared, fused head, full recompute": {"batching": "prefix_shared", **FULL},
-    "prefix_shared, fused head, adapters": {"batching": "prefix_shared", "lora_r": 16},
+    "prefix_shared, fused head, full recompute": FULL,
+    "prefix_shared, fused head, adapters": {"lora_r": 16},
 }
-"""Of models of their own; adapters of the same number of layers."""
+"""Of models of their own, of the same number of layers."""
 _SHARE = 0.8
 """Of the device's memory that a model may be expected to need with the most demanding lever."""
 
@@ -56,20 +58,17 @@ def run(job: Job) -> None:
     folder = shape.write(job.folder / f"speed-{name}", layers)
     row = {"shape": name, "layers": layers, "layers_of_model": shape.layers, "pairs": len(work.pairs)}
     speed = Speed(job, device, shape.with_layers(layers), work, row)
-    precision = {"bf16": not device.is_cpu, "micro_batch_size": 2, "max_tokens_per_micro_batch": _budget(job)}
-    model = Model(folder, device, groups, work, **precision)
+    bf16 = not device.is_cpu
+    model = Model(folder, device, groups, work, bf16=bf16)
     for lever, keys in LEVERS.items():
         speed.measure(lever, model, keys)
     del model
     for lever, keys in REBUILT.items():
         device.release_memory()
         if job.has_time_for(lever):
-            own = {key: value for key, value in keys.items() if key != "batching"}
-            speed.measure(lever, Model(folder, device, groups, work, **precision, **own), {"batching": keys["batching"]})
-
-
-def _budget(job: Job) -> int:
-    return 256 if job.small else 4096
+            rebuilt = Model(folder, device, groups, work, bf16=bf16, **keys)
+            speed.measure(lever, rebuilt, _SHARED)
+            del rebuilt
 
 
 def _layers_that_fit(job: Job, shape: Shape, device: Device, work: Work) -> int:
@@ -82,7 +81,7 @@ def _layers_that_fit(job: Job, shape: Shape, device: Device, work: Work) -> int:
         needed = 0
         for keys in LEVERS.values():
             values = {"model_name_or_path": str(folder), "init_from": "config", "data_path": "unused", "bf16": True}
-            values |= {"global_batch_size": len(work.pairs), "max_tokens_per_micro_batch": _budget(job), **keys}
+            values |= {"global_batch_size": len(work.pairs), **keys}
             needed = max(needed, estimate(folder, _resolved(values, folder, device), work, device).total)
         if needed <= _SHARE * memory:
             return layers

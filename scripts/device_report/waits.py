@@ -10,8 +10,8 @@ from typing import Any
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.device.inspection import waits_of_host
 from scripts.device_report.job import Job
-from scripts.device_report.kernels import LEVERS, shape_of
-from scripts.device_report.workload import Model, Work, open_world
+from scripts.device_report.kernels import models_and_levers
+from scripts.device_report.workload import open_world
 from tests.ranks.waits import Waits
 
 NOT_ON_CPU = (
@@ -21,18 +21,10 @@ NOT_ON_CPU = (
 
 
 def run(job: Job) -> None:
-    """A row for each lever: all weights, adapters, experts."""
+    """A row for each lever."""
     device = job.open_device()
-    groups = open_world(device)
-    models = {"": (False, {}), ", adapters": (False, {"lora_r": 8}), ", experts": (True, {})}
-    for kind, (experts, keys) in models.items():
-        shape = shape_of(job.small, experts=experts)
-        folder = shape.write(job.folder / f"waits-{experts}")
-        work = Work.drawn(shape.vocab, 4, 30, 30, 128)
-        model = Model(folder, device, groups, work, micro_batch_size=2, **keys)
-        for name, lever in LEVERS.items() if not kind else (("prefix_shared", LEVERS["prefix_shared"]),):
-            if job.has_time_for(f"{name}{kind}"):
-                _row(job, device, f"{name}{kind}", model.step(**lever))
+    for model, name, keys in models_and_levers(job, device, open_world(device)):
+        _row(job, device, name, model.step(**keys))
 
 
 def _row(job: Job, device: Device, lever: str, step: Callable[[], None]) -> None:
@@ -54,6 +46,6 @@ def _counted(device: Device, step: Callable[[], None]) -> collections.Counter[st
             step()
         device.synchronize()
         return found.places
-    with Waits() as seen:
+    with Waits(on_host="shards") as seen:  # response tokens are searched in host memory
         step()
     return collections.Counter(seen.seen)

@@ -119,7 +119,7 @@ class Model:
         return resolve(Config(**values), read_description(str(self.folder)), self.device.name)
 
     def step(self, **keys: Any) -> Callable[[], None]:
-        """A training step: forward, backward, gradient norm and Adam, as :mod:`mindspeed_simpo.training.trainer` does."""
+        """A training step: forward, backward, gradient norm and Adam, as in :mod:`mindspeed_simpo.training.trainer`."""
         from mindspeed_simpo.training.session import build_schedule
 
         config = self.config(**keys)

@@ -1,4 +1,4 @@
-"""Rates of a device and its links, measured with single operators for some seconds; those of the device kind ``cpu``."""
+"""Rates of a device and its links, measured with single operators for some seconds; the device kind ``cpu``."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Rates:
         return 3 * 2 * self.tokens * 4 * self.hidden * self.hidden / _fastest(run, self.wait)
 
     def attention_flops(self) -> float:
-        """Of forward and backward of causal attention, of the pairs that the mask lets through; 3.5 forwards together."""
+        """Of forward and backward of causal attention, 3.5 forwards, of the pairs that the mask lets through."""
         dim = 64
         query, key, value = (self._drawn(self.tokens, 1, self.heads, dim).requires_grad_() for _ in range(3))
         upstream = self._drawn(self.tokens, 1, self.heads * dim)
@@ -146,7 +146,8 @@ class Rates:
             operators.rms_norm(norm_inputs, weight, 1e-6).backward(upstreams[0])  # type: ignore[no-untyped-call]
             operators.swiglu(gates).backward(upstreams[1])  # type: ignore[no-untyped-call]
 
-        # a norm reads and writes its input, the activation reads two numbers for each that it writes; backward twice that
+        # a norm reads and writes its input, the activation reads two numbers for each that it writes; a backward
+        # does so twice
         counted = 3 * self.dtype.itemsize * self.tokens * (2 * self.hidden + 3 * 4 * self.hidden)
         return counted / _fastest(run, self.wait)
 

@@ -20,7 +20,7 @@ from scripts.device_report.rates import device_kind, wanted_rates
 from scripts.device_report.sections import BEFORE_RANKS, CONDITIONS, Section, of_ranks
 from scripts.device_report.verdict import HELD, Result, verdict
 
-_LEAST_S = 5.0
+_LEAST_S = 3.0
 """Seconds with less than which no section is started."""
 _MARGIN_S = 3.0
 """Between a section's own deadline and the moment at which it is killed; the fifth of its limit where that is more."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.errors import SimpoError
@@ -116,9 +117,13 @@ def _is_known_refusal(form: Form, device: Device) -> bool:
 
 def errors_of(form: Form, models: Models, device: Device, groups: Any) -> list[tuple[str, float, float]]:
     """What is compared, its error and its bound."""
-    seed, (loss, _, grads, params) = models.expected(
-        form.family, form.keys.get("stage", "simpo"), form.adapters, form.dropout
-    )
+    expected = None
+    if groups.world.rank() == 0:  # the only rank that writes files
+        expected = models.expected(form.family, form.keys.get("stage", "simpo"), form.adapters, form.dropout)
+    seeds = [expected and expected[0]]
+    if groups.world.size() > 1:
+        dist.broadcast_object_list(seeds, 0, group=groups.control)
+    seed = int(seeds[0] or 0)
     keys = {**ADAM, "lr": LR, "lr_decay_style": "constant", "bf16": form.bf16, "seed": SEED, **form.keys}
     if form.adapters:
         keys |= {"lora_r": models.RANK, "lora_alpha": models.ALPHA, "lora_dropout": form.dropout}
@@ -126,8 +131,9 @@ def errors_of(form: Form, models: Models, device: Device, groups: Any) -> list[t
     sizes = {"micro_batch_size": 2, "global_batch_size": len(models.batch)}
     config = make_config(models.folder(form.family, seed), **sizes, **keys, device=device.name)
     found = train([models.batch], Run(), config, groups, device)
-    if groups.world.rank():  # rank 0 has the whole tensors
+    if expected is None:  # rank 0 has the whole tensors too
         return []
+    loss, _, grads, params = expected[1]
     tensors = {key: {name: torch.from_numpy(each) for name, each in found[key].items()} for key in ("grads", "params")}
     loss_error = abs(found["losses"][0] - loss) / abs(loss)
     gradient, of_gradient = worst_error(tensors["grads"], grads)
@@ -163,6 +169,8 @@ class Models:
         if family != "deepseek_v3":
             shape["head_dim"] = self._head_dim
         folder = self._root / f"{family.replace(' ', '-')}-{seed}"
+        if folder.exists():
+            return folder
         return make_checkpoint(folder, vocab_size=514, dtype="bfloat16", seed=seed, **shape)
 
     def _make_adapters(self, family: str, seed: int) -> Path:

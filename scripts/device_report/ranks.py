@@ -43,19 +43,19 @@ def run(job: Job) -> None:
     # the first collective makes the communicators: a backend that takes no two ranks on one device says so here
     dist.all_reduce(torch.ones(8, device=device.torch_device))
     device.synchronize()
-    own = job.folder / f"ranks-{job.ranks}-{job.rank}"
-    models = Models(own, small=job.small)
+    control = dist.new_group(backend="gloo")
+    models = Models(job.folder / f"ranks-{job.ranks}", small=job.small)
     for name, keys in LAYOUTS[job.ranks].items():
-        if _all_have_time(job, name):
+        if _all_have_time(job, name, control):
             _layout(job, device, models, name, keys)
-    if not job.options.get("share_device") and _all_have_time(job, "collectives"):
+    if not job.options.get("share_device") and _all_have_time(job, "collectives", control):
         _collectives(job, device)
 
 
-def _all_have_time(job: Job, what: str) -> bool:
+def _all_have_time(job: Job, what: str, control: dist.ProcessGroup) -> bool:
     """As rank 0 has it, for all ranks must do the same."""
     found = [job.has_time_for(what) if job.rank == 0 else None]
-    dist.broadcast_object_list(found, 0)
+    dist.broadcast_object_list(found, 0, group=control)
     return bool(found[0])
 
 
@@ -91,7 +91,10 @@ def _layout_of(keys: dict[str, Any], ranks: int) -> Layout:
 def _speed(job: Job, device: Device, groups: Any, keys: dict[str, Any]) -> dict[str, Any]:
     """Of a step with shared prompts."""
     shape = shape_of(job.small, experts=EP in keys)
-    folder = shape.write(job.folder / f"speed-{job.ranks}-{job.rank}")
+    folder = job.folder / f"speed-{job.ranks}"
+    if job.rank == 0:
+        shape.write(folder)
+    dist.barrier(groups.control)
     work = Work.drawn(shape.vocab, *((4, 24, 24, 128) if job.small else (32, 200, 200, 1024)))
     model = Model(folder, device, groups, work, **keys, batching="prefix_shared", max_tokens_per_micro_batch=4096)
     seconds = statistics.median(seconds_of(device, model.step(), 1 if job.small else 5, warm_ups=1))

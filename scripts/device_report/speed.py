@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import statistics
 import traceback
@@ -76,16 +77,16 @@ def _layers_that_fit(job: Job, shape: Shape, device: Device, work: Work) -> int:
     memory = device.memory_bytes()
     if memory is None:
         return shape.layers
-    for layers in range(shape.layers, 0, -1):
+
+    def needed(layers: int) -> int:
         folder = shape.write(job.folder / "fits", layers)
-        needed = 0
-        for keys in LEVERS.values():
-            values = {"model_name_or_path": str(folder), "init_from": "config", "data_path": "unused", "bf16": True}
-            values |= {"global_batch_size": len(work.pairs), **keys}
-            needed = max(needed, estimate(folder, _resolved(values, folder, device), work, device).total)
-        if needed <= _SHARE * memory:
-            return layers
-    return 0
+        values = {"model_name_or_path": str(folder), "init_from": "config", "data_path": "unused", "bf16": True}
+        values |= {"global_batch_size": len(work.pairs)}
+        configs = [_resolved({**values, **keys}, folder, device) for keys in LEVERS.values()]
+        return max(estimate(folder, config, work, device).total for config in configs)
+
+    # the bytes rise with the layers
+    return bisect.bisect_right(range(1, shape.layers + 1), _SHARE * memory, key=needed)
 
 
 def _resolved(values: dict[str, Any], folder: Path, device: Device) -> Any:

@@ -79,7 +79,7 @@ def test_speed_and_memory(made):
         for row in found:
             assert row["pairs_per_second"] > 0
             assert row["tokens_per_second"] > 0
-            assert 0 < row["mfu_of_matmul"]
+            assert row["mfu_of_matmul"] > 0
             assert row["mfu"] is None, "no data sheet of a CPU is known"
             assert row["expected_over_peak"] == pytest.approx(1, abs=0.2), row["lever"]
         by_lever = {row["lever"]: row for row in found}
@@ -126,7 +126,7 @@ def test_what_goes_wrong_is_said_and_leaves_the_rest(tmp_path, capsys):
     planted = [
         Section(name, name, "", seconds, "tests.e2e.planted_report", numerics=judged, options={"kind": kind})
         for name, kind, judged, seconds in (
-            ("waits", "hang", False, 6),
+            ("waits", "hang", False, 3),
             ("models", "crash", True, 30),
             ("operators", "defect", True, 30),
         )
@@ -140,8 +140,11 @@ def test_what_goes_wrong_is_said_and_leaves_the_rest(tmp_path, capsys):
     assert [len(found[name]["rows"]) for name in ("waits", "models")] == [1, 1], "rows before the end are kept"
     assert report["verdict"]["numerics"] == "did not hold"
     failures = report["verdict"]["failures"]
-    assert len(failures) == 2
-    assert all("gradient of gate_up" in line and "swiglu" in line and "float32" in line for line in failures)
+    assert [line.split(" is off")[0] for line in failures] == [
+        "operators: swiglu, float32: gradient of gate_up",
+        "operators: swiglu with a bias, float32: gradient of gate_up",
+        "operators: swiglu with a bias, float32: gradient of bias",
+    ]
     assert report["verdict"]["missing"] == ["models: failed"]
     assert "Numerics did not hold" in (tmp_path / "report.html").read_text()
     assert "did not hold" in capsys.readouterr().out

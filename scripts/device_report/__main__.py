@@ -78,8 +78,8 @@ class Report:
         write_whole(self.output / "report.json", json.dumps(found, indent=1) + "\n")
         write_whole(self.output / "report.html", page(found))
         if self.facts and self.rows("rates"):
-            links = [row["link"] for name in self.results for row in self.rows(name) if "link" in row]
-            kind = device_kind(self.facts, self.rows("rates")[0], links[-1] if links else None)
+            collectives = [row for name in self.results for row in self.rows(name) if "collective" in row]
+            kind = device_kind(self.facts, self.rows("rates")[0], collectives)
             write_whole(self.output / "device_kind.json", kind.model_dump_json(indent=1) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +34,7 @@ _FUSED = {
     "cuda": ("flash_attention", "flash_attn", "efficient_attention", "cudnn_attention", "varlen", "flex_attention"),
     "npu": ("FlashAttentionScore",),
 }
-"""Parts of names: one operator with such a name computes attention without dense scores."""
+"""Parts of names: an operator or kernel with such a name computes attention without dense scores."""
 _DENSE = {
     "cpu": ("_scaled_dot_product_attention_math",),
     "cuda": ("_scaled_dot_product_attention_math",),
@@ -69,11 +70,36 @@ def models_and_levers(
 def run(job: Job) -> None:
     """A row for each lever and dtype."""
     device = job.open_device()
-    groups = open_world(device)
-    for bf16 in (True, False):
-        dtype = "bfloat16" if bf16 else "float32"
-        for model, name, keys in models_and_levers(job, device, groups, bf16=bf16):
-            _row(job, device, model, name, dtype, keys)
+    groups, heard = open_world(device), Heard()
+    with heard:
+        for bf16 in (True, False):
+            dtype = "bfloat16" if bf16 else "float32"
+            for model, name, keys in models_and_levers(job, device, groups, bf16=bf16):
+                _row(job, device, model, name, dtype, keys)
+    job.add(said=list(heard.lines))
+
+
+class Heard(logging.Handler):
+    """What the package logs meanwhile, such as its choice of kernels, each line once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: dict[str, None] = {}
+        self._logger = logging.getLogger("mindspeed_simpo")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line."""
+        self.lines[record.getMessage()] = None
+
+    def __enter__(self) -> Heard:
+        self._level = self._logger.level
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
+        self._logger.setLevel(self._level)
 
 
 def _row(job: Job, device: Device, model: Model, lever: str, dtype: str, keys: dict[str, Any]) -> None:
@@ -100,10 +126,11 @@ def _row(job: Job, device: Device, model: Model, lever: str, dtype: str, keys: d
 
 
 def attention_of(device: Device, found: Profile) -> dict[str, Any]:
-    """The operators that computed attention, and whether none of them has dense scores."""
+    """The operators and kernels that computed attention, and whether none of them has dense scores."""
+    names = dict.fromkeys([*found.operators, *(kernel.name for kernel in found.kernels)])
 
     def named(parts: tuple[str, ...]) -> list[str]:
-        return [name for name in found.operators if any(part in name for part in parts)]
+        return [name for name in names if any(part in name for part in parts)]
 
     fused, dense = named(_FUSED[device.name]), named(_DENSE[device.name])
     return {"attention": fused, "dense_attention": dense, "as_expected": bool(fused) and not dense}

@@ -7,37 +7,40 @@ from typing import Any
 
 import torch
 
-from mindspeed_simpo.studies.plan.calibration import Rates
-from mindspeed_simpo.studies.plan.devices import KINDS, DeviceKind, Link
+from mindspeed_simpo.device import Device
+from mindspeed_simpo.studies.plan.calibration import link_of
+from mindspeed_simpo.studies.plan.devices import KINDS, Collective, DeviceKind, Link
+from mindspeed_simpo.studies.plan.rates import Rates
 from scripts.device_report.job import Job
 
 _OTHER_PEAKS = {"A100": 312e12, "A800": 312e12, "H800": 989e12, "H20": 148e12, "L40S": 362e12, "GH200": 989e12}
 """Dense bf16, operations a second, by a part of the product's name; NVIDIA's data sheets."""
 
 
-def run(job: Job) -> None:
-    """One row with all rates."""
-    device = job.open_device()
+def rates_of(job: Job, device: Device, dtype: torch.dtype | None = None) -> Rates:
+    """The measurements for this device; by default in the dtype that it trains in."""
     if job.small:
         sizes = {"hidden": 128, "tokens": 128, "heads": 2, "parameters": 2**16}
     else:
         sizes = {"hidden": 4096, "tokens": 8192, "heads": 32, "parameters": 2**27}
-    wait = device.synchronize
-    in_bf16 = Rates(device.torch_device, torch.bfloat16, **sizes, wait=wait)
-    in_fp32 = Rates(device.torch_device, torch.float32, **sizes, wait=wait)
-    # CPUs compute fp32 faster, and train in it
-    used = in_fp32 if device.is_cpu else in_bf16
-    row: dict[str, Any] = {
-        "matmul_flops_bf16": in_bf16.matmul_flops(),
-        "matmul_flops_fp32": in_fp32.matmul_flops(),
-        "attention_flops": used.attention_flops(),
-        "memory_bytes_per_s": used.values_bytes_per_s(),
-        "optimizer_bytes_per_s": used.adam_bytes_per_s(),
-        "operator_s": used.operator_s(),
-        "layer_host_s": used.layer_host_s(),
-        "sizes": sizes,
-    }
-    job.add(**row)
+    used = dtype or (torch.float32 if device.is_cpu else torch.bfloat16)
+    return Rates(device.torch_device, used, **sizes, wait=device.synchronize)
+
+
+def run(job: Job) -> None:
+    """One row with all rates."""
+    device = job.open_device()
+    used = rates_of(job, device)
+    job.add(
+        matmul_flops_bf16=rates_of(job, device, torch.bfloat16).matmul_flops(),
+        matmul_flops_fp32=rates_of(job, device, torch.float32).matmul_flops(),
+        attention_flops=used.attention_flops(),
+        memory_bytes_per_s=used.values_bytes_per_s(),
+        optimizer_bytes_per_s=used.adam_bytes_per_s(),
+        operator_s=used.operator_s(),
+        layer_host_s=used.layer_host_s(),
+        experts_host_s=used.experts_host_s(),
+    )
 
 
 def known_kind(device_name: str, product: str | None, memory_bytes: int | None) -> DeviceKind | None:
@@ -60,13 +63,15 @@ def peak_flops(device_name: str, product: str | None, memory_bytes: int | None) 
     return found[-1] if found else None
 
 
-def device_kind(facts: Mapping[str, Any], rates: Mapping[str, Any], link: Mapping[str, Any] | None) -> DeviceKind:
+def device_kind(
+    facts: Mapping[str, Any], rates: Mapping[str, Any], collectives: Sequence[Mapping[str, Any]]
+) -> DeviceKind:
     """The record, from what was measured.
 
     Args:
         facts: Of the device, see :func:`scripts.device_report.conditions.run`.
         rates: The row of this section.
-        link: The measured link between devices of this host; None where there is one device.
+        collectives: Rows of collectives between devices of this host; none where there is one device.
     """
     on_cpu = facts["device"] == "cpu"
     product = facts["device"], facts["product"], facts["memory_bytes"]
@@ -77,8 +82,8 @@ def device_kind(facts: Mapping[str, Any], rates: Mapping[str, Any], link: Mappin
     used = fp32 if on_cpu else bf16
     peak = max(peak_flops(*product) or 0.0, used, attention)
     efficiency, layer = used / peak, rates["layer_host_s"]
-    measured = "rates" if link is None else "rates and the links inside of a host"
-    return DeviceKind(
+    measured = "rates and the links inside of a host" if collectives else "rates"
+    kind = DeviceKind(
         name=facts["product"] or "cpu",
         device=facts["device"],
         memory_bytes=facts["memory_bytes"] or facts["host_memory_bytes"],
@@ -89,16 +94,30 @@ def device_kind(facts: Mapping[str, Any], rates: Mapping[str, Any], link: Mappin
         memory_bytes_per_s=rates["memory_bytes_per_s"],
         optimizer_bytes_per_s=rates["optimizer_bytes_per_s"],
         devices_per_host=facts["devices"] or facts["cores"],
-        inside=link or inside,
+        inside=inside,
         outside=outside,
         operator_s=rates["operator_s"],
         layer_host_s=layer,
+        experts_host_s=rates["experts_host_s"],
         pass_host_s=2 * layer,
         step_host_s=10 * layer,
         cores=facts["cores"] if on_cpu else None,
         notes=f"Measured: {measured}. Links not measured are {'assumed' if on_cpu else 'those of ' + nearest.name}; "
         "host seconds of a pass and of a step are 2 and 10 times those of a layer, an assumption.",
     )
+    return kind.model_copy(update={"inside": _link(kind, collectives)}) if collectives else kind
+
+
+def _link(kind: DeviceKind, rows: Sequence[Mapping[str, Any]]) -> Link:
+    """From the smallest and the largest message between most ranks."""
+    ranks = max(row["ranks"] for row in rows)
+    rows = [row for row in rows if row["ranks"] == ranks]
+    ends = min(row["numbers"] for row in rows), max(row["numbers"] for row in rows)
+    found: dict[Collective, list[float]] = {row["collective"]: [] for row in rows}
+    for row in rows:
+        if row["numbers"] in ends:
+            found[row["collective"]].append(row["seconds"])
+    return link_of(kind, found, ranks, ends)
 
 
 def wanted_rates(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

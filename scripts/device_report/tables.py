@@ -75,7 +75,7 @@ def _share(row: Row) -> float:
 
 def rates(rows: Sequence[Row]) -> list[str]:
     """Each rate."""
-    return [table(("", ""), [(key, value) for key, value in rows[0].items() if key != "sizes"])] if rows else []
+    return [table(("", ""), [(key, value) for key, value in rows[0].items()])] if rows else []
 
 
 def speed(rows: Sequence[Row]) -> list[str]:
@@ -133,7 +133,9 @@ def head(rows: Sequence[Row]) -> list[str]:
 
 
 def kernels(rows: Sequence[Row]) -> list[str]:
-    """Whether attention is what it should be; the slowest kernels of each step."""
+    """Whether attention is what it should be; the slowest kernels of each step; what the package said."""
+    said = [line for row in rows if "said" in row for line in row["said"]]
+    rows = [row for row in rows if "kernels" in row]
     header = ("lever", "dtype", "as expected", "attention", "dense", "calls", "s")
     listed = [
         (
@@ -152,7 +154,7 @@ def kernels(rows: Sequence[Row]) -> list[str]:
         inner = [(each["name"], each["calls"], each["seconds"], _percent(each["share"])) for each in row["kernels"]]
         title = html.escape(f"{row['lever']}, {row['dtype']}: {len(inner)} of {row['number_of_kernels']} kernels")
         parts.append(f"<details><summary>{title}</summary>{table(('kernel', 'calls', 's', 'share'), inner)}</details>")
-    return parts
+    return parts + [f"<p>{html.escape(line)}</p>" for line in said]
 
 
 def waits(rows: Sequence[Row]) -> list[str]:
@@ -175,6 +177,6 @@ def ranks(rows: Sequence[Row]) -> list[str]:
         parts.append(table(("layout", "s", "pairs/s", "tokens/s"), listed))
     collectives = [row for row in rows if "collective" in row]
     if collectives:
-        listed = [(row["collective"], row["bytes"], row["seconds"], row["rate"] / 1e9) for row in collectives]
+        listed = [(row["collective"], 4 * row["numbers"], row["seconds"], row["rate"] / 1e9) for row in collectives]
         parts.append(table(("collective", "bytes", "s", "GB/s"), listed))
     return parts

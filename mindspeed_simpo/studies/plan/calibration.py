@@ -1,26 +1,29 @@
-"""Rates of a device and its links, measured with single operators for some seconds; the device kind ``cpu``."""
+"""Rates of a device and its links, measured with single operators: of this host in about 20 s, the kind ``cpu``."""
 
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from mindspeed_simpo.device import operators
-from mindspeed_simpo.model.causal import causal_attention
+from mindspeed_simpo.studies.plan.collectives import Group, seconds
 from mindspeed_simpo.studies.plan.devices import Collective, DeviceKind, Link
+from mindspeed_simpo.studies.plan.rates import REPEATS, Rates
 
-_BIG, _SMALL = 2**20, 64
-"""Numbers of a large and of a small message."""
+_SIZES = (64, 2**18)
+"""Numbers of a small and of a large message."""
+_COLLECTIVES = 20
+"""Products, and collectives between them, that are timed together."""
 _KINDS: tuple[Collective, ...] = ("reduce", "gather", "scatter", "exchange", "send")
 
 
@@ -39,7 +42,7 @@ def measure_cpu(ranks: int = 2) -> DeviceKind:
         matmul, attention = rates.matmul_flops(), rates.attention_flops()
         peak = max(matmul, attention)
         layer = rates.layer_host_s()
-        return DeviceKind(
+        plain = DeviceKind(
             name="cpu",
             device="cpu",
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _cores(),
@@ -50,15 +53,17 @@ def measure_cpu(ranks: int = 2) -> DeviceKind:
             memory_bytes_per_s=rates.values_bytes_per_s(),
             optimizer_bytes_per_s=rates.adam_bytes_per_s(),
             devices_per_host=1024,
-            inside=_gloo(ranks),
+            inside=Link(latency_s=0, bytes_per_s=1),
             outside=Link(latency_s=1e-3, bytes_per_s=1e9),
             operator_s=rates.operator_s(),
             layer_host_s=layer,
+            experts_host_s=rates.experts_host_s(),
             pass_host_s=2 * layer,
             step_host_s=10 * layer,
             cores=_cores(),
             notes="Rates measured with single operators on this host, fp32, one thread a rank.",
         )
+        return plain.model_copy(update={"inside": _gloo(plain, rates, ranks)})
     finally:
         torch.set_num_threads(threads)
 
@@ -67,173 +72,63 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _fastest(run: Callable[[], object], wait: Callable[[], None], repeats: int = 7, *, waited: bool = True) -> float:
-    """Seconds of the fastest call, to which other programs have added least; one call before is not counted.
-
-    Args:
-        run: What is timed.
-        wait: Waits for the device.
-        repeats: Timed calls.
-        waited: Whether the wait for the device is timed; else the host's seconds alone.
-    """
-    run()
-    found = []
-    for _ in range(repeats):
-        wait()
-        begin = time.perf_counter()
-        run()
-        if waited:
-            wait()
-        found.append(time.perf_counter() - begin)
-    wait()
-    return min(found)
-
-
-def _nothing() -> None:
-    """Wait for a device whose work is done when a call returns."""
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Measurements of single operators of the engine on one device."""
-
-    device: torch.device
-    dtype: torch.dtype
-    """Of the operators; Adam's numbers and the operators of :meth:`layer_host_s` are fp32."""
-    hidden: int
-    tokens: int
-    heads: int
-    """Of 64 elements, of the attention."""
-    parameters: int
-    """Of Adam."""
-    wait: Callable[[], None] = _nothing
-    """Waits for the device."""
-
-    def _drawn(self, *shape: int, wide: bool = False) -> torch.Tensor:
-        return torch.randn(*shape, device=self.device, dtype=torch.float32 if wide else self.dtype)
-
-    def matmul_flops(self) -> float:
-        """Of forward and backward of a projection."""
-        inputs = self._drawn(self.tokens, self.hidden).requires_grad_()
-        weight = self._drawn(4 * self.hidden, self.hidden).requires_grad_()
-        upstream = self._drawn(self.tokens, 4 * self.hidden)
-
-        def run() -> None:
-            torch.nn.functional.linear(inputs, weight).backward(upstream)  # type: ignore[no-untyped-call]
-
-        return 3 * 2 * self.tokens * 4 * self.hidden * self.hidden / _fastest(run, self.wait)
-
-    def attention_flops(self) -> float:
-        """Of forward and backward of causal attention, 3.5 forwards, of the pairs that the mask lets through."""
-        dim = 64
-        query, key, value = (self._drawn(self.tokens, 1, self.heads, dim).requires_grad_() for _ in range(3))
-        upstream = self._drawn(self.tokens, 1, self.heads * dim)
-
-        def run() -> None:
-            causal_attention(query, key, value, dim**-0.5).backward(upstream)  # type: ignore[no-untyped-call]
-
-        pairs = self.tokens * (self.tokens + 1) / 2
-        return 3.5 * 2 * pairs * self.heads * 2 * dim / _fastest(run, self.wait)
-
-    def values_bytes_per_s(self) -> float:
-        """Of norm and activation, forward and backward, by the bytes that a simulation counts for them."""
-        norm_inputs = self._drawn(self.tokens, self.hidden).requires_grad_()
-        weight = torch.ones(self.hidden, device=self.device, dtype=self.dtype, requires_grad=True)
-        gates = self._drawn(self.tokens, 8 * self.hidden).requires_grad_()
-        upstreams = self._drawn(self.tokens, self.hidden), self._drawn(self.tokens, 4 * self.hidden)
-
-        def run() -> None:
-            operators.rms_norm(norm_inputs, weight, 1e-6).backward(upstreams[0])  # type: ignore[no-untyped-call]
-            operators.swiglu(gates).backward(upstreams[1])  # type: ignore[no-untyped-call]
-
-        # a norm reads and writes its input, the activation reads two numbers for each that it writes; a backward
-        # does so twice
-        counted = 3 * self.dtype.itemsize * self.tokens * (2 * self.hidden + 3 * 4 * self.hidden)
-        return counted / _fastest(run, self.wait)
-
-    def adam_bytes_per_s(self) -> float:
-        """Of Adam, by the bytes that a simulation counts for it."""
-        parameters = [torch.nn.Parameter(self._drawn(self.parameters // 8, wide=True)) for _ in range(8)]
-        for parameter in parameters:
-            parameter.grad = torch.randn_like(parameter)
-        optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-        # a simulation counts 40 bytes of each parameter for norm, clipping and Adam, of which Adam has 28
-        return 28 * sum(parameter.numel() for parameter in parameters) / _fastest(optimizer.step, self.wait)
-
-    def operator_s(self) -> float:
-        """Of a product of a few numbers, many of which are queued."""
-        inputs, weight = self._drawn(2, 16), self._drawn(16, 16)
-        return _fastest(lambda: [torch.nn.functional.linear(inputs, weight) for _ in range(100)], self.wait) / 100
-
-    def layer_host_s(self) -> float:
-        """Forward of a layer's operators on a few numbers, where all of the time is the host's."""
-        tokens, hidden, heads = 4, 32, 2
-        inputs, weight = self._drawn(tokens, 1, hidden, wide=True), self._drawn(hidden, hidden, wide=True)
-        inputs, weight = inputs.requires_grad_(), weight.requires_grad_()
-        norm = torch.ones(hidden, device=self.device, requires_grad=True)
-        gate = self._drawn(2 * hidden, hidden, wide=True).requires_grad_()
-
-        def run() -> None:
-            for _ in range(20):
-                states = operators.rms_norm(inputs, norm, 1e-6)
-                query, key, value = (
-                    torch.nn.functional.linear(states, weight).view(tokens, 1, heads, -1) for _ in range(3)
-                )
-                states = inputs + torch.nn.functional.linear(causal_attention(query, key, value, 0.35), weight)
-                inner = operators.swiglu(torch.nn.functional.linear(operators.rms_norm(states, norm, 1e-6), gate))
-                states + torch.nn.functional.linear(inner, weight)
-
-        return _fastest(run, self.wait, waited=False) / 20
-
-
-def _gloo(ranks: int) -> Link:
-    """Latency and rate of an all-reduce, and how much slower the other collectives are, between processes."""
+def _gloo(plain: DeviceKind, rates: Rates, ranks: int) -> Link:
+    """The link between processes of this host."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "seconds.pt"
-        spawn(_time_collectives, args=(ranks, folder), nprocs=ranks)  # type: ignore[no-untyped-call]
+        spawn(_time_on_rank, args=(ranks, folder, rates), nprocs=ranks)  # type: ignore[no-untyped-call]
         found = torch.load(results, weights_only=True)
-    return link_of(found, ranks)
+    return link_of(plain, found, ranks, _SIZES)
 
 
-def link_of(found: dict[Collective, list[float]], ranks: int, numbers: int = _BIG) -> Link:
-    """The link whose latency and rate fit the times of :func:`time_collectives`."""
-    share, steps = (ranks - 1) / ranks, (ranks - 1).bit_length()
+def link_of(plain: DeviceKind, found: Mapping[Collective, Sequence[float]], ranks: int, numbers: Sequence[int]) -> Link:
+    """Latency and rate of an all-reduce, and how much slower the other collectives are.
+
+    Args:
+        plain: The device; its links are not read.
+        found: From :func:`time_collectives`.
+        ranks: Devices of one host that took part.
+        numbers: Of the messages, a small and a large one.
+    """
     small, large = found["reduce"]
-    latency = small / (2 * steps)
-    rate = 4 * numbers * 2 * share / max(large - small, 1e-9)
-    link = Link(latency_s=latency, bytes_per_s=rate)
+    moved = 4 * (numbers[1] - numbers[0]) * 2 * (ranks - 1) / ranks
+    link = Link(latency_s=small / (2 * (ranks - 1).bit_length()), bytes_per_s=moved / max(large - small, 1e-6))
+    device = plain.model_copy(update={"inside": link})
     slower = {}
     for kind in _KINDS:
-        moved = {"reduce": 2 * share, "send": 1.0}.get(kind, share)
-        slower[kind] = max(0.1, found[kind][1] / (moved * (latency * steps + 4 * numbers / rate)))
+        sizes = 4 * np.array(numbers)
+        slower[kind] = float(np.mean(found[kind] / seconds(kind, sizes, Group(ranks, ranks), device)))
     return link.model_copy(update={"slower": slower})
 
 
-def _time_collectives(rank: int, ranks: int, folder: str) -> None:
+def _time_on_rank(rank: int, ranks: int, folder: str, rates: Rates) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=2))
-    found = time_collectives(torch.device("cpu"))
+    found = time_collectives(rates, _SIZES)
     if rank == 0:
         torch.save(found, Path(folder) / "seconds.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def time_collectives(
-    device: torch.device, wait: Callable[[], None] = _nothing, numbers: tuple[int, ...] = (_SMALL, _BIG)
-) -> dict[Collective, list[float]]:
+def time_collectives(rates: Rates, numbers: Sequence[int]) -> dict[Collective, list[float]]:
     """Seconds of each kind of collective between all ranks, for messages of so many fp32 numbers; a collective.
 
+    The seconds are those by which a collective prolongs a matrix product: after a product the processes wait for each
+    other, and gloo's threads have to wake up, so that these are several times the seconds of collectives in succession.
+
     Args:
-        device: Of the messages.
-        wait: Waits for the device.
-        numbers: Of each message, multiples of the number of ranks.
+        rates: The device, and the size of the product.
+        numbers: Multiples of the number of ranks.
     """
     # newer versions of torch have other names for these
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    ranks, found = dist.get_world_size(), {}
+    ranks, device = dist.get_world_size(), rates.device
+    product = rates.product()
+    alone = _between_barriers(rates, product)
+    found: dict[Collective, list[float]] = {}
     for kind in _KINDS:
         times = []
         for number in numbers:
@@ -245,10 +140,25 @@ def time_collectives(
                 "exchange": partial(dist.all_to_all_single, torch.empty_like(whole), whole),
                 "send": partial(_ping_pong, dist.get_rank(), whole),
             }
-            dist.barrier()
-            times.append(_fastest(calls[kind], wait) / (2 if kind == "send" else 1))
+            exposed = max(_between_barriers(rates, product, calls[kind]) - alone, 1e-6)
+            times.append(exposed / (2 if kind == "send" else 1))
         found[kind] = times
     return found
+
+
+def _between_barriers(rates: Rates, *calls: Callable[[], object]) -> float:
+    """Median seconds of all calls, one after the other; every process takes part."""
+    found = []
+    for _ in range(REPEATS):
+        dist.barrier()
+        begin = time.perf_counter()
+        for _ in range(_COLLECTIVES):
+            for call in calls:
+                call()
+        rates.wait()
+        dist.barrier()
+        found.append((time.perf_counter() - begin) / _COLLECTIVES)
+    return statistics.median(found)
 
 
 def _ping_pong(rank: int, tensor: torch.Tensor) -> None:

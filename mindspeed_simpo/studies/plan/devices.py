@@ -47,6 +47,9 @@ class DeviceKind(BaseModel):
     outside: Link = Field(description="Between hosts, for each device.")
     operator_s: float = Field(ge=0, description="Least seconds of one matrix product or attention call on the device.")
     layer_host_s: float = Field(ge=0, description="Seconds that the host needs for the forward of one layer.")
+    experts_host_s: float = Field(
+        ge=0, description="Seconds that the host needs for the experts of a layer's forward: choice, order and sums."
+    )
     pass_host_s: float = Field(ge=0, description="Seconds that the host needs for a pass beside its layers.")
     step_host_s: float = Field(ge=0, description="Seconds that the host needs for a step beside its passes.")
     cores: int | None = Field(None, ge=1, description="Processor cores that the ranks of a host share; CPUs only.")
@@ -73,6 +76,7 @@ _NPU: dict[str, Any] = {
     "attention_efficiency": 0.35,
     "operator_s": 10e-6,
     "layer_host_s": 600e-6,
+    "experts_host_s": 600e-6,
     "pass_host_s": 2e-3,
     "step_host_s": 30e-3,
     "notes": "Peaks and links from public figures; efficiencies, latencies and host seconds are assumptions.",
@@ -83,6 +87,7 @@ _GPU: dict[str, Any] = {
     "attention_efficiency": 0.35,
     "operator_s": 5e-6,
     "layer_host_s": 400e-6,
+    "experts_host_s": 400e-6,
     "pass_host_s": 2e-3,
     "step_host_s": 20e-3,
     "notes": "Peaks and links from data sheets; the efficiency of matrix products from a published head's; attention's "
@@ -164,7 +169,7 @@ CPU = "cpu"
 
 
 def find_kind(name: str | None, file: str | None) -> DeviceKind:
-    """The kind of that name, or of that file; ``cpu`` measures this host for some seconds.
+    """The kind of that name, or of that file; ``cpu`` measures this host for some twenty seconds.
 
     Raises:
         ConfigError: where both or none is given, the name is unknown, or the file is not such a record.

@@ -16,11 +16,11 @@ from mindspeed_simpo.studies.whole_file import write_whole
 from scripts.device_report.job import Job
 from scripts.device_report.page import page
 from scripts.device_report.processes import Outcome, Processes
-from scripts.device_report.rates import device_kind, wanted_rates
+from scripts.device_report.rates import device_kind
 from scripts.device_report.sections import BEFORE_RANKS, CONDITIONS, Section, of_ranks
 from scripts.device_report.verdict import HELD, Result, verdict
 
-_LEAST_S = 3.0
+_LEAST_S = 1.0
 """Seconds with less than which no section is started."""
 _MARGIN_S = 3.0
 """Between a section's own deadline and the moment at which it is killed; the fifth of its limit where that is more."""
@@ -78,8 +78,8 @@ class Report:
         write_whole(self.output / "report.json", json.dumps(found, indent=1) + "\n")
         write_whole(self.output / "report.html", page(found))
         if self.facts and self.rows("rates"):
-            collectives = [row for name in self.results for row in self.rows(name) if "collective" in row]
-            kind = device_kind(self.facts, self.rows("rates")[0], collectives)
+            links = [row["link"] for name in self.results for row in self.rows(name) if "link" in row]
+            kind = device_kind(self.facts, self.rows("rates")[0], links[-1] if links else None)
             write_whole(self.output / "device_kind.json", kind.model_dump_json(indent=1) + "\n")
 
 
@@ -94,7 +94,7 @@ def run_section(report: Report, processes: Processes, section: Section, folder: 
     rows = folder / f"{section.name}.jsonl"
     rows.touch()
     deadline = time.time() + limit - max(_MARGIN_S, limit / 5)
-    options = {**section.options, "rates": json.dumps(_rates(report))}
+    options = {**section.options, "facts": report.facts, "rates": next(iter(report.rows("rates")), {})}
     jobs = [
         Job(report.device, report.small, rows, folder, deadline, rank, section.ranks, options)  # type: ignore[arg-type]
         for rank in range(section.ranks)
@@ -102,10 +102,6 @@ def run_section(report: Report, processes: Processes, section: Section, folder: 
     outcome: Outcome = processes.run(section.module_name, jobs, limit)
     result.status, result.seconds, result.error = outcome.status, outcome.seconds, outcome.error
     result.rows = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-
-
-def _rates(report: Report) -> dict[str, float | None]:
-    return wanted_rates(report.facts, report.rows("rates")) if report.facts else {}
 
 
 def say(text: str) -> None:

@@ -9,3 +9,4 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import mindspeed_simpo.training.backends.megatron  # noqa: E402
 import mindspeed_simpo.training.session  # noqa: E402, F401
+import scripts.device_report.ranks  # noqa: E402, F401

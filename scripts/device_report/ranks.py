@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.device import Device
-from mindspeed_simpo.studies.plan.calibration import time_collectives
+from mindspeed_simpo.studies.plan.calibration import link_of, time_collectives
 from scripts.device_report.job import Job
 from scripts.device_report.kernels import shape_of
 from scripts.device_report.models import Form, Models, errors_of
-from scripts.device_report.rates import rates_of
+from scripts.device_report.rates import device_kind, rates_of
 from scripts.device_report.workload import Model, Work, seconds_of
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
@@ -107,7 +107,12 @@ def _speed(job: Job, device: Device, groups: Any, keys: dict[str, Any]) -> dict[
 
 
 def _collectives(job: Job, device: Device) -> None:
-    sizes = (64, 2**16, 2**18) if job.small else (64, 2**14, 2**18, 2**22, 2**26)
-    for kind, times in time_collectives(rates_of(job, device), sizes).items():
+    sizes = (64, 2**18) if job.small else (64, 2**14, 2**18, 2**22, 2**26)
+    found = time_collectives(rates_of(job, device), sizes)
+    for kind, times in found.items():
         for number, seconds in zip(sizes, times, strict=True):
             job.add(collective=kind, ranks=job.ranks, numbers=number, seconds=seconds, rate=4 * number / seconds)
+    if job.options["rates"]:
+        plain = device_kind(job.options["facts"], job.options["rates"])
+        ends = {kind: [times[0], times[-1]] for kind, times in found.items()}
+        job.add(link=link_of(plain, ends, job.ranks, (sizes[0], sizes[-1])).model_dump(), ranks=job.ranks)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mindspeed_simpo.device import Device
-from mindspeed_simpo.studies.plan.calibration import link_of
-from mindspeed_simpo.studies.plan.devices import KINDS, Collective, DeviceKind, Link
-from mindspeed_simpo.studies.plan.rates import Rates
+from mindspeed_simpo.studies.plan.devices import KINDS, DeviceKind, Link
 from scripts.device_report.job import Job
+
+if TYPE_CHECKING:
+    from mindspeed_simpo.studies.plan.rates import Rates
 
 _OTHER_PEAKS = {"A100": 312e12, "A800": 312e12, "H800": 989e12, "H20": 148e12, "L40S": 362e12, "GH200": 989e12}
 """Dense bf16, operations a second, by a part of the product's name; NVIDIA's data sheets."""
@@ -19,6 +20,8 @@ _OTHER_PEAKS = {"A100": 312e12, "A800": 312e12, "H800": 989e12, "H20": 148e12, "
 
 def rates_of(job: Job, device: Device, dtype: torch.dtype | None = None) -> Rates:
     """The measurements for this device; by default in the dtype that it trains in."""
+    from mindspeed_simpo.studies.plan.rates import Rates
+
     if job.small:
         sizes = {"hidden": 128, "tokens": 128, "heads": 2, "parameters": 2**16}
     else:
@@ -64,14 +67,14 @@ def peak_flops(device_name: str, product: str | None, memory_bytes: int | None) 
 
 
 def device_kind(
-    facts: Mapping[str, Any], rates: Mapping[str, Any], collectives: Sequence[Mapping[str, Any]]
+    facts: Mapping[str, Any], rates: Mapping[str, Any], link: Mapping[str, Any] | None = None
 ) -> DeviceKind:
     """The record, from what was measured.
 
     Args:
         facts: Of the device, see :func:`scripts.device_report.conditions.run`.
         rates: The row of this section.
-        collectives: Rows of collectives between devices of this host; none where there is one device.
+        link: Between devices of this host, measured; None where there is one device.
     """
     on_cpu = facts["device"] == "cpu"
     product = facts["device"], facts["product"], facts["memory_bytes"]
@@ -82,8 +85,8 @@ def device_kind(
     used = fp32 if on_cpu else bf16
     peak = max(peak_flops(*product) or 0.0, used, attention)
     efficiency, layer = used / peak, rates["layer_host_s"]
-    measured = "rates and the links inside of a host" if collectives else "rates"
-    kind = DeviceKind(
+    measured = "rates" if link is None else "rates and the links inside of a host"
+    return DeviceKind(
         name=facts["product"] or "cpu",
         device=facts["device"],
         memory_bytes=facts["memory_bytes"] or facts["host_memory_bytes"],
@@ -94,7 +97,7 @@ def device_kind(
         memory_bytes_per_s=rates["memory_bytes_per_s"],
         optimizer_bytes_per_s=rates["optimizer_bytes_per_s"],
         devices_per_host=facts["devices"] or facts["cores"],
-        inside=inside,
+        inside=link or inside,
         outside=outside,
         operator_s=rates["operator_s"],
         layer_host_s=layer,
@@ -105,27 +108,3 @@ def device_kind(
         notes=f"Measured: {measured}. Links not measured are {'assumed' if on_cpu else 'those of ' + nearest.name}; "
         "host seconds of a pass and of a step are 2 and 10 times those of a layer, an assumption.",
     )
-    return kind.model_copy(update={"inside": _link(kind, collectives)}) if collectives else kind
-
-
-def _link(kind: DeviceKind, rows: Sequence[Mapping[str, Any]]) -> Link:
-    """From the smallest and the largest message between most ranks."""
-    ranks = max(row["ranks"] for row in rows)
-    rows = [row for row in rows if row["ranks"] == ranks]
-    ends = min(row["numbers"] for row in rows), max(row["numbers"] for row in rows)
-    found: dict[Collective, list[float]] = {row["collective"]: [] for row in rows}
-    for row in rows:
-        if row["numbers"] in ends:
-            found[row["collective"]].append(row["seconds"])
-    return link_of(kind, found, ranks, ends)
-
-
-def wanted_rates(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """What MFU is measured by: the data sheet's peak, and the measured rate of products."""
-    on_cpu = facts.get("device") == "cpu"
-    rate = rows[0]["matmul_flops_fp32" if on_cpu else "matmul_flops_bf16"] if rows else None
-    product = facts.get("product")
-    return {
-        "peak_flops": peak_flops(facts["device"], product, facts["memory_bytes"]) if facts else None,
-        "matmul_flops": rate,
-    }

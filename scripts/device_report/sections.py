@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from scripts.device_report.ranks import LAYOUTS
-
 
 @dataclass(frozen=True)
 class Section:
@@ -34,6 +32,8 @@ class Section:
         return self.module or f"{_HERE}.{self.name}"
 
 
+RANKS = (2, 4, 8)
+"""Numbers of ranks that :data:`scripts.device_report.ranks.LAYOUTS` has; importing that takes seconds."""
 _HERE = "scripts.device_report"
 _SPEED_MODULE, _RANKS_MODULE = f"{_HERE}.speed", f"{_HERE}.ranks"
 _SPEED = (
@@ -95,6 +95,6 @@ def of_ranks(device: str, devices: int) -> Iterator[Section]:
                 name, title, reading, 60, _RANKS_MODULE, numerics=True, optional=True, ranks=2, options=options
             )
         return
-    for ranks in LAYOUTS:
+    for ranks in RANKS:
         if (device == "cpu" and ranks == 2) or ranks <= devices:
             yield Section(f"ranks_{ranks}", f"{ranks} ranks", reading, 90, _RANKS_MODULE, numerics=True, ranks=ranks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 import statistics
 import traceback
 from pathlib import Path
@@ -13,6 +12,7 @@ from mindspeed_simpo.device import Device
 from scripts.bench_inputs import useful_flops
 from scripts.device_report.job import Job
 from scripts.device_report.memory import compared
+from scripts.device_report.rates import peak_flops
 from scripts.device_report.workload import FULL, Model, Shape, Work, estimate, open_world, seconds_of
 
 SHAPES = {
@@ -109,8 +109,9 @@ class Speed:
             useful_flops(shape, prompt, chosen, 0) + useful_flops(shape, prompt, 0, rejected)
             for prompt, chosen, rejected in lengths
         )
-        rates = json.loads(job.options["rates"])
-        self.peak, self.matmul = rates.get("peak_flops"), rates.get("matmul_flops")
+        facts, rates = job.options["facts"], job.options["rates"]
+        self.peak = peak_flops(facts["device"], facts["product"], facts["memory_bytes"])
+        self.matmul = rates.get("matmul_flops_fp32" if device.is_cpu else "matmul_flops_bf16")
         self.base: float | None = None
 
     def measure(self, lever: str, model: Model, keys: dict[str, Any]) -> None:

@@ -8,8 +8,9 @@ import torch
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.device.inspection import read_kernel_details, waits_of_host
 from scripts.device_report import verdict
+from scripts.device_report.ranks import LAYOUTS
 from scripts.device_report.rates import device_kind, known_kind, peak_flops
-from scripts.device_report.sections import of_ranks
+from scripts.device_report.sections import RANKS, of_ranks
 
 DETAILS = """Step Id,Device_id,Name,Type,Accelerator Core,Start Time(us),Duration(us),Wait Time(us)
 0,0,aclnnFlashAttentionScore_1,FlashAttentionScore,MIX_AIC,"10.1\t",30.5,0
@@ -68,24 +69,23 @@ def test_the_record_for_plan_has_the_rates_that_were_measured():
     rates = {"matmul_flops_bf16": 700e12, "matmul_flops_fp32": 50e12, "attention_flops": 300e12}
     rates |= {"memory_bytes_per_s": 2e12, "optimizer_bytes_per_s": 2e12, "operator_s": 4e-6, "layer_host_s": 3e-4}
     rates |= {"experts_host_s": 1e-4}
-    alone = device_kind(facts, rates, [])
+    alone = device_kind(facts, rates)
     assert alone.matmul_flops(bf16=True) == pytest.approx(700e12)
     assert alone.matmul_flops(bf16=False) == pytest.approx(50e12)
     assert alone.attention_flops(bf16=True) == pytest.approx(300e12)
     assert alone.bf16_flops == 989e12
     assert alone.inside.bytes_per_s == 450e9, "the links of the nearest kind"
     assert "those of H100" in alone.notes
-    sizes = {"ranks": 4, "numbers": 64}, {"ranks": 4, "numbers": 2**26}
-    kinds = ("reduce", "gather", "scatter", "exchange", "send")
-    times = zip(sizes, (40e-6, 2.1e-3), strict=True)
-    rows = [{**size, "collective": kind, "seconds": seconds} for size, seconds in times for kind in kinds]
-    assert device_kind(facts, rates, rows).inside.bytes_per_s == pytest.approx(2**28 * 1.5 / 2.06e-3, rel=1e-3)
+    linked = device_kind(facts, rates, {"latency_s": 2e-6, "bytes_per_s": 300e9, "slower": {"send": 2.0}})
+    assert linked.inside.bytes_per_s == 300e9
+    assert linked.outside == alone.outside
 
 
 def test_ranks_that_a_host_can_have():
     def named(device, devices):
         return [(section.name, section.ranks) for section in of_ranks(device, devices)]
 
+    assert tuple(LAYOUTS) == RANKS
     assert named("cpu", 0) == [("ranks_2", 2)]
     assert named("cuda", 1) == [("one_device_nccl", 2), ("one_device_gloo", 2)]
     assert named("npu", 8) == [("ranks_2", 2), ("ranks_4", 4), ("ranks_8", 8)]

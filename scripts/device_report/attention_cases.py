@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mindspeed_simpo.batch import Branch, Documents
 from mindspeed_simpo.model.causal import causal_attention
@@ -78,8 +79,15 @@ def _rows(
     inputs = _inputs(queries, keys, 2, dims, kv_heads, sinks)
     behind = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     options = {"scale": dims[0] ** -0.5, "softcap": softcap}
-    call = partial(causal_attention, window=window, **options)
+    call = partial(_narrow if dims[1] < dims[0] else causal_attention, window=window, **options)
     return _case(name, inputs, call, _within(behind >= 0, behind, window), options)
+
+
+def _narrow(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """With values narrower than keys, as latent attention calls the kernel."""
+    width = query.shape[-1]
+    context = causal_attention(query, key, pad(value, (0, width - value.shape[-1])), **options)
+    return context.unflatten(-1, (-1, width))[..., : value.shape[-1]].flatten(2)
 
 
 def _packed(

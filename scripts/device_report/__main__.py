@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -75,7 +76,7 @@ class Report:
     def write(self) -> None:
         """``report.json``, ``report.html`` and, once there are rates, ``device_kind.json``."""
         found = self.as_dict()
-        write_whole(self.output / "report.json", json.dumps(found, indent=1) + "\n")
+        write_whole(self.output / "report.json", json.dumps(_finite(found), indent=1) + "\n")
         write_whole(self.output / "report.html", page(found))
         if self.facts and self.rows("rates"):
             links = [row["link"] for name in self.results for row in self.rows(name) if "link" in row]
@@ -102,6 +103,15 @@ def run_section(report: Report, processes: Processes, section: Section, folder: 
     outcome: Outcome = processes.run(section.module_name, jobs, limit)
     result.status, result.seconds, result.error = outcome.status, outcome.seconds, outcome.error
     result.rows = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no numbers that are not finite: they become texts."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say(text: str) -> None:

@@ -27,7 +27,7 @@ table { border-collapse: collapse; font-size: .85rem; width: 100%; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: left; vertical-align: top;
   overflow-wrap: normal; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.bars { display: grid; grid-template-columns: minmax(7rem, 18rem) 1fr auto; gap: .2rem .6rem; font-size: .85rem;
+.bars { display: grid; grid-template-columns: minmax(0, 45%) 1fr auto; gap: .2rem .6rem; font-size: .85rem;
   margin: .5rem 0 1rem; align-items: center; }
 .bar { background: var(--accent); height: .8rem; border-radius: 2px; min-width: 2px; }
 .bar.not { background: var(--bad); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +14,13 @@ Row = dict[str, Any]
 
 def bars(values: Sequence[tuple[str, float]], shown: str = "{:.3g}", wrong: Sequence[bool] | None = None) -> str:
     """A horizontal bar for each named value."""
-    most = max((value for _, value in values), default=0.0) or 1.0
+    most = max((value for _, value in values if math.isfinite(value)), default=0.0) or 1.0
     parts = []
     for number, (name, value) in enumerate(values):
+        width = 100 * value / most if math.isfinite(value) else 100.0
         kind = " not" if wrong is not None and wrong[number] else ""
         parts.append(
-            f"<span>{html.escape(name)}</span><div class='bar{kind}' style='width:{100 * value / most:.1f}%'></div>"
+            f"<span>{html.escape(name)}</span><div class='bar{kind}' style='width:{width:.1f}%'></div>"
             f"<span>{shown.format(value)}</span>"
         )
     return f"<div class='bars'>{''.join(parts)}</div>"

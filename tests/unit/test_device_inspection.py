@@ -7,7 +7,7 @@ import torch
 
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.device.inspection import read_kernel_details, waits_of_host
-from scripts.device_report import verdict
+from scripts.device_report import tables, verdict
 from scripts.device_report.ranks import LAYOUTS
 from scripts.device_report.rates import device_kind, known_kind, peak_flops
 from scripts.device_report.sections import RANKS, of_ranks
@@ -93,6 +93,14 @@ def test_ranks_that_a_host_can_have():
 
 def _result(*rows, status="done", optional=False):
     return verdict.Result("", "", True, optional, status, rows=list(rows))
+
+
+def test_errors_that_are_not_numbers_are_shown():
+    row = {"case": "a", "dtype": "float32", "of": "value", "error": float("nan"), "bound": 1e-5, "holds": False}
+    shown = "".join(tables.comparisons([row, {**row, "case": "b", "error": 1e-6, "holds": True}]))
+    assert "width:100.0%" in shown
+    assert "width:nan" not in shown
+    assert "NO" in shown
 
 
 def test_the_verdict():

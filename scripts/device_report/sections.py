@@ -48,7 +48,7 @@ BEFORE_RANKS = (
         "operators",
         "Operators",
         "Relative L2 error of each value and gradient against the formula in fp64 on the host.",
-        90,
+        150,
         numerics=True,
     ),
     Section(
@@ -56,7 +56,7 @@ BEFORE_RANKS = (
         "Whole models",
         "One training step against the dense fp64 oracle: loss, the worst gradient of a parameter, the worst parameter "
         "after the step.",
-        120,
+        150,
         numerics=True,
     ),
     Section("rates", "Rates", "Single operators of the engine; device_kind.json has them for plan.", 40),

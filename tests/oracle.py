@@ -100,6 +100,29 @@ def gradients(
     return _backward(params, load(ref_folder or folder)[0], config, pairs, options, running or Running())[1]
 
 
+def train_step(
+    folder: str | Path,
+    pairs: Sequence[Pair],
+    lr: float,
+    options: Options,
+    ref_folder: str | Path | None = None,
+    running: Running | None = None,
+) -> tuple[float, float, Params, Params]:
+    """The first optimizer step: loss, gradient norm and gradients before it, and the parameters after it."""
+    params, config = load(folder)
+    reference = load(ref_folder or folder)[0]
+    metrics, grads, _ = _backward(params, reference, config, pairs, options, running or Running())
+    norm = grad_norm(grads)
+    AdamW(params, options).step(_clipped(grads, norm, options), lr)
+    return metrics["loss"], norm, grads, params
+
+
+def _clipped(grads: Params, norm: float, options: Options) -> Params:
+    # the 1e-6 is megatron-core's and torch's guard against a zero norm
+    scale = min(1.0, options.clip_grad / (norm + 1e-6)) if options.clip_grad else 1.0
+    return {name: grad * scale for name, grad in grads.items()}
+
+
 def grad_norm(grads: Mapping[str, Tensor]) -> float:
     """L2 norm over all gradients together."""
     return math.sqrt(math.fsum(grad.square().sum().item() for grad in grads.values()))
@@ -153,8 +176,6 @@ def train(
         if gaps:
             running.join(gaps)
         norm = grad_norm(grads)
-        # the 1e-6 is megatron-core's and torch's guard against a zero norm
-        scale = min(1.0, options.clip_grad / (norm + 1e-6)) if options.clip_grad else 1.0
-        optimizer.step({name: grad * scale for name, grad in grads.items()}, lr)
+        optimizer.step(_clipped(grads, norm, options), lr)
         history.append((metrics["loss"], norm))
     return history, params

@@ -76,6 +76,19 @@ class Device:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
         return int(self._accelerator().max_memory_allocated())
 
+    def reset_peak_memory(self) -> None:
+        """Let :meth:`peak_memory_bytes` count from now on; the peak of a process on the CPU cannot be reset."""
+        if not self.is_cpu:
+            self._accelerator().reset_peak_memory_stats()
+
+    def product_name(self) -> str | None:
+        """What the accelerator calls itself, such as ``Ascend910B3``; None on the CPU."""
+        return None if self.is_cpu else str(self._accelerator().get_device_name(self.torch_device.index))
+
+    def count(self) -> int:
+        """Accelerators of this host; 0 on the CPU."""
+        return 0 if self.is_cpu else int(self._accelerator().device_count())
+
     def memory_bytes(self) -> int | None:
         """Memory of the accelerator, bytes; None on the CPU."""
         return None if self.is_cpu else int(self._accelerator().mem_get_info()[1])

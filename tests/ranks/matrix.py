@@ -158,10 +158,8 @@ class Matrix:
             statistics = oracle.Running(STATISTICS)
             return oracle_adapters.train_step(*folders, pairs, LR, options, statistics, dropout, SEED)
         folder, reference = self._checkpoint(shape), self._make_checkpoint(shape, seed=1)
-        grads = oracle.gradients(folder, pairs, options, reference, oracle.Running(STATISTICS))
-        [(loss, grad_norm)], params = oracle.train(
-            folder, [pairs], [LR], options, reference, oracle.Running(STATISTICS)
-        )
+        step = oracle.train_step(folder, pairs, LR, options, reference, oracle.Running(STATISTICS))
+        loss, grad_norm, grads, params = step
         return loss, grad_norm, grads, {name: param.detach() for name, param in params.items()}
 
 

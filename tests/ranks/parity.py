@@ -80,7 +80,7 @@ def _rank(folder, batches, runs, prepare, layout_options):
     layout_options = {"global_batch_size": len(batches[0]), **layout_options}
     configs = [make_config(folder, **layout_options, **run.options) for run in runs]
     groups, device = start(configs[0])
-    return [_train(batches, run, config, groups, device) for run, config in zip(runs, configs, strict=True)]
+    return [train(batches, run, config, groups, device) for run, config in zip(runs, configs, strict=True)]
 
 
 def make_config(folder, **options):
@@ -116,7 +116,8 @@ def build(config, groups, device, num_steps):
     return backend, wrapped, backend.stepper(wrapped, num_steps)
 
 
-def _train(batches, run, config, groups, device):
+def train(batches, run, config, groups, device):
+    """Of one rank: what :func:`engine_runs` returns of one run, with arrays in the place of tensors."""
     from pathlib import Path
 
     from mindspeed_simpo.loss.reference import ReferenceTable
@@ -158,7 +159,7 @@ def _train(batches, run, config, groups, device):
         if step == 0:
             _complete_sharded_gradients(wrapped, config)
             gathered = gather_hf_tensors(wrapped, spec, groups, _gradient, trained)
-            result["grads"] = {name: tensor.clone().numpy() for name, tensor in gathered if _is_trained(name)}
+            result["grads"] = {name: tensor.cpu().clone().numpy() for name, tensor in gathered if _is_trained(name)}
         squared_norm = stepper.squared_norm()
         stepper.update(squared_norm)
         running.update(scored)
@@ -177,7 +178,7 @@ def _train(batches, run, config, groups, device):
     result["running"] = state and (state.mean, state.deviation)
     assert all(torch.equal(parameter, old) for parameter, old in zip(frozen, before, strict=True))
     gathered = gather_hf_tensors(wrapped, spec, groups, slots_of=trained)
-    result["params"] = {name: tensor.float().clone().numpy() for name, tensor in gathered}
+    result["params"] = {name: tensor.float().cpu().clone().numpy() for name, tensor in gathered}
     return result
 
 

@@ -136,7 +136,7 @@ def complaint_about(values):
 @pytest.mark.parametrize("page", OWN, ids=lambda page: page.name)
 def test_flags_exist(page):
     options = {name.replace("_", "-") for name in Config.model_fields}
-    scripts = {name for path in REPO.glob("scripts/*.py") for name in re.findall(r'"--([a-z-]+)"', read(path))}
+    scripts = {name for path in REPO.glob("scripts/**/*.py") for name in re.findall(r'"--([a-z-]+)"', read(path))}
     own = {argument[0].replace("_", "-") for command in COMMANDS for argument in command.arguments}
     known = options | {f"no-{name}" for name in options} | own | _OTHER_FLAGS | scripts
     for span in spans(page):

@@ -24,7 +24,7 @@ from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.studies.plan.collectives import Group, group_of, seconds
 from mindspeed_simpo.studies.plan.devices import KINDS, DeviceKind, read_kind
 from mindspeed_simpo.studies.plan.layouts import RECOMPUTE, SCHEDULES, Space
-from mindspeed_simpo.studies.plan.passes import RunLengths, assumed_lengths
+from mindspeed_simpo.studies.plan.run_lengths import RunLengths, assumed_lengths
 from mindspeed_simpo.studies.plan.pipeline import makespan
 from mindspeed_simpo.studies.plan.rank import USABLE, search
 from mindspeed_simpo.studies.plan.simulation import Simulator

@@ -18,7 +18,7 @@ from mindspeed_simpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from mindspeed_simpo.model.description import ModelDescription
-    from mindspeed_simpo.studies.plan.passes import RunLengths
+    from mindspeed_simpo.studies.plan.run_lengths import RunLengths
 
 _NO_DATA = "assumed lengths"
 """``data_path`` of a plan without data."""
@@ -86,7 +86,7 @@ def _fixed(command: Any) -> frozenset[str]:
 def _run_lengths(config: Config, model: ModelDescription, lengths: tuple[int, int, int] | None) -> RunLengths:
     from mindspeed_simpo.data.dataset import prepare_pairs
     from mindspeed_simpo.data.tokenizer import load_tokenizer
-    from mindspeed_simpo.studies.plan.passes import RunLengths, assumed_lengths
+    from mindspeed_simpo.studies.plan.run_lengths import RunLengths, assumed_lengths
 
     windows = tuple(dict.fromkeys(layer.attention.window for layer in model.first_of_kind))
     if lengths is not None:

@@ -202,8 +202,7 @@ class Traffic:
             if last and not backward:
                 found.append(Message("reduce", "tensor", 3 * FP32 * scored, 2))
         if self.layout.context > 1 and last and not backward:
-            sequences = 2 * self.passes.documents if self.config.batching_in_use != "padded" else self.passes.rows
-            found.append(Message("reduce", "context", FP64 * sequences))
+            found.append(Message("reduce", "context", FP64 * self.passes.sequences))
         return found
 
     def between_stages(self) -> np.ndarray:

@@ -16,9 +16,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from scripts.marked import write_marked
+
 FP32 = 4
 DOCS = Path(__file__).parent.parent / "docs" / "parallelism.md"
-BEGIN, END = "<!-- communication: begin -->", "<!-- communication: end -->"
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,7 @@ def main() -> None:
     rows = rows_of_table(options.inside_gb_per_s * 1e9, options.outside_gb_per_s * 1e9, options.npus_per_node)
     if options.write_docs:
         lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
-        text = DOCS.read_text(encoding="utf-8")
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        DOCS.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
+        write_marked(DOCS, "communication", "\n".join(lines))
         return
     table = Table(*header)
     for row in rows:

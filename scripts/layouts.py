@@ -33,9 +33,9 @@ from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.training.memory import estimate_memory
+from scripts.marked import write_marked
 
 DOCS = Path(__file__).parent.parent / "docs" / "layouts.md"
-BEGIN, END = "<!-- layouts: begin -->", "<!-- layouts: end -->"
 USABLE = 0.9
 PAIRS = 128
 _GIB = 2**30
@@ -198,9 +198,7 @@ def main() -> None:
     if not arguments.write_docs:
         print(rows)  # noqa: T201
         return
-    text = DOCS.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    DOCS.write_text(f"{before}{BEGIN}\n{rows}\n{END}{after}", encoding="utf-8")
+    write_marked(DOCS, "layouts", rows)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ from mindspeed_simpo.data.collate import collate_padded
 from mindspeed_simpo.device import Device, open_device
 from scripts.engine import build_engine
 from scripts.machine import processor, versions
+from scripts.marked import write_marked
 from scripts.memory_tables import tables
 from scripts.tensor_bytes import PeakBytes, StoredBytes
 
 DOCS = Path(__file__).parent.parent / "docs"
 SCHEDULES = ("concat", "split", "two_pass")
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
@@ -277,10 +277,7 @@ def main() -> None:
     text = tables(result)
     Console().print(text, markup=False, soft_wrap=True)
     if arguments.write_docs:
-        page = DOCS / "memory.md"
-        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        write_marked(DOCS / "memory.md", "measured", text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import fnmatch
 import os
 import platform
-import re
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from scripts.machine import processor
+from scripts.marked import write_marked
 from tests.objectives import OBJECTIVES
 from tests.ranks.matrix import GRADIENT, LOSS, PARAMETER, Cell, Matrix
 from tests.ranks.matrix_rows import Row, all_rows, megatron_version, objectives_of, quick_objectives, quick_rows
@@ -118,12 +118,7 @@ def markdown(cells: Sequence[Cell], note: str) -> str:
 def write_docs(text: str) -> None:
     """Put the tables of this line of megatron-core between its markers in docs/numerics.md."""
     line = ".".join(megatron_version().split(".")[:2])
-    begin, end = f"<!-- parity {line}: begin -->", f"<!-- parity {line}: end -->"
-    page = DOCS.read_text(encoding="utf-8")
-    pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
-    if not pattern.search(page):
-        raise SystemExit(f"error: {DOCS}: expected the markers {begin} and {end}")
-    DOCS.write_text(pattern.sub(lambda _: f"{begin}\n\n{text}\n{end}", page), encoding="utf-8")
+    write_marked(DOCS, f"parity {line}", f"\n{text}")
 
 
 def measure(rows: Sequence[Row], console: Console, *, quick: bool) -> tuple[list[Cell], list[str]]:

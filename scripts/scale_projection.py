@@ -26,9 +26,9 @@ from mindspeed_simpo.data.largest import largest_pass
 from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.training.memory import estimate_memory
 from scripts.communication import Axes, Shape, step_traffic
+from scripts.marked import write_marked
 
 DOCS = Path(__file__).parent.parent / "docs" / "scaling.md"
-BEGIN, END = "<!-- projection: begin -->", "<!-- projection: end -->"
 LLAMA_70B = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -188,9 +188,7 @@ def main() -> None:
     if not parser.parse_args().write_docs:
         sys.stdout.write(found + "\n")
         return
-    text = DOCS.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    DOCS.write_text(f"{before}{BEGIN}\n{found}\n{END}{after}", encoding="utf-8")
+    write_marked(DOCS, "projection", found)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """How well ``plan`` predicts: steps of small models on this host's ranks, measured, beside what a simulation says.
 
-    python -m scripts.validate_plan                        # docs/benchmarks/plan.json and plan.md
-    python -m scripts.validate_plan --ranks 1 2 --steps 5  # on a host of two cores
-    python -m scripts.validate_plan --limit 1 --output /tmp/plan.json   # one layout of each, to try the script
+    python -m scripts.validate_plan                            # docs/benchmarks/plan.json and plan.md
+    python -m scripts.validate_plan --ranks 1 2 4 --every 1   # all layouts, on a host of four cores
+    python -m scripts.validate_plan --every 9 --output /tmp/plan.json   # every ninth layout, to try the script
+    python -m scripts.validate_plan --again    # nothing is measured: the table of another simulation
 
 The rates are those of single operators (``mindspeed_simpo.studies.plan.calibration``), measured first; no measured step
 enters a prediction. Both models train on random tokens of the same drawn lengths. Run it on a quiet host with a core
@@ -25,56 +26,16 @@ import numpy as np
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.resolution import resolve
 from mindspeed_simpo.config.validation import make_layout
-from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.studies.plan.calibration import measure_cpu
 from mindspeed_simpo.studies.plan.devices import DeviceKind
-from mindspeed_simpo.studies.plan.run_lengths import RunLengths, assumed_lengths
-from mindspeed_simpo.studies.plan.report import describe
-from mindspeed_simpo.studies.plan.simulation import Candidate, Simulator
 from scripts.machine import processor, versions
-from tests.hf import Pairs, make_checkpoint
+from scripts.marked import write_marked
+from scripts.plan_cases import DEGREES, MODELS, PAIRS, RUN, VOCABULARY, Predictor, cases
+from tests.hf import Pairs
 from tests.ranks.launcher import run_ranks
 
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
-SEQ, PAIRS, VOCABULARY = 512, 16, 2000
-RUN: dict[str, Any] = {"seq_length": SEQ, "global_batch_size": PAIRS, "device": "cpu", "train_iters": 4}
-MODELS: dict[str, dict[str, Any]] = {
-    "qwen3": {"hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 1024, "vocab_size": VOCABULARY},
-    "qwen3_moe": {"hidden": 192, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 256, "vocab_size": VOCABULARY},
-}
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-PADDED = {"batching": "padded", "micro_batch_size": 2}
-PACKED = {"batching": "packed", "max_tokens_per_micro_batch": 1024}
-SHARED = {"batching": "prefix_shared", "max_tokens_per_micro_batch": 1024}
-FORMS: tuple[dict[str, Any], ...] = (
-    PADDED,
-    {**PADDED, "micro_batch_size": 1},
-    PACKED,
-    {**PACKED, "max_tokens_per_micro_batch": 2048},
-    {**PACKED, "pair_schedule": "two_pass"},
-    SHARED,
-    {**SHARED, **FULL},
-    {**SHARED, "recompute_granularity": "selective"},
-)
-TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
-DEGREES: dict[int, tuple[dict[str, Any], ...]] = {
-    1: ({},),
-    2: (
-        {TP: 2},
-        {TP: 2, "sequence_parallel": True},
-        {PP: 2},
-        {PP: 2, "num_layers_per_virtual_pipeline_stage": 1},
-        {"context_parallel_size": 2},
-        {"use_distributed_optimizer": True},
-        {"use_distributed_optimizer": True, "expert_model_parallel_size": 2},
-    ),
-    4: (
-        {TP: 2, PP: 2, "sequence_parallel": True},
-        {TP: 2, "sequence_parallel": True, "use_distributed_optimizer": True},
-        {PP: 2, "use_distributed_optimizer": True},
-    ),
-}
 GOALS = {"rank_correlation": 0.9, "median_error": 0.2, "memory_error": 0.15}
 
 
@@ -140,23 +101,29 @@ def _measured(folder: str, values: dict[str, Any], lengths: list[list[int]], ste
     return {"seconds": statistics.median(found), "bytes": lasting + made, "pipeline_rank": groups.pipeline.rank()}
 
 
-def _cases(ranks: list[int], limit: int | None) -> list[tuple[int, dict[str, Any]]]:
-    found = []
-    for number in ranks:
-        cases = [(number, {**degrees, **form}) for degrees in DEGREES[number] for form in FORMS]
-        found += cases[:limit]
-    return found
+def validate(ranks: list[int], steps: int, every: int) -> dict[str, Any]:
+    """Calibrate, measure and predict.
 
-
-def validate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Calibrate, measure and predict."""
+    Args:
+        ranks: Numbers of processes.
+        steps: Measured steps of a layout.
+        every: 1 measures all layouts, N every N-th one.
+    """
     load = os.getloadavg()[0]
     kind = measure_cpu()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for family, shape in MODELS.items():
-            checkpoint = make_checkpoint(Path(folder) / family, family, **shape)
-            rows += _rows_of(family, str(checkpoint), kind, arguments)
+        for family in MODELS:
+            predictor = Predictor(family, Path(folder), kind)
+            for number, keys in cases(ranks, every):
+                candidate = predictor.candidate(number, keys)
+                if candidate is None:
+                    continue
+                lengths = predictor.lengths.tolist()
+                found = run_ranks(_measured, number, predictor.folder, predictor.values(keys), lengths, steps)
+                row = {"model": family, "ranks": number, "keys": keys, "of_ranks": found}
+                rows.append(row | predictor.prediction(candidate, found))
+                print(_line(rows[-1]))  # noqa: T201
     return {
         "machine": {
             "processor": processor(),
@@ -172,40 +139,23 @@ def validate(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _rows_of(family: str, folder: str, kind: DeviceKind, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    model = read_description(folder)
-    windows = tuple({layer.attention.window for layer in model.first_of_kind})
-    lengths = assumed_lengths(120, 100, 90, SEQ, RUN["train_iters"] * PAIRS)
-    simulator = Simulator(model, kind, RunLengths(lengths, windows, "drawn"))
-    rows = []
-    for ranks, case in _cases(arguments.ranks, arguments.limit):
-        values = {"model_name_or_path": folder, "data_path": "unused", "init_from": "config", **RUN, **case}
-        config = resolve(Config(**values), model, "cpu")
-        try:
-            candidate = Candidate(config, make_layout(config, ranks, model, "cpu"))
-        except ConfigError:
-            continue  # such as experts of a model that has none
-        found = run_ranks(_measured, ranks, folder, values, lengths.tolist(), arguments.steps)
-        memory = {each.pipeline_rank: each for each in simulator.memory(candidate, whole_run=True)}
-        errors = [
-            (each.total - each.optimizer) / one["bytes"] - 1
-            for one in found
-            for each in [memory[int(one["pipeline_rank"])]]
-        ]
-        simulated, measured = simulator.step(candidate), max(each["seconds"] for each in found)
-        row = {
-            "model": family,
-            "ranks": ranks,
-            "layout": describe(candidate),
-            "measured_seconds": measured,
-            "predicted_seconds": simulated.total,
-            "error": simulated.total / measured - 1,
-            "memory_error": max(errors, key=abs),
-            "parts_seconds": simulated.parts,
-        }
-        rows.append(row)
-        print(f"{family}, {row['layout']}: {measured:.3f} s, predicted {simulated.total:.3f} s")  # noqa: T201
-    return rows
+def predict_again(result: dict[str, Any]) -> dict[str, Any]:
+    """The same measurements and rates, with the predictions that the simulation makes now."""
+    kind, rows = DeviceKind(**result["device_kind"]), []
+    with tempfile.TemporaryDirectory() as folder:
+        predictors = {family: Predictor(family, Path(folder), kind) for family in MODELS}
+        for row in result["rows"]:
+            predictor = predictors[row["model"]]
+            candidate = predictor.candidate(row["ranks"], row["keys"])
+            assert candidate is not None, "a layout that was measured is allowed"
+            rows.append(row | predictor.prediction(candidate, row["of_ranks"]))
+    return result | {"rows": rows, "summary": summary(rows)}
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['model']}, {row['layout']}: {row['measured_seconds']:.3f} s, predicted {row['predicted_seconds']:.3f} s"
+    )
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -222,9 +172,18 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def sentence(total: dict[str, float]) -> str:
+    """The summary in words."""
+    return (
+        f"{total['layouts']} layouts: rank correlation {total['rank_correlation']:.3f}, median error of the seconds "
+        f"{total['median_error']:.1%}, largest {total['largest_error']:.1%}; memory without the optimizer's state "
+        f"off by {total['median_memory_error']:.1%} in the median, {total['memory_error']:.1%} at most."
+    )
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown of the result."""
-    total, machine = result["summary"], result["machine"]
+    machine = result["machine"]
     built = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [
         "# How well `plan` predicts",
@@ -233,9 +192,7 @@ def table(result: dict[str, Any]) -> str:
         f"load average {machine['load_average_at_start']} at the start, {machine['load_average_at_end']} at the end. "
         "Written by `python -m scripts.validate_plan`.",
         "",
-        f"{total['layouts']} layouts: rank correlation {total['rank_correlation']:.3f}, median error of the seconds "
-        f"{total['median_error']:.1%}, largest {total['largest_error']:.1%}; memory without the optimizer's state "
-        f"off by {total['median_memory_error']:.1%} in the median, {total['memory_error']:.1%} at most.",
+        sentence(result["summary"]),
         "",
         "| model | ranks | layout | measured, s | predicted, s | error | memory off by |",
         "|---|---|---|---|---|---|---|",
@@ -252,13 +209,19 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], choices=[*DEGREES])
-    parser.add_argument("--steps", type=int, default=7, help="measured steps of a layout")
-    parser.add_argument("--limit", type=int, help="largest number of layouts of each number of ranks")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of a layout")
+    parser.add_argument("--every", type=int, default=3, help="1 measures all layouts, N every N-th one")
+    parser.add_argument("--again", action="store_true", help="predict what the output file has measured, again")
     parser.add_argument("--output", type=Path, default=DOCS / "plan.json")
     arguments = parser.parse_args()
-    result = validate(arguments)
+    if arguments.again:
+        result = predict_again(json.loads(arguments.output.read_text(encoding="utf-8")))
+    else:
+        result = validate(arguments.ranks, arguments.steps, arguments.every)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     arguments.output.with_suffix(".md").write_text(table(result), encoding="utf-8")
+    if arguments.output == DOCS / "plan.json":
+        write_marked(DOCS.parent / "planning.md", "accuracy", sentence(result["summary"]))
     print(json.dumps(result["summary"], indent=1))  # noqa: T201
 
 

@@ -44,7 +44,7 @@ LLAMA_70B = {
     "rope_theta": 5e5,
 }
 
-HOST = ("layer_host_s", "pass_host_s", "step_host_s", "operator_s")
+HOST = ("layer_host_s", "experts_host_s", "pass_host_s", "step_host_s", "operator_s")
 
 
 def config(**values) -> Config:

@@ -1,8 +1,9 @@
-"""Rates of this host's processor, measured with single operators for some seconds: the device kind ``cpu``."""
+"""Rates of this host's processor, measured with single operators for about twenty seconds: the device kind ``cpu``."""
 
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,18 +11,24 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from mindspeed_simpo.device import operators
+from mindspeed_simpo.device.grouped import grouped_linear
 from mindspeed_simpo.model.causal import causal_attention
+from mindspeed_simpo.model.routes import routes_of, take
+from mindspeed_simpo.studies.plan.collectives import Group, seconds
 from mindspeed_simpo.studies.plan.devices import Collective, DeviceKind, Link
 
 _REPEATS = 7
 _HIDDEN, _TOKENS = 256, 512
-_BIG, _SMALL = 2**20, 64
+_BIG, _SMALL = 2**18, 64
 """Numbers of a large and of a small message."""
+_COLLECTIVES = 20
+"""Products, and collectives between them, that are timed together."""
 _KINDS: tuple[Collective, ...] = ("reduce", "gather", "scatter", "exchange", "send")
 
 
@@ -39,7 +46,7 @@ def measure_cpu(ranks: int = 2) -> DeviceKind:
         matmul, attention = _matmul_flops(), _attention_flops()
         peak = max(matmul, attention)
         layer = _layer_host_s()
-        return DeviceKind(
+        plain = DeviceKind(
             name="cpu",
             device="cpu",
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _cores(),
@@ -50,15 +57,17 @@ def measure_cpu(ranks: int = 2) -> DeviceKind:
             memory_bytes_per_s=_values_bytes_per_s(),
             optimizer_bytes_per_s=_adam_bytes_per_s(),
             devices_per_host=1024,
-            inside=_gloo(ranks),
+            inside=Link(latency_s=0, bytes_per_s=1),
             outside=Link(latency_s=1e-3, bytes_per_s=1e9),
             operator_s=_operator_s(),
             layer_host_s=layer,
+            experts_host_s=_experts_host_s(),
             pass_host_s=2 * layer,
             step_host_s=10 * layer,
             cores=_cores(),
             notes="Rates measured with single operators on this host, fp32, one thread a rank.",
         )
+        return plain.model_copy(update={"inside": _gloo(plain, ranks)})
     finally:
         torch.set_num_threads(threads)
 
@@ -152,21 +161,45 @@ def _layer_host_s() -> float:
     return _fastest(run) / 20
 
 
-def _gloo(ranks: int) -> Link:
-    """Latency and rate of an all-reduce, and how much slower the other collectives are, between processes."""
+def _experts_host_s() -> float:
+    """Forward of four experts of few tokens, without their activation, which a layer without experts has too."""
+    tokens, hidden, experts, chosen = 8, 16, 4, 2
+    states, router = torch.randn(tokens, hidden, requires_grad=True), torch.randn(experts, hidden, requires_grad=True)
+    first, second = (torch.randn(experts, hidden, hidden, requires_grad=True) for _ in range(2))
+
+    def run() -> None:
+        for _ in range(20):
+            scores = torch.nn.functional.linear(states, router).softmax(-1)
+            best = scores.detach().topk(chosen, dim=-1).indices
+            weights = scores.gather(1, best)
+            weights = weights / weights.sum(-1, keepdim=True)
+            routes = routes_of(best, experts, experts, 1)
+            rows = take(states, routes.token, routes.place)
+            rows = grouped_linear(grouped_linear(rows, first, routes.counts), second, routes.counts)
+            outputs = take(rows, routes.place.flatten(), routes.copy[:, None])
+            torch.bmm(weights[:, None], outputs.view(tokens, chosen, -1))
+
+    return _fastest(run) / 20
+
+
+def _gloo(plain: DeviceKind, ranks: int) -> Link:
+    """Latency and rate of an all-reduce, and how much slower the other collectives are, between processes.
+
+    The seconds are those by which a collective prolongs a matrix product: after a product the processes wait for each
+    other, and gloo's threads have to wake up, so that these are several times the seconds of collectives in succession.
+    """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "seconds.pt"
         spawn(_time_collectives, args=(ranks, folder), nprocs=ranks)  # type: ignore[no-untyped-call]
         found = torch.load(results, weights_only=True)
-    share, steps = (ranks - 1) / ranks, (ranks - 1).bit_length()
     small, large = found["reduce"]
-    latency = small / (2 * steps)
-    rate = 4 * _BIG * 2 * share / max(large - small, 1e-9)
-    link = Link(latency_s=latency, bytes_per_s=rate)
+    moved = 4 * (_BIG - _SMALL) * 2 * (ranks - 1) / ranks
+    link = Link(latency_s=small / (2 * (ranks - 1).bit_length()), bytes_per_s=moved / max(large - small, 1e-6))
+    device = plain.model_copy(update={"inside": link})
     slower = {}
     for kind in _KINDS:
-        moved = {"reduce": 2 * share, "send": 1.0}.get(kind, share)
-        slower[kind] = max(0.1, found[kind][1] / (moved * (latency * steps + 4 * _BIG / rate)))
+        sizes = 4 * np.array([_SMALL, _BIG])
+        slower[kind] = float(np.mean(found[kind] / seconds(kind, sizes, Group(ranks, ranks), device)))
     return link.model_copy(update={"slower": slower})
 
 
@@ -177,6 +210,9 @@ def _time_collectives(rank: int, ranks: int, folder: str) -> None:
     # newer versions of torch have other names for these
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    inputs, weight = torch.randn(_TOKENS, _HIDDEN), torch.randn(4 * _HIDDEN, _HIDDEN)
+    product = partial(torch.nn.functional.linear, inputs, weight)
+    alone = _between_barriers(product)
     found = {}
     for kind in _KINDS:
         times = []
@@ -189,13 +225,27 @@ def _time_collectives(rank: int, ranks: int, folder: str) -> None:
                 "exchange": partial(dist.all_to_all_single, torch.empty_like(whole), whole),
                 "send": partial(_ping_pong, rank, whole),
             }
-            dist.barrier()
-            times.append(_fastest(calls[kind]) / (2 if kind == "send" else 1))
+            exposed = max(_between_barriers(product, calls[kind]) - alone, 1e-6)
+            times.append(exposed / (2 if kind == "send" else 1))
         found[kind] = times
     if rank == 0:
         torch.save(found, Path(folder) / "seconds.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _between_barriers(*calls: Callable[[], object]) -> float:
+    """Median seconds of all calls, one after the other; every process takes part."""
+    found = []
+    for _ in range(_REPEATS):
+        dist.barrier()
+        begin = time.perf_counter()
+        for _ in range(_COLLECTIVES):
+            for call in calls:
+                call()
+        dist.barrier()
+        found.append((time.perf_counter() - begin) / _COLLECTIVES)
+    return statistics.median(found)
 
 
 def _ping_pong(rank: int, tensor: torch.Tensor) -> None:

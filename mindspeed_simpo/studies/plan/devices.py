@@ -20,9 +20,19 @@ class Link(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     latency_s: float = Field(ge=0)
-    bytes_per_s: float = Field(gt=0)
+    bytes_per_s: float = Field(gt=0, description="To all others together.")
+    wires: int | None = Field(
+        None,
+        ge=1,
+        description="Wires that the bytes are divided over, one to each other device, of which a group uses those "
+        "between its members; none where a switch gives all bytes to any of them.",
+    )
     slower: dict[Collective, float] = Field(default_factory=dict)
     """Factor of the time of a kind of collective; 1 where it is not named."""
+
+    def rate(self, others: int) -> float:
+        """Bytes a second, one way, of one device to so many others."""
+        return self.bytes_per_s * (1.0 if self.wires is None else min(1.0, others / self.wires))
 
 
 class DeviceKind(BaseModel):
@@ -47,6 +57,9 @@ class DeviceKind(BaseModel):
     outside: Link = Field(description="Between hosts, for each device.")
     operator_s: float = Field(ge=0, description="Least seconds of one matrix product or attention call on the device.")
     layer_host_s: float = Field(ge=0, description="Seconds that the host needs for the forward of one layer.")
+    experts_host_s: float = Field(
+        ge=0, description="Seconds that the host needs for the experts of a layer's forward: choice, order and sums."
+    )
     pass_host_s: float = Field(ge=0, description="Seconds that the host needs for a pass beside its layers.")
     step_host_s: float = Field(ge=0, description="Seconds that the host needs for a step beside its passes.")
     cores: int | None = Field(None, ge=1, description="Processor cores that the ranks of a host share; CPUs only.")
@@ -73,6 +86,7 @@ _NPU: dict[str, Any] = {
     "attention_efficiency": 0.35,
     "operator_s": 10e-6,
     "layer_host_s": 600e-6,
+    "experts_host_s": 600e-6,
     "pass_host_s": 2e-3,
     "step_host_s": 30e-3,
     "notes": "Peaks and links from public figures; efficiencies, latencies and host seconds are assumptions.",
@@ -83,11 +97,14 @@ _GPU: dict[str, Any] = {
     "attention_efficiency": 0.35,
     "operator_s": 5e-6,
     "layer_host_s": 400e-6,
+    "experts_host_s": 400e-6,
     "pass_host_s": 2e-3,
     "step_host_s": 20e-3,
     "notes": "Peaks and links from data sheets; the efficiency of matrix products from a published head's; attention's "
     "from FlashAttention-2 on H100; latencies and host seconds are assumptions.",
 }
+_HCCS_MESH = Link(latency_s=10e-6, bytes_per_s=196e9, wires=7)
+_HCCS_SWITCH = Link(latency_s=10e-6, bytes_per_s=196e9)
 _ROCE_200 = Link(latency_s=15e-6, bytes_per_s=25e9)
 _INFINIBAND_400 = Link(latency_s=10e-6, bytes_per_s=50e9)
 _NVLINK = Link(latency_s=5e-6, bytes_per_s=450e9)
@@ -98,36 +115,36 @@ KINDS: dict[str, DeviceKind] = {
         DeviceKind(
             name="910B-64GB",
             memory_bytes=64 * _GIB,
-            bf16_flops=313e12,
-            fp32_flops=75e12,
+            bf16_flops=295e12,
+            fp32_flops=73.7e12,
             memory_bytes_per_s=1.1e12,
             optimizer_bytes_per_s=1.1e12,
             devices_per_host=8,
-            inside=Link(latency_s=10e-6, bytes_per_s=196e9),
+            inside=_HCCS_MESH,
             outside=_ROCE_200,
             **_NPU,
         ),
         DeviceKind(
             name="910B-32GB",
             memory_bytes=32 * _GIB,
-            bf16_flops=280e12,
-            fp32_flops=70e12,
+            bf16_flops=264e12,
+            fp32_flops=66e12,
             memory_bytes_per_s=0.55e12,
             optimizer_bytes_per_s=0.55e12,
             devices_per_host=8,
-            inside=Link(latency_s=10e-6, bytes_per_s=196e9),
+            inside=_HCCS_MESH,
             outside=_ROCE_200,
             **_NPU,
         ),
         DeviceKind(
             name="A3",
             memory_bytes=64 * _GIB,
-            bf16_flops=376e12,
-            fp32_flops=94e12,
+            bf16_flops=354e12,
+            fp32_flops=88.5e12,
             memory_bytes_per_s=1.1e12,
             optimizer_bytes_per_s=1.1e12,
             devices_per_host=16,
-            inside=Link(latency_s=10e-6, bytes_per_s=196e9),
+            inside=_HCCS_SWITCH,
             outside=_ROCE_200,
             **_NPU,
         ),
@@ -164,7 +181,7 @@ CPU = "cpu"
 
 
 def find_kind(name: str | None, file: str | None) -> DeviceKind:
-    """The kind of that name, or of that file; ``cpu`` measures this host for some seconds.
+    """The kind of that name, or of that file; ``cpu`` measures this host for some twenty seconds.
 
     Raises:
         ConfigError: where both or none is given, the name is unknown, or the file is not such a record.

@@ -164,7 +164,8 @@ class Simulator:
                 for has, (forward, backward) in zip(key[1:], ends, strict=True):
                     there += has * forward
                     back += has * backward
-                host = self.kind.layer_host_s * chunk.num_layers
+                with_experts = sum(number for layer, number in layers if layer.experts is not None)
+                host = self.kind.layer_host_s * chunk.num_layers + self.kind.experts_host_s * with_experts
                 self._add_host(there, host + self.kind.pass_host_s)
                 self._add_host(back, (_BACKWARD_HOST + _again(config, chunk)) * host + self.kind.pass_host_s)
                 found[key] = there, back

@@ -16,9 +16,9 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.studies.plan.devices import KINDS
 from mindspeed_simpo.studies.plan.layouts import Space
-from mindspeed_simpo.studies.plan.run_lengths import RunLengths, assumed_lengths
 from mindspeed_simpo.studies.plan.rank import NAMES, search
 from mindspeed_simpo.studies.plan.report import describe
+from mindspeed_simpo.studies.plan.run_lengths import RunLengths, assumed_lengths
 from mindspeed_simpo.studies.plan.simulation import Simulator
 from scripts.layouts import MODELS
 

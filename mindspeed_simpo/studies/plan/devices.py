@@ -20,13 +20,11 @@ class Link(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     latency_s: float = Field(ge=0)
-    bytes_per_s: float = Field(gt=0, description="To all others together.")
-    wires: int | None = Field(
-        None,
-        ge=1,
-        description="Wires that the bytes are divided over, one to each other device, of which a group uses those "
-        "between its members; none where a switch gives all bytes to any of them.",
-    )
+    bytes_per_s: float = Field(gt=0)
+    """To all others together."""
+    wires: int | None = Field(default=None, ge=1)
+    """Wires that the bytes are divided over, one to each other device, of which a group uses those between its members;
+    None where a switch gives all bytes to any of them."""
     slower: dict[Collective, float] = Field(default_factory=dict)
     """Factor of the time of a kind of collective; 1 where it is not named."""
 

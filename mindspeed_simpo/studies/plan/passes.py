@@ -109,10 +109,10 @@ class Passes:
         missing = number - self.number
         if missing <= 0:
             return self
-        values = {"tokens": tokens, "rows": 1, "sequences": 1, "calls": 1, "documents": 1}
-        fillers = {each.name: np.full(missing, values.get(each.name, 0.0)) for each in dataclasses.fields(self)}
-        fillers["attended"] = {window: np.zeros(missing) for window in self.attended}
-        return Passes.joined([self, Passes(**fillers)])
+        none, one = np.zeros(1), np.ones(1)
+        attended = dict.fromkeys(self.attended, none)
+        filler = Passes(np.full(1, float(tokens)), one, none, one, one, one, none, attended)
+        return Passes.joined([self, *[filler] * missing])
 
 
 def _attended(each: RunPass, window: int | None) -> float:

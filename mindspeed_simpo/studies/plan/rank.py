@@ -83,8 +83,7 @@ class Plan:
     @property
     def winner(self) -> Ranked:
         """The fastest candidate; there is one."""
-        assert self.ranked and self.ranked[0].best is not None, "something fits"
-        return self.ranked[0].best
+        return self.ranked[0].fitting[0]
 
 
 class _Waiting(NamedTuple):
@@ -178,7 +177,7 @@ class _Search:
                 for virtual in numbers:
                     self.push_all(degrees, list(self.space.forms_of(degrees.values, virtual)))
         else:
-            self.judge(degrees, candidate, next_one.bound)
+            self.judge(degrees, candidate)
 
     def push_all(self, degrees: Degrees, candidates: Sequence[Candidate]) -> None:
         """Add candidates with the same degrees, virtual stages and recomputation."""
@@ -200,7 +199,7 @@ class _Search:
         self.refuse(degrees, degrees.example, needed)
         return False
 
-    def judge(self, degrees: Degrees, candidate: Candidate, bound: float) -> None:
+    def judge(self, degrees: Degrees, candidate: Candidate) -> None:
         """Simulate what fits; of what does not fit, add what needs less memory."""
         needed = self.needed(candidate)
         if needed > self.limit:

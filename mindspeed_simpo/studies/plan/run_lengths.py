@@ -1,10 +1,9 @@
-"""The lengths of a run's pairs, and the passes that they make with each layout, computed once for all that share them."""
+"""The lengths of a run's pairs, and the passes that they make, computed once for all layouts that share them."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,7 +40,7 @@ class MeanPasses:
     """Passes of the fullest data-parallel ranks of the simulated steps, by which the seconds of a step are bounded."""
 
     passes: Passes
-    """``KINDS`` of them: of mean size, the first and the last of a step, and the mean of those that ``two_pass`` scores twice."""
+    """``KINDS`` of them: of mean size, the first and the last of a step, and the mean of those of :attr:`again`."""
     number: float
     """Passes of a step."""
     again: float
@@ -122,14 +121,15 @@ class RunLengths:
 
     def _unrounded(self, config: Config, layout: Layout, ranks: int) -> list[_Parts]:
         batching, key = _keys(config, layout)
-        if (*key, ranks) not in self._parts:
+        key = (*key, ranks)
+        if key not in self._parts:
             capacity = batching.max_tokens // batching.multiple_of * batching.multiple_of
             unrounded = dataclasses.replace(batching, multiple_of=1, max_tokens=capacity)
-            self._parts[*key, ranks] = [
+            self._parts[key] = [
                 self._of_step(dataclasses.replace(step, batching=unrounded), loads, ranks)
                 for step, loads in self._steps_dealt(config, layout)
             ]
-        return self._parts[*key, ranks]
+        return self._parts[key]
 
     def _of_step(self, step: DealtStep, loads: np.ndarray, ranks: int) -> _Parts:
         fullest = np.argsort(-loads, kind="stable")[:ranks]

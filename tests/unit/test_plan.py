@@ -221,6 +221,8 @@ def test_switches_have_the_sign_that_they_should(model):
     assert total() < total(recompute_granularity="selective") < total(**full)
     assert total(batching="prefix_shared") < total() < total(batching="padded")
     assert total(use_distributed_optimizer=True) <= total()
+    hidden = total() - total(overlap_grad_reduce=True)
+    assert 0 < hidden < total()
 
 
 def test_the_command_writes_a_configuration_that_train_takes(tmp_path, capsys):

@@ -80,9 +80,12 @@ class Simulator:
         """Simulate a step: the mean over the simulated steps."""
         simulated = self.run.steps(candidate.config, candidate.layout, ranks=FULLEST)
         spent = [self._passes_of_step(candidate, step) for step in simulated]
-        parts = {name: float(np.mean([each[name] for each in spent])) for name in spent[0]}
+        parts = {name: float(np.mean([each[name] for each, _ in spent])) for name in spent[0][0]}
         for name, value in self.of_step(candidate, rank=0).items():
             parts[name] = parts.get(name, 0.0) + value
+        if candidate.config.overlap_grad_reduce:
+            last_backward = float(np.mean([each for _, each in spent]))
+            parts["gradients"] += max(0.0, self._reduction(candidate, rank=0) - last_backward)
         if self.kind.cores is not None:
             parts["shared cores"] = self._waits_for_cores(candidate, parts)
         return StepTime(sum(parts.values()), parts, float(np.mean([step.pairs for step in simulated])))
@@ -95,9 +98,12 @@ class Simulator:
         busy = ranks * sum(parts[name] for name in ("compute", "recompute", "optimizer", "host"))
         return max(0.0, busy / self.kind.cores - sum(parts.values()))
 
-    def _passes_of_step(self, candidate: Candidate, step: StepPasses) -> dict[str, float]:
-        """Seconds of the passes of one step; the data-parallel ranks wait for the slowest."""
-        ranks = step.ranks
+    def _passes_of_step(self, candidate: Candidate, step: StepPasses) -> tuple[dict[str, float], float]:
+        """Seconds of the passes of one step, and of the last backward of the first pipeline rank.
+
+        The data-parallel ranks wait for the slowest.
+        """
+        ranks, last_backward = step.ranks, 0.0
         by_number: dict[int, list[Passes]] = defaultdict(list)
         for passes in ranks:
             by_number[passes.number].append(passes)
@@ -110,13 +116,15 @@ class Simulator:
             fullest = int(spans.argmax())
             if spans[fullest] > slowest:
                 slowest = float(spans[fullest])
+                last_backward = float(backward[:: candidate.layout.pipeline, :, -1, fullest].sum())
                 there, back = (each[..., fullest].sum(axis=0) for each in (forward, backward))
                 busy = there.sum(axis=1) + back.sum(axis=1)
                 busy[RECOMPUTE] += self._scored_before(candidate, there.sum(axis=0))
                 found = dict(zip(PARTS, busy / candidate.layout.pipeline, strict=True))
         idle = slowest - sum(found.values())
         found = {name: float(value) * step.balance for name, value in found.items()}
-        return found | {"pipeline": idle * step.balance, "imbalance": slowest * (1 - step.balance)}
+        found |= {"pipeline": idle * step.balance, "imbalance": slowest * (1 - step.balance)}
+        return found, last_backward
 
     def _spans(
         self, candidate: Candidate, several: Sequence[Passes], forward: np.ndarray, backward: np.ndarray
@@ -176,15 +184,30 @@ class Simulator:
         """Add what the host needs; where it runs ahead of the device, what it needs longer than the device."""
         times[HOST] += np.maximum(0, host - times.sum(axis=0)) if self.kind.asynchronous else host
 
-    def of_step(self, candidate: Candidate, rank: int) -> dict[str, float]:
-        """Seconds of a step beside its passes, on one pipeline rank."""
+    def _gradient_messages(self, candidate: Candidate, rank: int) -> list[tuple[bool, float]]:
+        """Seconds of each message of a step beside its passes, and whether it reduces gradients over data ranks."""
         config, layout = candidate.config, candidate.layout
         dense, of_experts = trained_parameters(self.model, config, layout, rank)
         chunks = [each for each in _chunks(self.model, layout, 1) if each.pipeline_rank == rank]
         norms = 2 * self.model.hidden_size * sum(chunk.num_layers for chunk in chunks)
-        gradients = 0.0
-        for kind, axis, size in step_messages(config, layout, dense, of_experts, norms):
-            gradients += float(seconds(kind, size, group_of(axis, layout, self.kind), self.kind))
+        return [
+            (
+                kind != "gather" and axis in ("data", "expert data"),
+                float(seconds(kind, size, group_of(axis, layout, self.kind), self.kind)),
+            )
+            for kind, axis, size in step_messages(config, layout, dense, of_experts, norms)
+        ]
+
+    def _reduction(self, candidate: Candidate, rank: int) -> float:
+        """Seconds of the reduction of gradients over data ranks, which ``overlap_grad_reduce`` hides in a backward."""
+        return sum(value for reduces, value in self._gradient_messages(candidate, rank) if reduces)
+
+    def of_step(self, candidate: Candidate, rank: int) -> dict[str, float]:
+        """Seconds of a step beside its passes, on one pipeline rank, without a reduction that is overlapped."""
+        config, layout = candidate.config, candidate.layout
+        dense, of_experts = trained_parameters(self.model, config, layout, rank)
+        messages = self._gradient_messages(candidate, rank)
+        gradients = sum(value for reduces, value in messages if not (reduces and config.overlap_grad_reduce))
         if self.model.tied and layout.pipeline > 1 and not config.lora_r:
             size = _FP32 * self.model.vocab_size * self.model.hidden_size / layout.tensor
             both = Group(2, min(2, group_of("pipeline", layout, self.kind).inside))

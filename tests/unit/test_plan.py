@@ -175,7 +175,7 @@ def test_memory_is_what_check_estimates(model):
 )
 def test_nothing_is_faster_than_its_bound_and_the_search_misses_nothing(model, spare, host, more):
     """With little memory, so that recomputation and two passes are needed, and with much; everything is simulated."""
-    base = config(device="npu", bf16=True)
+    base = config(device="npu", bf16=True, sequence_parallel=True)
     fixed = frozenset({"context_parallel_size", "micro_batch_size"} | more)
     space = Space(base, model, 4, "npu", fixed)
     least = min(

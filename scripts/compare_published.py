@@ -67,51 +67,63 @@ class Setup:
     """Whether the figure is an upper bound."""
 
 
-_ORCA = "lengths: 220 + 220 + 220 tokens, by the size of the data set; every expert in two shards; nothing swapped"
-_HELPSTEER = "lengths: {} tokens; the reference's forward in the step; nothing overlaps"
+_NEMO: dict[str, Any] = {
+    **{
+        "source": "NeMo-RL, recipe and CI bound",
+        "model": "Llama-3.1-8B",
+        "device": "H100",
+        "devices": 32,
+        "pairs": 256,
+    },
+    **{"bound": True},
+}
+_NEMO_ASSUMED = "lengths: {} tokens; the reference's forward in the step; nothing overlaps"
+_MINDSPEED: dict[str, Any] = {
+    **{"source": "MindSpeed-RL, docs/algorithms/dpo.md", "model": "Qwen3-30B-A3B", "devices": 16, "pairs": 64},
+    **{"lengths": (220, 220, 220), "keys": {**PADDED, TENSOR: 2, PIPELINE: 8, "seq_length": 4096}},
+    "assumed": "lengths: 220 + 220 + 220 tokens, by the size of the data set; every expert in two shards",
+}
 SETUPS = (
     Setup(
-        *(
-            "NeMo-RL, recipe and CI bound",
-            "DPO Llama-3.1-8B, 32 x H100, TP4 SP DP8, single pairs up to 8,192 tokens",
-        ),
-        *("Llama-3.1-8B", "H100", 32, 256, 11.5, (700, 450, 450)),
-        _HELPSTEER.format("700 + 450 + 450"),
-        {**PADDED, TENSOR: 4, "seq_length": 8192},
-        bound=True,
+        **_NEMO,
+        setup="DPO Llama-3.1-8B, 32 x H100, TP4 SP DP8, single pairs up to 8,192 tokens",
+        published=11.5,
+        lengths=(700, 450, 450),
+        assumed=_NEMO_ASSUMED.format("700 + 450 + 450"),
+        keys={**PADDED, TENSOR: 4, "seq_length": 8192},
     ),
     Setup(
-        *("NeMo-RL, recipe and CI bound", "the same, TP2 SP PP2 DP8, up to 2,048 tokens"),
-        *(
-            "Llama-3.1-8B",
-            "H100",
-            32,
-            256,
-            6.7,
-            (600, 400, 400),
-            _HELPSTEER.replace("700 + 450 + 450", "600 + 400 + 400"),
-        ),
-        {**PADDED, TENSOR: 2, PIPELINE: 2, "seq_length": 2048},
-        bound=True,
+        **_NEMO,
+        setup="the same, TP2 SP PP2 DP8, up to 2,048 tokens",
+        published=6.7,
+        lengths=(600, 400, 400),
+        assumed=_NEMO_ASSUMED.format("600 + 400 + 400"),
+        keys={**PADDED, TENSOR: 2, PIPELINE: 2, "seq_length": 2048},
     ),
     Setup(
-        *(
-            "MindSpeed-RL, docs/algorithms/dpo.md",
-            "DPO Qwen3-30B-A3B, 16 NPUs of Atlas A2, TP2 SP PP8, single pairs",
-        ),
-        *("Qwen3-30B-A3B", "910B-64GB", 16, 64, 64 / 2.78, (220, 220, 220), _ORCA),
-        {**PADDED, TENSOR: 2, PIPELINE: 8, "seq_length": 4096},
+        **_MINDSPEED,
+        setup="DPO Qwen3-30B-A3B, 16 NPUs of Atlas A2, TP2 SP PP8, single pairs",
+        device="910B-64GB",
+        published=64 / 2.78,
     ),
+    Setup(**_MINDSPEED, setup="the same on 16 dies of Atlas A3", device="A3", published=64 / 7.19),
     Setup(
-        *("MindSpeed-RL, docs/algorithms/dpo.md", "the same on 16 dies of Atlas A3"),
-        *("Qwen3-30B-A3B", "A3", 16, 64, 64 / 7.19, (220, 220, 220), _ORCA),
-        {**PADDED, TENSOR: 2, PIPELINE: 8, "seq_length": 4096},
-    ),
-    Setup(
-        *("NeMo AutoModel, SFT with LoRA", "Llama-3-8B, one H100, 4,096 tokens: 12,473 tokens/s"),
-        *("Llama-3.1-8B", "H100", 1, 1, 8192 / 12473, (1, 4095, 4095)),
-        "two sequences of 4,096 tokens at once, all scored; rank 8 on all projections; nothing recomputed",
-        {"batching": "padded", "micro_batch_size": 1, "seq_length": 4096, "lora_r": 8, "lora_target_modules": _ALL},
+        source="NeMo AutoModel, SFT with LoRA",
+        setup="Llama-3-8B, one H100, 4,096 tokens: 12,473 tokens/s",
+        model="Llama-3.1-8B",
+        device="H100",
+        devices=1,
+        pairs=1,
+        published=8192 / 12473,
+        lengths=(1, 4095, 4095),
+        assumed="two sequences of 4,096 tokens at once, all scored; rank 8 on all projections; nothing recomputed",
+        keys={
+            "batching": "padded",
+            "micro_batch_size": 1,
+            "seq_length": 4096,
+            "lora_r": 8,
+            "lora_target_modules": _ALL,
+        },
         reference=False,
         drawn=False,
     ),

@@ -23,12 +23,14 @@ from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.largest import largest_pass
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.model.hf_config import read_description
+from mindspeed_simpo.studies.plan import run_lengths
 from mindspeed_simpo.studies.plan.bounds import Forms, bounds_of, interleaved_bounds
 from mindspeed_simpo.studies.plan.collectives import Group, group_of, seconds
 from mindspeed_simpo.studies.plan.devices import KINDS, DeviceKind, read_kind
 from mindspeed_simpo.studies.plan.layouts import RECOMPUTE, SCHEDULES, Space
 from mindspeed_simpo.studies.plan.pipeline import makespan
 from mindspeed_simpo.studies.plan.rank import USABLE, search
+from mindspeed_simpo.studies.plan.reasons import why_not
 from mindspeed_simpo.studies.plan.run_lengths import RunLengths, assumed_lengths
 from mindspeed_simpo.studies.plan.simulation import Simulator
 from mindspeed_simpo.training.memory import estimate_memory
@@ -169,25 +171,41 @@ def test_memory_is_what_check_estimates(model):
         assert simulated.memory(candidate, whole_run=True) == expected
 
 
+_ONE_FORM = {"batching", "pair_schedule", "sequence_parallel"}
+
+
 @pytest.mark.parametrize(
-    ("spare", "host", "more"),
-    [(1.15, True, {"max_tokens_per_micro_batch"}), (3.0, False, {"batching", "sequence_parallel"})],
+    ("spare", "host", "more", "batching", "pairs"),
+    [
+        (1.15, True, {"max_tokens_per_micro_batch"}, "auto", 48),
+        (3.0, False, {"batching", "sequence_parallel"}, "auto", 48),
+        (
+            1.02,
+            False,
+            _ONE_FORM,
+            "padded",
+            160,
+        ),  # fastest that fit in the simulated steps alone; some layers recomputed
+    ],
 )
-def test_nothing_is_faster_than_its_bound_and_the_search_misses_nothing(model, spare, host, more):
+def test_nothing_is_faster_than_its_bound_and_the_search_misses_nothing(
+    model, spare, host, more, batching, pairs, monkeypatch
+):
     """With little memory, so that recomputation and two passes are needed, and with much; everything is simulated."""
-    base = config(device="npu", bf16=True, sequence_parallel=True)
-    fixed = frozenset({"context_parallel_size", "micro_batch_size"} | more)
-    space = Space(base, model, 4, "npu", fixed)
-    least = min(
-        max(each.total for each in simulator(model, base).memory(candidate, whole_run=True))
-        for candidate in space.candidates()
-    )
+    monkeypatch.setattr(run_lengths, "_STEPS", 2)
+    base = config(device="npu", bf16=True, sequence_parallel=True, batching=batching)
+    space = Space(base, model, 4, "npu", frozenset({"context_parallel_size"} | more))
+    if batching == "auto":
+        space = dataclasses.replace(space, fixed=space.fixed | {"micro_batch_size"})
+    candidates = list(with_blocks(space, everything(space)))
+    simulated = simulator(model, base, pairs=pairs)
+    least = min(max(each.total for each in simulated.memory(one, whole_run=True)) for one in candidates)
     kind = KINDS["910B-64GB"].model_copy(update={"memory_bytes": int(spare * least / USABLE)})
     kind = kind if host else kind.model_copy(update=dict.fromkeys(HOST, 0))
-    simulated = simulator(model, base, kind)
+    simulated = simulator(model, base, kind, pairs=pairs)
     plan = search(space, simulated, keep=3)
     fastest = {}
-    for each in with_blocks(space, everything(space)):
+    for each in candidates:
         time_ = simulated.step(each)
         [bound] = bounds_of(simulated, each, Forms.of(simulated.run, [each])).totals
         assert bound <= time_.total * (1 + 1e-9), each
@@ -204,7 +222,13 @@ def test_nothing_is_faster_than_its_bound_and_the_search_misses_nothing(model, s
     assert list(found.values()) == pytest.approx(sorted(fastest.values())[:3], rel=1e-9)
     assert found == pytest.approx({layout: fastest[layout] for layout in found}, rel=1e-9)
     assert {each.layout for each in plan.refused}.isdisjoint(fastest)
-    assert all(each.bound.total <= fastest.get(each.layout, math.inf) * (1 + 1e-9) for each in plan.others)
+    for each in plan.others:
+        assert each.bound.total <= each.least * (1 + 1e-9)
+        assert list(found.values())[-1] <= each.least <= fastest.get(each.layout, math.inf) * (1 + 1e-9)
+    methods = {each.fitting[0].candidate.config.recompute_method for each in plan.ranked}
+    assert ("block" in methods) == (spare < 1.1)
+    for each in (*plan.ranked[1:], *plan.others, *plan.refused):
+        assert why_not(each, plan.winner, kind).startswith(("1.", "2.", "3.", "4.", "at least", "does not fit"))
 
 
 def test_switches_have_the_sign_that_they_should(model):

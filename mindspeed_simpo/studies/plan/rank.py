@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.studies.plan.bounds import Forms, bounds_of, interleaved_bounds
-from mindspeed_simpo.studies.plan.layouts import SEARCHED, Space, Values
+from mindspeed_simpo.studies.plan.layouts import RECOMPUTE, SEARCHED, Space, Values
 from mindspeed_simpo.studies.plan.simulation import Candidate, Simulator, StepTime
 
 USABLE = 0.9
@@ -53,8 +53,8 @@ class Degrees:
     """Of the candidates that do not fit, the one that needs least memory."""
     verified: bool = False
     """Whether the first of ``fitting`` fits in the whole run, and none that could be faster was left out."""
-    left: int = 0
-    """Groups of candidates that were left out because of their bounds."""
+    left: float = math.inf
+    """Least bound of the candidates that were left out, seconds."""
 
     @property
     def layout(self) -> Layout:
@@ -66,6 +66,11 @@ class Degrees:
         """The fastest that is known."""
         return self.fitting[0] if self.fitting else None
 
+    @property
+    def least(self) -> float:
+        """Seconds that a step takes at least; infinite where nothing fits."""
+        return min(self.left, self.fitting[0].time.total if self.fitting else math.inf)
+
 
 @dataclass
 class Plan:
@@ -74,7 +79,7 @@ class Plan:
     ranked: list[Degrees] = field(default_factory=list)
     """The degrees whose fastest candidates are known, fastest first."""
     others: list[Degrees] = field(default_factory=list)
-    """Degrees whose candidates are all slower than those of ``ranked``, by their bounds; least bound first."""
+    """Degrees whose candidates are all slower than those of ``ranked``; those first that may be fastest."""
     refused: list[Degrees] = field(default_factory=list)
     """Degrees of which no candidate fits; least memory first."""
     simulated: int = 0
@@ -130,7 +135,7 @@ class _Search:
                 break
             self.verify(unverified[0])
         for each in self.waiting:
-            each.degrees.left += 1
+            each.degrees.left = min(each.degrees.left, each.bound)
         return everything
 
     def fastest(self, everything: Sequence[Degrees]) -> list[Degrees]:
@@ -157,7 +162,8 @@ class _Search:
     def forms(self, values: Values, example: Candidate) -> Forms:
         """The mean passes of all forms, which depend on the data-parallel ranks and the length of rows alone."""
         layout = example.layout
-        key = layout.data, layout.sequence_multiple, layout.axes, example.config.equal_micro_batches
+        config = example.config
+        key = layout.data, layout.sequence_multiple, layout.axes, config.micro_batch_multiple
         if key not in self._forms:
             self._forms[key] = Forms.of(self.simulator.run, list(self.space.forms_of(values, None)))
         return self._forms[key]
@@ -206,12 +212,18 @@ class _Search:
             self.refuse(degrees, candidate, needed)
             for other in self.space.heavier(candidate):
                 self.push_heavier(degrees, other)
-        elif self.recomputes_all(candidate) and (fewer := self.fewest_layers(candidate)) is not None:
-            self.push_all(degrees, [fewer])
+            return
+        fewest = self.fewest_layers(candidate) if self.recomputes_all(candidate) else candidate
+        if fewest is candidate:
+            self.simulate(degrees, candidate, needed)
         else:
-            self.simulated += 1
-            found = Ranked(candidate, self.simulator.step(candidate), needed)
-            bisect.insort(degrees.fitting, found, key=lambda each: each.time.total)
+            self.push_all(degrees, [fewest])
+
+    def simulate(self, degrees: Degrees, candidate: Candidate, needed: int) -> None:
+        """Add a candidate that fits."""
+        self.simulated += 1
+        found = Ranked(candidate, self.simulator.step(candidate), needed)
+        bisect.insort(degrees.fitting, found, key=lambda each: each.time.total)
 
     def push_heavier(self, degrees: Degrees, candidate: Candidate) -> None:
         """Add a candidate; one that recomputes all layers with the bound of one that recomputes a single layer."""
@@ -229,17 +241,18 @@ class _Search:
         config = candidate.config
         return config.recompute_granularity == "full" and config.recompute_method == "uniform"
 
-    def fewest_layers(self, candidate: Candidate) -> Candidate | None:
-        """The candidate with the fewest recomputed layers with which it fits; None where all have to be."""
+    def fewest_layers(self, candidate: Candidate, *, whole_run: bool = False) -> Candidate:
+        """The candidate with the fewest recomputed layers with which it fits; itself where fewer do not fit."""
         config, layers = candidate.config, self.space.model.num_layers
         whole = config.num_layers_per_virtual_pipeline_stage or math.ceil(layers / candidate.layout.pipeline)
 
         def fits(number: int) -> bool:
             other = self.space.recomputing(candidate, number)
-            return other is not None and self.needed(other) <= self.limit
+            return other is not None and self.needed(other, whole_run=whole_run) <= self.limit
 
         fewest = bisect.bisect_left(range(1, whole), True, key=fits) + 1
-        return self.space.recomputing(candidate, fewest) if fewest < whole else None
+        found = self.space.recomputing(candidate, fewest) if fewest < whole else None
+        return candidate if found is None else found
 
     def needed(self, candidate: Candidate, *, whole_run: bool = False) -> int:
         """Bytes of the rank that needs most."""
@@ -264,6 +277,11 @@ class _Search:
             heapq.heappush(self.waiting, each)
         for other in self.space.heavier(best.candidate):
             self.push_heavier(degrees, other)
+        every_layer = self.space.changed(best.candidate, RECOMPUTE[-1])
+        if best.candidate.config.recompute_method == "block" and every_layer is not None:
+            more = self.fewest_layers(every_layer, whole_run=True)
+            if (needed := self.needed(more, whole_run=True)) <= self.limit:
+                self.simulate(degrees, more, needed)
 
 
 def search(space: Space, simulator: Simulator, keep: int) -> Plan:
@@ -283,10 +301,9 @@ def search(space: Space, simulator: Simulator, keep: int) -> Plan:
     plan.ranked = [each for each in found.fastest(everything) if each.verified]
     kept = set(map(id, plan.ranked))
     rest = [each for each in everything if id(each) not in kept]
-    without = [each for each in rest if not each.fitting and not each.left]
+    without = [each for each in rest if math.isinf(each.least)]
     plan.refused = sorted(without, key=lambda each: each.refused.memory_bytes if each.refused else 0)
-    none = set(map(id, without))
-    plan.others = sorted((each for each in rest if id(each) not in none), key=lambda each: each.bound.total)
+    plan.others = sorted((each for each in rest if math.isfinite(each.least)), key=lambda each: each.least)
     return plan
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.studies.plan.collectives import Axis, group_of
 from mindspeed_simpo.studies.plan.devices import DeviceKind
@@ -40,12 +42,14 @@ def why_not(degrees: Degrees, winner: Ranked, kind: DeviceKind) -> str:
         winner: The fastest that fits.
         kind: Of the devices.
     """
-    if degrees.verified and degrees.best is not None:
+    if degrees.best is not None:
         return slower_because(degrees.best.time, winner.time, degrees.layout, kind)
-    if not degrees.fitting and not degrees.left and degrees.refused is not None:
-        missing = (degrees.refused.memory_bytes - USABLE * kind.memory_bytes) / _GIB
-        return f"does not fit: {missing:.3g} GiB more than {USABLE:.0%} of the memory"
-    return "at least " + slower_because(degrees.bound, winner.time, degrees.layout, kind)
+    if degrees.refused is None:
+        return "at least " + slower_because(degrees.bound, winner.time, degrees.layout, kind)
+    if math.isfinite(degrees.left):
+        return f"at least {degrees.left / winner.time.total:.2f} x: what is faster does not fit"
+    missing = (degrees.refused.memory_bytes - USABLE * kind.memory_bytes) / _GIB
+    return f"does not fit: {missing:.3g} GiB more than {USABLE:.0%} of the memory"
 
 
 def slower_because(time: StepTime, winner: StepTime, layout: Layout, kind: DeviceKind) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,15 +96,13 @@ def _rest(plan: Plan, kind: DeviceKind) -> list[str]:
     found: list[str] = []
     by_part: dict[str, list[Degrees]] = {}
     for degrees in plan.others:
-        more = extra_seconds(degrees.bound, plan.winner.time)
-        part = max(more, key=lambda name: more[name]) if more else "pipeline"
-        by_part.setdefault(part, []).append(degrees)
+        by_part.setdefault(_largest_loss(degrees, plan), []).append(degrees)
     if by_part:
         found.append(f"{len(plan.others)} other layouts are slower; by what they lose most, with the next of each:")
-    for part, several in sorted(by_part.items(), key=lambda item: -len(item[1])):
+    for name, several in sorted(by_part.items(), key=lambda item: -len(item[1])):
         first = several[0]
         found.append(
-            f"  {len(several)} by {NAMES[part]}, such as {escape(degrees_of(first.example))}: "
+            f"  {len(several)} by {name}, such as {escape(degrees_of(first.example))}: "
             f"{why_not(first, plan.winner, kind)}"
         )
     if plan.refused:
@@ -113,6 +112,14 @@ def _rest(plan: Plan, kind: DeviceKind) -> list[str]:
             f"{escape(degrees_of(least.example))}: {why_not(least, plan.winner, kind)}"
         )
     return found
+
+
+def _largest_loss(degrees: Degrees, plan: Plan) -> str:
+    """What costs a layout most more than the winner, in words."""
+    if degrees.best is None and degrees.refused is not None:
+        return "memory"
+    more = extra_seconds(degrees.bound if degrees.best is None else degrees.best.time, plan.winner.time)
+    return NAMES[max(more, key=lambda name: more[name])] if more else "several parts"
 
 
 def as_json(plan: Plan, kind: DeviceKind, devices: int, source: str) -> str:
@@ -140,10 +147,15 @@ def _as_record(degrees: Degrees, plan: Plan, kind: DeviceKind) -> dict[str, Any]
             "parts_seconds": degrees.best.time.parts,
             "memory_bytes": degrees.best.memory_bytes,
         }
-    record |= {"keys": degrees.values, "least_step_seconds": degrees.bound.total, "parts_seconds": degrees.bound.parts}
+    record |= {"keys": degrees.values, "least_step_seconds": max(degrees.bound.total, _finite(degrees.least))}
+    record["least_parts_seconds"] = degrees.bound.parts
     if degrees.refused is not None and not degrees.fitting:
         record |= {"refused": describe(degrees.refused.candidate), "memory_bytes": degrees.refused.memory_bytes}
     return record
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
 
 
 def as_yaml(plan: Plan, given: Mapping[str, Any], kind: DeviceKind, devices: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from mindspeed_simpo.config.layout import Layout
@@ -45,7 +46,8 @@ def why_not(degrees: Degrees, winner: Ranked, kind: DeviceKind) -> str:
     if degrees.best is not None:
         return slower_because(degrees.best.time, winner.time, degrees.layout, kind)
     if degrees.refused is None:
-        return "at least " + slower_because(degrees.bound, winner.time, degrees.layout, kind)
+        least = dataclasses.replace(degrees.bound, total=max(degrees.bound.total, degrees.least))
+        return "at least " + slower_because(least, winner.time, degrees.layout, kind)
     if math.isfinite(degrees.left):
         return f"at least {degrees.left / winner.time.total:.2f} x: what is faster does not fit"
     missing = (degrees.refused.memory_bytes - USABLE * kind.memory_bytes) / _GIB

@@ -1,135 +1,96 @@
-"""Bytes that one optimizer step sends, by axis: formulas, and their sum for a model and a layout at stated link speeds.
+"""Bytes that one optimizer step sends, by axis, for a model and a layout at stated link speeds.
 
-tests/ranks/test_communication.py compares the formulas with the bytes that the engine sends.
+The messages are those of ``mindspeed_simpo.studies.plan.collectives``, which tests/ranks/test_plan.py compares with the
+bytes that the engine sends.
 
-    python scripts/communication.py              # the table of docs/parallelism.md
-    python scripts/communication.py --write-docs
+    python -m scripts.communication              # the table of docs/parallelism.md
+    python -m scripts.communication --write-docs
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.layout import Layout
+from mindspeed_simpo.config.validation import make_layout
+from mindspeed_simpo.model.description import ModelDescription
+from mindspeed_simpo.model.hf_config import read_description
+from mindspeed_simpo.model.naming import pipeline_chunks
+from mindspeed_simpo.studies.plan.collectives import Traffic, step_messages
+from mindspeed_simpo.studies.plan.passes import Passes
+from mindspeed_simpo.studies.plan.simulation import trained_parameters
+from scripts.layouts import MODELS
 from scripts.marked import write_marked
 
-FP32 = 4
 DOCS = Path(__file__).parent.parent / "docs" / "parallelism.md"
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Model and batch: what a micro-batch of ``rows`` sequences of ``seq`` tokens needs."""
+def step_traffic(model: ModelDescription, config: Config, layout: Layout) -> Counter[tuple[str, str]]:
+    """Bytes of one optimizer step of a dense model's busiest rank, a middle stage, by ``(collective, axis)``.
 
-    layers: int
-    hidden: int
-    kv_heads: int
-    head_dim: int
-    parameters: int
-    seq: int
-    rows: int
-    response_tokens: int
-    """Scored tokens of the micro-batch's rows together."""
-    micro_batches: int
-    bytes_per_number: int = 2
+    What counts is the whole tensor: the input of an all-reduce, the output of a gather, the input of a reduce-scatter.
+    Each micro-batch is one padded pair of two sequences of ``seq_length`` tokens, half of them response.
 
-
-@dataclass(frozen=True)
-class Axes:
-    """Degrees."""
-
-    tensor: int = 1
-    context: int = 1
-    pipeline: int = 1
-    data: int = 1
-    sequence_parallel: bool = False
-    distributed_optimizer: bool = False
-
-    @property
-    def ranks(self) -> int:
-        """Their product."""
-        return self.tensor * self.context * self.pipeline * self.data
-
-
-def micro_batch_traffic(shape: Shape, axes: Axes, layers: int, *, first: bool, last: bool) -> Counter[tuple[str, str]]:
-    """Bytes of one micro-batch, forward and backward, of a stage with ``layers`` layers.
-
-    By ``(collective, axis)``; what counts is the whole tensor: the input of an all-reduce, the output of a gather, the
-    input of a reduce-scatter. Without recomputation.
+    Args:
+        model: The description.
+        config: Switches, sequence length and global batch.
+        layout: Degrees.
     """
+    seq, alone = config.seq_length, layout.pipeline == 1
+    tokens, rows = np.array([2.0 * seq]), np.array([2.0])
+    passes = Passes(tokens, rows, tokens / 2, rows, rows / 2, rows / 2, 0 * rows, {})
+    traffic = Traffic(model, config, layout, passes)
+    chunk = pipeline_chunks(model, layout.pipeline)[min(1, layout.pipeline - 1)]
+    messages = [each for layer in chunk.layers(model) for each in traffic.forward(layer) + traffic.backward(layer)]
+    for backward in (False, True):
+        messages += traffic.ends(first=alone, last=alone, backward=backward)
     sent: Counter[tuple[str, str]] = Counter()
-    local = shape.rows * shape.seq // axes.context
-    activations = local * shape.hidden * shape.bytes_per_number
-    if axes.tensor > 1 and axes.sequence_parallel:
-        # column- and row-parallel layers, twice a layer; the backward gathers the layer's input once more
-        sent["gather", "tensor"] += layers * 6 * activations + first * activations + last * activations
-        sent["scatter", "tensor"] += layers * 4 * activations + first * activations + last * activations
-    elif axes.tensor > 1:
-        sent["reduce", "tensor"] += layers * 4 * activations + first * activations
-        tokens = shape.response_tokens // axes.context
-        sent["reduce", "tensor"] += last * tokens * shape.hidden * shape.bytes_per_number
-    if axes.tensor > 1 and last:
-        sent["reduce", "tensor"] += 3 * FP32 * shape.response_tokens // axes.context
-    if axes.context > 1:
-        keys = shape.rows * shape.seq * shape.kv_heads // axes.tensor * shape.head_dim * shape.bytes_per_number
-        sent["gather", "context"] += layers * 2 * keys
-        sent["scatter", "context"] += layers * 2 * keys
-        sent["reduce", "context"] += last * shape.rows * 2 * FP32
-    if axes.pipeline > 1:
-        part = activations // axes.tensor if axes.sequence_parallel else activations
-        sent["send", "pipeline"] += part * ((not last) + (not first))
-    return sent
-
-
-def norm_gradients(shape: Shape, axes: Axes, layers: int, *, last: bool) -> int:
-    """Bytes of the norms' gradients, which sequence-parallel ranks add up once a step (fp32)."""
-    return (2 * layers + last) * shape.hidden * FP32 if axes.tensor > 1 and axes.sequence_parallel else 0
-
-
-def step_traffic(shape: Shape, axes: Axes) -> Counter[tuple[str, str]]:
-    """Bytes of one optimizer step of the busiest rank: a middle stage, with the gradients' reduction."""
-    layers = -(-shape.layers // axes.pipeline)
-    alone = axes.pipeline == 1
-    one = micro_batch_traffic(shape, axes, layers, first=alone, last=alone)
-    sent: Counter[tuple[str, str]] = Counter({key: value * shape.micro_batches for key, value in one.items()})
-    sent["reduce", "tensor"] += norm_gradients(shape, axes, layers, last=alone)
-    own = shape.parameters // (axes.tensor * axes.pipeline)
-    if axes.data * axes.context > 1 and axes.distributed_optimizer:
-        sent["scatter", "data"] += own * FP32
-        sent["gather", "data"] += own * shape.bytes_per_number
-    elif axes.data * axes.context > 1:
-        sent["reduce", "data"] += own * FP32
+    for kind, axis, size, _ in messages:
+        sent[kind, axis] += int(size.sum())
+    if not alone:
+        sent["send", "pipeline"] += 2 * int(traffic.between_stages().sum())
+    micro_batches = config.global_batch_size // layout.data
+    sent = Counter({key: value * micro_batches for key, value in sent.items()})
+    norms = (2 * chunk.num_layers + alone) * model.hidden_size
+    dense, of_experts = trained_parameters(model, config, layout, chunk.pipeline_rank)
+    for kind, axis, size in step_messages(config, layout, dense, of_experts, norms):
+        if axis == "tensor" or (axis == "data" and layout.data * layout.context > 1):
+            sent[kind, axis] += int(size)
     return sent
 
 
 def seconds(
-    sent: Counter[tuple[str, str]], axes: Axes, inside: float, outside: float, per_node: int
+    sent: Counter[tuple[str, str]], layout: Layout, inside: float, outside: float, per_node: int
 ) -> dict[str, float]:
     """Time of each axis if nothing overlaps: ring algorithms at the bandwidth of the slowest link that they cross.
 
     Args:
         sent: Of :func:`step_traffic`.
-        axes: Ranks are numbered tensor first, then context, data and pipeline, as megatron-core does.
+        layout: Ranks are numbered tensor first, then context, data and pipeline, as megatron-core does.
         inside: Bytes a second between NPUs of a node, one way.
         outside: Bytes a second of an NPU to other nodes, one way.
         per_node: NPUs of a node.
     """
     sizes = {
-        "tensor": axes.tensor,
-        "context": axes.context,
-        "data": axes.data * axes.context,
-        "pipeline": axes.pipeline,
+        "tensor": layout.tensor,
+        "context": layout.context,
+        "data": layout.data * layout.context,
+        "pipeline": layout.pipeline,
     }
     reach = {
-        "tensor": axes.tensor,
-        "context": axes.tensor * axes.context,
-        "data": axes.tensor * axes.context * axes.data,
-        "pipeline": axes.ranks,
+        "tensor": layout.tensor,
+        "context": layout.tensor * layout.context,
+        "data": layout.tensor * layout.context * layout.data,
+        "pipeline": layout.ranks,
     }
     times: dict[str, float] = dict.fromkeys(sizes, 0.0)
     for (collective, axis), size in sent.items():
@@ -139,31 +100,38 @@ def seconds(
     return times
 
 
-LLAMA_8B = {"layers": 32, "hidden": 4096, "kv_heads": 8, "head_dim": 128, "parameters": 8_030_000_000}
-CASES = [
-    (8, Axes(tensor=8, sequence_parallel=True)),
-    (8, Axes(tensor=4, data=2, sequence_parallel=True, distributed_optimizer=True)),
-    (64, Axes(tensor=8, data=8, sequence_parallel=True, distributed_optimizer=True)),
-    (64, Axes(tensor=4, context=2, data=8, sequence_parallel=True, distributed_optimizer=True)),
-    (512, Axes(tensor=8, data=64, sequence_parallel=True, distributed_optimizer=True)),
-    (512, Axes(tensor=8, pipeline=4, data=16, sequence_parallel=True, distributed_optimizer=True)),
-]
+RUN: dict[str, Any] = {
+    **{"model_name_or_path": "-", "data_path": "-", "seq_length": 8192, "global_batch_size": 512, "bf16": True},
+    **{"batching": "padded", "sequence_parallel": True, "use_distributed_optimizer": True},
+}
+TENSOR, CONTEXT, PIPELINE = "tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"
+CASES: tuple[tuple[int, dict[str, Any]], ...] = (
+    (8, {TENSOR: 8}),
+    (8, {TENSOR: 4}),
+    (64, {TENSOR: 8}),
+    (64, {TENSOR: 4, CONTEXT: 2}),
+    (512, {TENSOR: 8}),
+    (512, {TENSOR: 8, PIPELINE: 4}),
+)
 
 
 def rows_of_table(inside: float, outside: float, per_node: int) -> list[list[str]]:
     """Llama-3-8B's shape, 8,192 tokens a sequence, one pair a micro-batch, 512 pairs a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(MODELS["Llama-3.1-8B"], encoding="utf-8")
+        model = read_description(folder)
     rows = []
-    for ranks, axes in CASES:
-        assert axes.ranks == ranks
-        shape = Shape(**LLAMA_8B, seq=8192, rows=2, response_tokens=4096, micro_batches=512 // axes.data)
-        sent = step_traffic(shape, axes)
-        times = seconds(sent, axes, inside, outside, per_node)
+    for ranks, degrees in CASES:
+        config = Config(**{**RUN, **degrees})
+        layout = make_layout(config, ranks, model, "npu")
+        sent = step_traffic(model, config, layout)
+        times = seconds(sent, layout, inside, outside, per_node)
         by_axis = Counter(dict.fromkeys(times, 0))
         for (_, axis), size in sent.items():
             by_axis[axis] += size
-        layout = f"TP{axes.tensor} CP{axes.context} PP{axes.pipeline} DP{axes.data}"
+        name = f"TP{layout.tensor} CP{layout.context} PP{layout.pipeline} DP{layout.data}"
         cells = [f"{by_axis[axis] / 1e9:,.1f} GB, {times[axis]:,.2f} s" for axis in times]
-        rows.append([str(ranks), layout, str(shape.micro_batches), *cells])
+        rows.append([str(ranks), name, str(config.global_batch_size // layout.data), *cells])
     return rows
 
 

@@ -11,8 +11,8 @@ from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.errors import ConfigError
 from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.studies.plan.devices import DeviceKind
-from mindspeed_simpo.studies.plan.passes import RunLengths, assumed_lengths
 from mindspeed_simpo.studies.plan.report import describe
+from mindspeed_simpo.studies.plan.run_lengths import RunLengths, assumed_lengths
 from mindspeed_simpo.studies.plan.simulation import Candidate, Simulator
 from tests.hf import make_checkpoint
 

@@ -10,6 +10,7 @@ memory and messages of a step are computed from the shapes of Llama-3-70B.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -20,12 +21,14 @@ from typing import Any
 import numpy as np
 
 from mindspeed_simpo.config.config import Config
+from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.largest import largest_pass
+from mindspeed_simpo.model.description import ModelDescription
 from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.training.memory import estimate_memory
-from scripts.communication import Axes, Shape, step_traffic
+from scripts.communication import step_traffic
 from scripts.marked import write_marked
 
 DOCS = Path(__file__).parent.parent / "docs" / "scaling.md"
@@ -123,12 +126,18 @@ def _constant(seconds: float) -> str:
     return f"{seconds / unit:.2g} {name}" if seconds < 100 * unit else f"{seconds / unit:.0f} {name}"
 
 
-def _memory() -> list[Row]:
+@functools.cache
+def _planned() -> tuple[ModelDescription, Config, Layout]:
+    """The model, its configuration and its layout."""
     config = Config(**RUN)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA_70B), encoding="utf-8")
         model = read_description(folder)
-    layout = make_layout(config, RANKS, model, "npu")
+    return model, config, make_layout(config, RANKS, model, "npu")
+
+
+def _memory() -> list[Row]:
+    model, config, layout = _planned()
     half = config.seq_length // 2
     lengths = np.full((config.global_batch_size, 3), half)
     longest = largest_pass(lengths, config, Batching.of(config), layout)
@@ -144,19 +153,8 @@ def _memory() -> list[Row]:
 
 
 def _messages() -> list[Row]:
-    axes = Axes(tensor=8, pipeline=8, data=8, sequence_parallel=True, distributed_optimizer=True)
-    shape = Shape(
-        layers=80,
-        hidden=8192,
-        kv_heads=8,
-        head_dim=128,
-        parameters=PARAMETERS,
-        seq=4096,
-        rows=2,
-        response_tokens=4096,
-        micro_batches=512 // axes.data,
-    )
-    sent = step_traffic(shape, axes)
+    model, config, layout = _planned()
+    sent = step_traffic(model, config, layout)
     found = []
     for axis in ("tensor", "data", "pipeline"):
         size = sum(size for (_, of), size in sent.items() if of == axis)

@@ -1,7 +1,5 @@
 """The communication of the loss path, counted at the process groups, equals the formula."""
 
-from collections import Counter
-
 import pytest
 
 from tests.ranks.launcher import run_ranks
@@ -84,72 +82,3 @@ def test_metrics_take_one_collective():
     for calls, sizes, num_sums in run_ranks(_metrics, 2):
         assert calls == {("allreduce", "world"): 1}
         assert sizes == {("allreduce", "world"): num_sums * FP64}
-
-
-SHAPE = {"layers": 4, "hidden": 64, "heads": 4, "kv_heads": 2}
-
-
-def _micro_batch(folder, options):
-    import torch.distributed as dist
-
-    from mindspeed_simpo.config.config import Config
-    from mindspeed_simpo.config.validation import make_layout
-    from mindspeed_simpo.data.collate import collate_padded
-    from mindspeed_simpo.device import open_device
-    from mindspeed_simpo.parallel import initialize
-    from scripts.engine import build_engine
-    from tests.hf import make_token_pairs
-    from tests.ranks.traffic import Traffic
-
-    device = open_device("cpu")
-    from megatron.core import tensor_parallel
-
-    from mindspeed_simpo.batch import IGNORE_INDEX, TokenizedPair
-
-    config = Config(model_name_or_path=folder, data_path="unused", global_batch_size=2, micro_batch_size=2, **options)
-    groups = initialize(make_layout(config, dist.get_world_size()), device)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    _, schedule = build_engine(config, device, groups)
-    pairs = [TokenizedPair(*pair, source="test") for pair in make_token_pairs(2, seed=3)]
-    batch = collate_padded(pairs, [0, 1], multiple_of=8)
-    axes = {"tensor": groups.tensor, "context": groups.context, "pipeline": groups.pipeline}
-    with Traffic(**{name: group for name, group in axes.items() if group.size() > 1}) as traffic:
-        schedule.forward_backward([batch], 2)
-    sent = Counter()
-    kinds = {"allreduce": "reduce", "allgather_base": "gather", "reduce_scatter_base": "scatter", "send": "send"}
-    for (operator, axis), size in traffic.bytes.items():
-        if operator == "send":
-            sent["send", "pipeline"] += size
-        elif axis != "other":
-            sent[kinds[operator], axis] += size
-    tokens = int((batch.targets != IGNORE_INDEX).sum())
-    return sent, (groups.is_first_pipeline_rank, groups.is_last_pipeline_rank), batch.tokens.shape, tokens
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"tensor_model_parallel_size": 2},
-        {"context_parallel_size": 2},
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-        {"pipeline_model_parallel_size": 2},
-    ],
-    ids=lambda options: "-".join(options),
-)
-def test_the_formulas_of_the_documentation_are_what_a_micro_batch_sends(tmp_path, options):
-    from scripts.communication import Axes, Shape, micro_batch_traffic, norm_gradients
-    from tests.hf import make_checkpoint
-
-    folder = make_checkpoint(tmp_path, "llama", **SHAPE)
-    axes = Axes(
-        tensor=options.get("tensor_model_parallel_size", 1),
-        context=options.get("context_parallel_size", 1),
-        pipeline=options.get("pipeline_model_parallel_size", 1),
-        sequence_parallel=options.get("sequence_parallel", False),
-    )
-    for sent, (first, last), (rows, seq), tokens in run_ranks(_micro_batch, axes.ranks, str(folder), options):
-        shape = Shape(4, 64, 2, 16, 0, seq, rows, tokens, 1, bytes_per_number=4)
-        expected = micro_batch_traffic(shape, axes, 4 // axes.pipeline, first=first, last=last)
-        if norms := norm_gradients(shape, axes, 4, last=True):
-            expected["reduce", "tensor"] += norms
-        assert {key: value for key, value in sent.items() if value} == dict(expected)

@@ -65,7 +65,7 @@ def _passes(config, lengths, model):
     in_order = config.model_copy(update={"seed": None, "global_batch_size": 2})
     [step] = steps_of_run(np.array(lengths), in_order, Batching.of(config), 1, 2)
     windows = {layer.attention.window for layer in model.layers}
-    return Passes.of(step.passes_of(0), list(windows), equal=False)
+    return Passes.of(step.passes_of(0), list(windows), padded=config.batching_in_use == "padded")
 
 
 @pytest.mark.parametrize(

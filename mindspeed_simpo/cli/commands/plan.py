@@ -18,7 +18,7 @@ from mindspeed_simpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from mindspeed_simpo.model.description import ModelDescription
-    from mindspeed_simpo.studies.plan.passes import RunLengths
+    from mindspeed_simpo.studies.plan.run_lengths import RunLengths
 
 _NO_DATA = "assumed lengths"
 """``data_path`` of a plan without data."""
@@ -49,7 +49,7 @@ def _plan(command: Any, _argv: Sequence[str]) -> int:
     if not plan.ranked:
         raise ConfigError(_nothing(plan, devices, kind.name))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    report.print_plan(console, plan, kind, devices, run.source, shown)
+    report.print_plan(console, plan, kind, devices, run.source)
     if command.output is not None:
         Path(command.output).write_text(report.as_json(plan, kind, devices, run.source), encoding="utf-8")
     if command.write is not None:
@@ -86,7 +86,7 @@ def _fixed(command: Any) -> frozenset[str]:
 def _run_lengths(config: Config, model: ModelDescription, lengths: tuple[int, int, int] | None) -> RunLengths:
     from mindspeed_simpo.data.dataset import prepare_pairs
     from mindspeed_simpo.data.tokenizer import load_tokenizer
-    from mindspeed_simpo.studies.plan.passes import RunLengths, assumed_lengths
+    from mindspeed_simpo.studies.plan.run_lengths import RunLengths, assumed_lengths
 
     windows = tuple(dict.fromkeys(layer.attention.window for layer in model.first_of_kind))
     if lengths is not None:
@@ -111,7 +111,7 @@ def _nothing(plan: Any, devices: int, name: str) -> str:
         )
     from mindspeed_simpo.studies.plan.report import describe
 
-    least = min(plan.refused, key=lambda each: each.memory_bytes)
+    least = min((each.refused for each in plan.refused), key=lambda each: each.memory_bytes)
     return (
         f"none of {len(plan.refused)} layouts fits on {devices} x {name}: the smallest, {describe(least.candidate)}, "
         f"needs {least.memory_bytes / 2**30:.3g} GiB of each device: use more devices, adapters (lora_r), a shorter "
@@ -173,7 +173,7 @@ COMMAND = Command(
         ("top", Annotated[str, _argument("Number of layouts to show.", "N")], dataclasses.field(default="10")),
         (
             "output",
-            Annotated[str | None, _argument("JSON file to write, with every candidate.", "FILE")],
+            Annotated[str | None, _argument("JSON file to write, with every layout.", "FILE")],
             dataclasses.field(default=None),
         ),
         (

@@ -70,7 +70,7 @@ def seconds(
     With k ranks of a host and m hosts, B bytes of the whole tensor: a gather or scatter moves ``B (k - 1) / k`` inside
     of a host and ``(B / k) (m - 1) / m`` from each device to other hosts; a reduce is a scatter and a gather; of an
     exchange each rank sends ``B / (k m)`` to each rank; a message is sent whole. Each call has
-    ``ceil(log2 k)`` steps inside and ``ceil(log2 m)`` outside.
+    ``ceil(log2 k)`` steps inside and ``ceil(log2 m)`` outside. Inside, the k ranks use the wires between them.
 
     Args:
         kind: The collective.
@@ -86,15 +86,16 @@ def seconds(
     hosts = -(-ranks // group.inside)
     if kind == "send":
         link = inside if hosts == 1 else outside
-        return calls * link.latency_s + size / link.bytes_per_s * link.slower.get(kind, 1.0)
+        return calls * link.latency_s + size / link.rate(1) * link.slower.get(kind, 1.0)
     steps = calls * math.ceil(math.log2(group.inside)), calls * math.ceil(math.log2(hosts))
     if kind == "exchange":
         moved = size * (group.inside - 1) / ranks, size * (ranks - group.inside) / ranks
     else:
         moved = size * (group.inside - 1) / group.inside, size / group.inside * (hosts - 1) / hosts
+    rates = inside.rate(max(1, group.inside - 1)), outside.bytes_per_s
     times = [
-        (each.latency_s * number + part / each.bytes_per_s) * each.slower.get(kind, 1.0)
-        for each, number, part in zip((inside, outside), steps, moved, strict=True)
+        (each.latency_s * number + part / rate) * each.slower.get(kind, 1.0)
+        for each, number, part, rate in zip((inside, outside), steps, moved, rates, strict=True)
     ]
     return (2 if kind == "reduce" else 1) * (times[0] + times[1])
 
@@ -202,8 +203,7 @@ class Traffic:
             if last and not backward:
                 found.append(Message("reduce", "tensor", 3 * FP32 * scored, 2))
         if self.layout.context > 1 and last and not backward:
-            sequences = 2 * self.passes.documents if self.config.batching_in_use != "padded" else self.passes.rows
-            found.append(Message("reduce", "context", FP64 * sequences))
+            found.append(Message("reduce", "context", FP64 * self.passes.sequences))
         return found
 
     def between_stages(self) -> np.ndarray:

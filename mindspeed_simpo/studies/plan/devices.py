@@ -21,8 +21,16 @@ class Link(BaseModel):
 
     latency_s: float = Field(ge=0)
     bytes_per_s: float = Field(gt=0)
+    """To all others together."""
+    wires: int | None = Field(default=None, ge=1)
+    """Wires that the bytes are divided over, one to each other device, of which a group uses those between its members;
+    None where a switch gives all bytes to any of them."""
     slower: dict[Collective, float] = Field(default_factory=dict)
     """Factor of the time of a kind of collective; 1 where it is not named."""
+
+    def rate(self, others: int) -> float:
+        """Bytes a second, one way, of one device to so many others."""
+        return self.bytes_per_s * (1.0 if self.wires is None else min(1.0, others / self.wires))
 
 
 class DeviceKind(BaseModel):
@@ -93,6 +101,8 @@ _GPU: dict[str, Any] = {
     "notes": "Peaks and links from data sheets; the efficiency of matrix products from a published head's; attention's "
     "from FlashAttention-2 on H100; latencies and host seconds are assumptions.",
 }
+_HCCS_MESH = Link(latency_s=10e-6, bytes_per_s=196e9, wires=7)
+_HCCS_SWITCH = Link(latency_s=10e-6, bytes_per_s=196e9)
 _ROCE_200 = Link(latency_s=15e-6, bytes_per_s=25e9)
 _INFINIBAND_400 = Link(latency_s=10e-6, bytes_per_s=50e9)
 _NVLINK = Link(latency_s=5e-6, bytes_per_s=450e9)
@@ -103,36 +113,36 @@ KINDS: dict[str, DeviceKind] = {
         DeviceKind(
             name="910B-64GB",
             memory_bytes=64 * _GIB,
-            bf16_flops=313e12,
-            fp32_flops=75e12,
+            bf16_flops=295e12,
+            fp32_flops=73.7e12,
             memory_bytes_per_s=1.1e12,
             optimizer_bytes_per_s=1.1e12,
             devices_per_host=8,
-            inside=Link(latency_s=10e-6, bytes_per_s=196e9),
+            inside=_HCCS_MESH,
             outside=_ROCE_200,
             **_NPU,
         ),
         DeviceKind(
             name="910B-32GB",
             memory_bytes=32 * _GIB,
-            bf16_flops=280e12,
-            fp32_flops=70e12,
+            bf16_flops=264e12,
+            fp32_flops=66e12,
             memory_bytes_per_s=0.55e12,
             optimizer_bytes_per_s=0.55e12,
             devices_per_host=8,
-            inside=Link(latency_s=10e-6, bytes_per_s=196e9),
+            inside=_HCCS_MESH,
             outside=_ROCE_200,
             **_NPU,
         ),
         DeviceKind(
             name="A3",
             memory_bytes=64 * _GIB,
-            bf16_flops=376e12,
-            fp32_flops=94e12,
+            bf16_flops=354e12,
+            fp32_flops=88.5e12,
             memory_bytes_per_s=1.1e12,
             optimizer_bytes_per_s=1.1e12,
             devices_per_host=16,
-            inside=Link(latency_s=10e-6, bytes_per_s=196e9),
+            inside=_HCCS_SWITCH,
             outside=_ROCE_200,
             **_NPU,
         ),

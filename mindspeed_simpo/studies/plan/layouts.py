@@ -59,15 +59,21 @@ class Space:
     def candidates(self) -> Iterator[Candidate]:
         """Each allowed layout and form of micro-batches, with the least work: :meth:`heavier` has the others."""
         for degrees in self.degrees():
-            for sizes in self.forms():
-                for size in sizes:
-                    found = self.candidate({**self._least(), **degrees, **size})
-                    if found is None:  # what a layout refuses in small micro-batches it refuses in larger ones
-                        break
-                    yield found
+            for virtual in [None, *self.virtual(degrees)]:
+                yield from self.forms_of(degrees, virtual)
+
+    def forms_of(self, degrees: Values, virtual: int | None) -> Iterator[Candidate]:
+        """The forms of micro-batches that some degrees allow, with so many layers of a virtual stage."""
+        key = {"num_layers_per_virtual_pipeline_stage": virtual}
+        for sizes in self.forms():
+            for size in sizes:
+                found = self.candidate({**self._least(), **degrees, **key, **size})
+                if found is None:  # what a layout refuses in small micro-batches it refuses in larger ones
+                    break
+                yield found
 
     def heavier(self, candidate: Candidate) -> Iterator[Candidate]:
-        """The same layout and micro-batches with one more step of recomputation, or the next pair schedule.
+        """The same layout and micro-batches with more recomputation, or the next pair schedules.
 
         Both cost time and save memory, so they are of use only where ``candidate`` does not fit.
         """
@@ -75,14 +81,20 @@ class Space:
         changes: list[Values] = []
         if "recompute_granularity" not in self.fixed:
             place = [each["recompute_granularity"] for each in RECOMPUTE].index(config.recompute_granularity)
-            changes += RECOMPUTE[place + 1 : place + 2]
+            changes += RECOMPUTE[place + 1 :]
         if "pair_schedule" not in self.fixed:
             place = SCHEDULES.index(config.pair_schedule)
             changes += [{"pair_schedule": name} for name in SCHEDULES[place + 1 :]]
-        for change in changes:
-            found = self.candidate({**{name: getattr(config, name) for name in SEARCHED}, **change})
-            if found is not None:
-                yield found
+        yield from filter(None, (self.changed(candidate, change) for change in changes))
+
+    def recomputing(self, candidate: Candidate, layers: int) -> Candidate | None:
+        """The candidate with only so many layers of each model chunk recomputed, where it recomputes all of them."""
+        change = {**_FULL, "recompute_method": "block", "recompute_num_layers": layers}
+        return None if "recompute_granularity" in self.fixed else self.changed(candidate, change)
+
+    def changed(self, candidate: Candidate, change: Values) -> Candidate | None:
+        """The candidate with other values of some keys; None where it is refused."""
+        return self.candidate({**{name: getattr(candidate.config, name) for name in SEARCHED}, **change})
 
     def candidate(self, values: Values) -> Candidate | None:
         """The candidate with these values of ``SEARCHED`` keys; None where it is refused."""
@@ -95,7 +107,10 @@ class Space:
             return None
 
     def degrees(self) -> Iterator[Values]:
-        """Degrees of all axes whose product divides the devices; validation judges them later."""
+        """Degrees of all axes whose product divides the devices; validation judges them later.
+
+        Of a pipeline :meth:`virtual` has the virtual stages.
+        """
         divisors = _divisors(self.devices)
         heads = max(layer.attention.heads for layer in self.model.first_of_kind)
         widest = max(1, self.base.seq_length // LEAST_TOKENS)
@@ -107,8 +122,7 @@ class Space:
             if self.devices % (tensor * pipeline * context):
                 continue
             data = self.devices // (tensor * pipeline * context)
-            for virtual, expert, sequence in itertools.product(
-                self._given("num_layers_per_virtual_pipeline_stage", self._virtual(pipeline)),
+            for expert, sequence in itertools.product(
                 self._experts(tensor, self.devices // pipeline),
                 self._given("sequence_parallel", [True, False] if tensor > 1 else [False]),
             ):
@@ -116,7 +130,6 @@ class Space:
                     "tensor_model_parallel_size": tensor,
                     "pipeline_model_parallel_size": pipeline,
                     "context_parallel_size": context,
-                    "num_layers_per_virtual_pipeline_stage": virtual,
                     "sequence_parallel": sequence,
                     # sharded state needs less memory and no more time
                     "use_distributed_optimizer": data * context > 1,
@@ -158,12 +171,13 @@ class Space:
     def _given(self, name: str, values: Sequence[Any]) -> Sequence[Any]:
         return [getattr(self.base, name)] if name in self.fixed else values
 
-    def _virtual(self, pipeline: int) -> list[int | None]:
-        """Layers of a virtual stage; None without virtual stages."""
-        layers = self.model.num_layers
+    def virtual(self, degrees: Values) -> Sequence[int]:
+        """Numbers of layers that a virtual stage may have; none where there can be no virtual stages."""
+        layers, pipeline = self.model.num_layers, degrees["pipeline_model_parallel_size"]
         if pipeline == 1 or layers % pipeline:
-            return [None]
-        return [None, *(each for each in _divisors(layers // pipeline) if each < layers // pipeline)]
+            return []
+        fixed = "num_layers_per_virtual_pipeline_stage" in self.fixed
+        return [] if fixed else [each for each in _divisors(layers // pipeline) if each < layers // pipeline]
 
     def _experts(self, tensor: int, ranks: int) -> list[Values]:
         numbers = {layer.experts.number for layer in self.model.first_of_kind if layer.experts is not None}

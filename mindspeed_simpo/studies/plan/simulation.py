@@ -16,8 +16,9 @@ from mindspeed_simpo.model.description import Layer, ModelDescription
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 from mindspeed_simpo.studies.plan.collectives import Group, group_of, seconds, step_messages
 from mindspeed_simpo.studies.plan.devices import DeviceKind
-from mindspeed_simpo.studies.plan.passes import FULLEST, Passes, RunLengths, StepPasses
+from mindspeed_simpo.studies.plan.passes import Passes
 from mindspeed_simpo.studies.plan.pipeline import makespan
+from mindspeed_simpo.studies.plan.run_lengths import FULLEST, RunLengths, StepPasses
 from mindspeed_simpo.studies.plan.work import PARTS, Costs
 from mindspeed_simpo.training.memory import MemoryEstimate, count_parameters, estimate_memory
 
@@ -26,6 +27,7 @@ _BACKWARD_HOST = 1.5
 _OPTIMIZER_BYTES = 40
 """Bytes that norm, clipping and Adam read and write for a parameter in fp32; and 4 more to set its gradient to zero."""
 _FP32 = 4
+HOST, RECOMPUTE = PARTS.index("host"), PARTS.index("recompute")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class _Stages:
+class Stages:
     """Seconds of all passes on each virtual stage: ``[stage, part, pass]``."""
 
     forward: np.ndarray
@@ -74,25 +76,16 @@ class Simulator:
         largest = self.run.largest(candidate.config, candidate.layout, whole_run=whole_run)
         return estimate_memory(self.model, candidate.config, candidate.layout, largest, self.kind.device)
 
-    def lower_bound(self, candidate: Candidate) -> float:
-        """Seconds that a step takes at least: those of the busiest pipeline rank, if all its passes are of mean size.
-
-        The seconds of a pass are a convex function of its sizes, so that equal passes take least.
-        """
-        mean, number = self.run.mean_pass(candidate.config, candidate.layout)
-        stages = self._stages(candidate, mean)
-        busy = (stages.forward + stages.backward).sum(axis=1)[:, 0]
-        extra = self._scored_twice(candidate) * stages.forward.sum(axis=1)[:, 0]
-        ranks = candidate.layout.pipeline
-        of_rank = [float((busy + extra)[rank::ranks].sum()) * number for rank in range(ranks)]
-        return max(of_rank) + sum(self._of_step(candidate, rank=0).values())
-
     def step(self, candidate: Candidate) -> StepTime:
         """Simulate a step: the mean over the simulated steps."""
         simulated = self.run.steps(candidate.config, candidate.layout, ranks=FULLEST)
         spent = [self._passes_of_step(candidate, step) for step in simulated]
-        parts = {name: float(np.mean([each[name] for each in spent])) for name in spent[0]}
-        parts |= self._of_step(candidate, rank=0)
+        parts = {name: float(np.mean([each[name] for each, _ in spent])) for name in spent[0][0]}
+        for name, value in self.of_step(candidate, rank=0).items():
+            parts[name] = parts.get(name, 0.0) + value
+        if candidate.config.overlap_grad_reduce:
+            last_backward = float(np.mean([each for _, each in spent]))
+            parts["gradients"] += max(0.0, self._reduction(candidate, rank=0) - last_backward)
         if self.kind.cores is not None:
             parts["shared cores"] = self._waits_for_cores(candidate, parts)
         return StepTime(sum(parts.values()), parts, float(np.mean([step.pairs for step in simulated])))
@@ -102,30 +95,36 @@ class Simulator:
         assert self.kind.cores is not None
         layout = candidate.layout
         ranks = min(layout.ranks, self.kind.devices_per_host)
-        busy = ranks * (parts["compute"] + parts["optimizer"] + parts["host"])
+        busy = ranks * sum(parts[name] for name in ("compute", "recompute", "optimizer", "host"))
         return max(0.0, busy / self.kind.cores - sum(parts.values()))
 
-    def _passes_of_step(self, candidate: Candidate, step: StepPasses) -> dict[str, float]:
-        """Seconds of the passes of one step; the data-parallel ranks wait for the slowest."""
-        ranks = step.ranks
+    def _passes_of_step(self, candidate: Candidate, step: StepPasses) -> tuple[dict[str, float], float]:
+        """Seconds of the passes of one step, and of the last backward of the first pipeline rank.
+
+        The data-parallel ranks wait for the slowest.
+        """
+        ranks, last_backward = step.ranks, 0.0
         by_number: dict[int, list[Passes]] = defaultdict(list)
         for passes in ranks:
             by_number[passes.number].append(passes)
         slowest, found = -1.0, {}
         for number, several in by_number.items():
-            stages = self._stages(candidate, Passes.joined(several))
+            stages = self.stages(candidate, Passes.joined(several))
             joint = candidate.layout.experts_span_data_ranks
             forward, backward = (_by_scenario(each, number, joint=joint) for each in (stages.forward, stages.backward))
             spans = self._spans(candidate, several, forward.sum(axis=1), backward.sum(axis=1))
             fullest = int(spans.argmax())
             if spans[fullest] > slowest:
                 slowest = float(spans[fullest])
-                extra = self._scored_twice(candidate)
-                busy = (forward * (1 + extra) + backward)[..., fullest].sum(axis=2).sum(axis=0)
+                last_backward = float(backward[:: candidate.layout.pipeline, :, -1, fullest].sum())
+                there, back = (each[..., fullest].sum(axis=0) for each in (forward, backward))
+                busy = there.sum(axis=1) + back.sum(axis=1)
+                busy[RECOMPUTE] += self._scored_before(candidate, there.sum(axis=0))
                 found = dict(zip(PARTS, busy / candidate.layout.pipeline, strict=True))
         idle = slowest - sum(found.values())
         found = {name: float(value) * step.balance for name, value in found.items()}
-        return found | {"pipeline": idle * step.balance, "imbalance": slowest * (1 - step.balance)}
+        found |= {"pipeline": idle * step.balance, "imbalance": slowest * (1 - step.balance)}
+        return found, last_backward
 
     def _spans(
         self, candidate: Candidate, several: Sequence[Passes], forward: np.ndarray, backward: np.ndarray
@@ -145,12 +144,13 @@ class Simulator:
         return total
 
     @staticmethod
-    def _scored_twice(candidate: Candidate) -> float:
-        """Forwards without gradients, over those with gradients."""
-        halves = 0.5 if candidate.config.pair_schedule == "two_pass" else 0.0
-        return halves + candidate.config.reference_is_base
+    def _scored_before(candidate: Candidate, forward: np.ndarray) -> float:
+        """Seconds of the forwards without gradients, from those of all passes with gradients."""
+        halves = forward[1::2].sum() if candidate.config.pair_schedule == "two_pass" else 0.0
+        return float(halves + candidate.config.reference_is_base * forward.sum())
 
-    def _stages(self, candidate: Candidate, passes: Passes) -> _Stages:
+    def stages(self, candidate: Candidate, passes: Passes) -> Stages:
+        """Seconds of each pass on each virtual stage."""
         config, layout = candidate.config, candidate.layout
         costs = Costs(self.model, config, layout, self.kind, passes)
         of_layers = {layer: costs.layer(layer) for layer in self.model.first_of_kind}
@@ -166,8 +166,9 @@ class Simulator:
                 for layer, number in layers:
                     forward, backward, core = of_layers[layer]
                     there += number * forward
-                    back += number * (backward + _again(config, chunk) * forward)
-                    back += number * (config.recompute_granularity == "selective") * core
+                    back += number * backward
+                    back[RECOMPUTE] += number * _again(config, chunk) * forward.sum(axis=0)
+                    back[RECOMPUTE] += number * (config.recompute_granularity == "selective") * core.sum(axis=0)
                 for has, (forward, backward) in zip(key[1:], ends, strict=True):
                     there += has * forward
                     back += has * backward
@@ -177,21 +178,36 @@ class Simulator:
                 self._add_host(back, (_BACKWARD_HOST + _again(config, chunk)) * host + self.kind.pass_host_s)
                 found[key] = there, back
             stages.append(found[key])
-        return _Stages(*(np.stack(each) for each in zip(*stages, strict=True)))
+        return Stages(*(np.stack(each) for each in zip(*stages, strict=True)))
 
     def _add_host(self, times: np.ndarray, host: float) -> None:
         """Add what the host needs; where it runs ahead of the device, what it needs longer than the device."""
-        times[0] += np.maximum(0, host - times.sum(axis=0)) if self.kind.asynchronous else host
+        times[HOST] += np.maximum(0, host - times.sum(axis=0)) if self.kind.asynchronous else host
 
-    def _of_step(self, candidate: Candidate, rank: int) -> dict[str, float]:
-        """Seconds of a step beside its passes, on one pipeline rank."""
+    def _gradient_messages(self, candidate: Candidate, rank: int) -> list[tuple[bool, float]]:
+        """Seconds of each message of a step beside its passes, and whether it reduces gradients over data ranks."""
         config, layout = candidate.config, candidate.layout
         dense, of_experts = trained_parameters(self.model, config, layout, rank)
         chunks = [each for each in _chunks(self.model, layout, 1) if each.pipeline_rank == rank]
         norms = 2 * self.model.hidden_size * sum(chunk.num_layers for chunk in chunks)
-        gradients = 0.0
-        for kind, axis, size in step_messages(config, layout, dense, of_experts, norms):
-            gradients += float(seconds(kind, size, group_of(axis, layout, self.kind), self.kind))
+        return [
+            (
+                kind != "gather" and axis in ("data", "expert data"),
+                float(seconds(kind, size, group_of(axis, layout, self.kind), self.kind)),
+            )
+            for kind, axis, size in step_messages(config, layout, dense, of_experts, norms)
+        ]
+
+    def _reduction(self, candidate: Candidate, rank: int) -> float:
+        """Seconds of the reduction of gradients over data ranks, which ``overlap_grad_reduce`` hides in a backward."""
+        return sum(value for reduces, value in self._gradient_messages(candidate, rank) if reduces)
+
+    def of_step(self, candidate: Candidate, rank: int) -> dict[str, float]:
+        """Seconds of a step beside its passes, on one pipeline rank, without a reduction that is overlapped."""
+        config, layout = candidate.config, candidate.layout
+        dense, of_experts = trained_parameters(self.model, config, layout, rank)
+        messages = self._gradient_messages(candidate, rank)
+        gradients = sum(value for reduces, value in messages if not (reduces and config.overlap_grad_reduce))
         if self.model.tied and layout.pipeline > 1 and not config.lora_r:
             size = _FP32 * self.model.vocab_size * self.model.hidden_size / layout.tensor
             both = Group(2, min(2, group_of("pipeline", layout, self.kind).inside))

@@ -17,8 +17,8 @@ from mindspeed_simpo.studies.plan.collectives import Message, Traffic, group_of,
 from mindspeed_simpo.studies.plan.devices import DeviceKind
 from mindspeed_simpo.studies.plan.passes import Passes
 
-PARTS = ("compute", "tensor", "context", "expert")
-"""What a pass spends its seconds on: kernels and their host, and the collectives of an axis."""
+PARTS = ("compute", "tensor", "context", "expert", "host", "recompute")
+"""What a pass spends its seconds on: kernels, the collectives of an axis, the host, and forwards done once more."""
 _PART_OF = {"tensor": 1, "shared heads": 1, "context": 2, "expert": 3}
 Seconds = Float[np.ndarray, "part pass"]
 _BACKWARD_ATTENTION = 2.5
@@ -171,7 +171,7 @@ class Costs:
         share = attention.share(0, self.layout.tensor)
         pairs = self.passes.attended[attention.window] / self.layout.context
         operations = 2.0 * pairs * share.queries * (attention.head_dim + attention.value_dim)
-        calls = self.passes.documents if self.kind.device == "cpu" and self._packed else 1 + (self.passes.prefixes > 0)
+        calls = self.passes.documents if self.kind.device == "cpu" else self.passes.calls
         copied = self.passes.prefixes * share.kv_heads * (attention.head_dim + attention.value_dim)
         return (
             operations / self.kind.attention_flops(bf16=self.config.bf16_in_use)
@@ -183,10 +183,6 @@ class Costs:
     def _sharing_ranks(self) -> int:
         """Ranks that share a key-value head."""
         return max(layer.attention.share(0, self.layout.tensor).kv_parts for layer in self.model.first_of_kind)
-
-    @property
-    def _packed(self) -> bool:
-        return self.config.batching_in_use != "padded"
 
     def _values(self, layer: Layer) -> np.ndarray:
         """Seconds of norms, rotation, activation, residual sums and permutations: numbers read and written."""
@@ -222,7 +218,8 @@ class Costs:
         scored = self.passes.scored / self.layout.context
         one = self.product(scored, rows, hidden)
         logits = scored * rows * _FP32 / self.kind.memory_bytes_per_s
-        chunks = np.ceil(scored / self.config.chunk_tokens_in_use) if self.config.fused_logprob else 1.0
+        # a last chunk that is not full counts by its share
+        chunks = np.maximum(1.0, scored / self.config.chunk_tokens_in_use) if self.config.fused_logprob else 1.0
         products = (0 if self._adapters is not None else 1) + 1 + bool(self.config.fused_logprob)
         added = 0.0 if self._adapters is not None else chunks * 2 * _FP32 * rows * hidden / self.kind.memory_bytes_per_s
         return (

@@ -22,7 +22,7 @@ from mindspeed_simpo.data.largest import largest_pass
 from mindspeed_simpo.data.loader import PairLoader
 from mindspeed_simpo.device import Device
 from mindspeed_simpo.model.hf_config import read_description
-from mindspeed_simpo.studies.plan.passes import assumed_lengths
+from mindspeed_simpo.studies.plan.run_lengths import assumed_lengths
 from mindspeed_simpo.training.memory import MemoryEstimate, estimate_memory
 from tests.hf import Pairs
 

@@ -82,7 +82,7 @@ def _gloo(plain: DeviceKind, rates: Rates, ranks: int) -> Link:
 
 
 def link_of(plain: DeviceKind, found: Mapping[Collective, Sequence[float]], ranks: int, numbers: Sequence[int]) -> Link:
-    """Latency and rate of an all-reduce, and how much slower the other collectives are.
+    """The median latency of a step of all collectives, the rate of an all-reduce, and how much slower each of them is.
 
     Args:
         plain: The device; its links are not read.
@@ -92,12 +92,13 @@ def link_of(plain: DeviceKind, found: Mapping[Collective, Sequence[float]], rank
     """
     small, large = found["reduce"]
     moved = 4 * (numbers[1] - numbers[0]) * 2 * (ranks - 1) / ranks
-    link = Link(latency_s=small / (2 * (ranks - 1).bit_length()), bytes_per_s=moved / max(large - small, 1e-6))
-    device = plain.model_copy(update={"inside": link})
-    slower = {}
-    for kind in _KINDS:
-        sizes = 4 * np.array(numbers)
-        slower[kind] = float(np.mean(found[kind] / seconds(kind, sizes, Group(ranks, ranks), device)))
+    steps = {kind: {"reduce": 2, "send": 1 / (ranks - 1).bit_length()}.get(kind, 1) for kind in _KINDS}
+    latency = statistics.median(found[kind][0] / steps[kind] for kind in _KINDS) / (ranks - 1).bit_length()
+    link = Link(latency_s=latency, bytes_per_s=moved / max(large - small, large / 10))
+    device, sizes = plain.model_copy(update={"inside": link}), 4 * np.array(numbers)
+    slower = {
+        kind: sum(found[kind]) / float(seconds(kind, sizes, Group(ranks, ranks), device).sum()) for kind in _KINDS
+    }
     return link.model_copy(update={"slower": slower})
 
 
@@ -127,7 +128,6 @@ def time_collectives(rates: Rates, numbers: Sequence[int]) -> dict[Collective, l
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     ranks, device = dist.get_world_size(), rates.device
     product = rates.product()
-    alone = _between_barriers(rates, product)
     found: dict[Collective, list[float]] = {}
     for kind in _KINDS:
         times = []
@@ -140,25 +140,29 @@ def time_collectives(rates: Rates, numbers: Sequence[int]) -> dict[Collective, l
                 "exchange": partial(dist.all_to_all_single, torch.empty_like(whole), whole),
                 "send": partial(_ping_pong, dist.get_rank(), whole),
             }
-            exposed = max(_between_barriers(rates, product, calls[kind]) - alone, 1e-6)
+            exposed = max(_exposed(rates, product, calls[kind]), 1e-6)
             times.append(exposed / (2 if kind == "send" else 1))
         found[kind] = times
     return found
 
 
+def _exposed(rates: Rates, product: Callable[[], object], call: Callable[[], object]) -> float:
+    """Median seconds by which the call prolongs the product, each time beside the product alone."""
+    return statistics.median(
+        _between_barriers(rates, product, call) - _between_barriers(rates, product) for _ in range(REPEATS)
+    )
+
+
 def _between_barriers(rates: Rates, *calls: Callable[[], object]) -> float:
-    """Median seconds of all calls, one after the other; every process takes part."""
-    found = []
-    for _ in range(REPEATS):
-        dist.barrier()
-        begin = time.perf_counter()
-        for _ in range(_COLLECTIVES):
-            for call in calls:
-                call()
-        rates.wait()
-        dist.barrier()
-        found.append((time.perf_counter() - begin) / _COLLECTIVES)
-    return statistics.median(found)
+    """Seconds of all calls, one after the other; every process takes part."""
+    dist.barrier()
+    begin = time.perf_counter()
+    for _ in range(_COLLECTIVES):
+        for call in calls:
+            call()
+    rates.wait()
+    dist.barrier()
+    return (time.perf_counter() - begin) / _COLLECTIVES
 
 
 def _ping_pong(rank: int, tensor: torch.Tensor) -> None:

@@ -179,7 +179,7 @@ CPU = "cpu"
 
 
 def find_kind(name: str | None, file: str | None) -> DeviceKind:
-    """The kind of that name, or of that file; ``cpu`` measures this host for some twenty seconds.
+    """The kind of that name, or of that file; ``cpu`` measures this host for about half a minute.
 
     Raises:
         ConfigError: where both or none is given, the name is unknown, or the file is not such a record.

@@ -162,6 +162,7 @@ def open_device(
         _use_deterministic_algorithms()
     megatron_repairs.repair()
     if found == "cpu":
+        cpu.wait_for_gathers()
         return Device("cpu", torch.device("cpu"))
     accelerator = getattr(torch, found, None)
     if accelerator is None or not accelerator.is_available():

@@ -7,6 +7,7 @@ names the code of megatron-core that needs it. The replacements are installed on
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,23 @@ def install_adaptor() -> None:
     _redirect_device_queries()
     _redirect_allocations()
     _redirect_random_state()
+
+
+@functools.cache
+def wait_for_gathers() -> None:
+    """Have megatron-core's all-gathers of parameters end where they start; a second call has no effect."""
+    # distributed/param_and_grad_buffer.py: an asynchronous all-gather that gloo coalesces writes to memory that is no
+    # longer its own while the same process exchanges other messages (torch 2.13)
+    module: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    gather = module.dist_all_gather_func
+
+    def gather_at_once(output: torch.Tensor, shard: torch.Tensor, group: Any, async_op: bool) -> None:
+        if async_op:
+            group._allgather_base(output, shard).wait()
+        else:
+            gather(output, shard, group=group, async_op=False)
+
+    module.dist_all_gather_func = gather_at_once
 
 
 def _redirect_device_queries() -> None:

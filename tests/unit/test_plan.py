@@ -245,8 +245,10 @@ def test_switches_have_the_sign_that_they_should(model):
     assert total() < total(recompute_granularity="selective") < total(**full)
     assert total(batching="prefix_shared") < total() < total(batching="padded")
     assert total(use_distributed_optimizer=True) <= total()
-    hidden = total() - total(overlap_grad_reduce=True)
-    assert 0 < hidden < total()
+    sharded = {"use_distributed_optimizer": True}
+    reduced = {**sharded, "overlap_grad_reduce": True}
+    gathered = {**reduced, "overlap_param_gather": True}
+    assert 0 < total(**gathered) < total(**reduced) < total(**sharded)
 
 
 def test_the_command_writes_a_configuration_that_train_takes(tmp_path, capsys):

@@ -6,6 +6,7 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from mindspeed_simpo.model.adapters import Adapters
 from mindspeed_simpo.model.description import Layer, ModelDescription
 from mindspeed_simpo.model.naming import Chunk, pipeline_chunks
 from mindspeed_simpo.studies.plan.collectives import Group, group_of, seconds, step_messages
-from mindspeed_simpo.studies.plan.devices import DeviceKind
+from mindspeed_simpo.studies.plan.devices import Collective, DeviceKind
 from mindspeed_simpo.studies.plan.passes import Passes
 from mindspeed_simpo.studies.plan.pipeline import makespan
 from mindspeed_simpo.studies.plan.run_lengths import FULLEST, RunLengths, StepPasses
@@ -28,6 +29,10 @@ _OPTIMIZER_BYTES = 40
 """Bytes that norm, clipping and Adam read and write for a parameter in fp32; and 4 more to set its gradient to zero."""
 _FP32 = 4
 HOST, RECOMPUTE = PARTS.index("host"), PARTS.index("recompute")
+
+
+End = Literal["first forward", "last backward"]
+"""The passes of a step that hide messages over data-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,9 @@ class Simulator:
         parts = {name: float(np.mean([each[name] for each, _ in spent])) for name in spent[0][0]}
         for name, value in self.of_step(candidate, rank=0).items():
             parts[name] = parts.get(name, 0.0) + value
-        if candidate.config.overlap_grad_reduce:
-            last_backward = float(np.mean([each for _, each in spent]))
-            parts["gradients"] += max(0.0, self._reduction(candidate, rank=0) - last_backward)
+        for place, needed in self._overlapped(candidate, rank=0).items():
+            hidden_behind = float(np.mean([ends[place] for _, ends in spent]))
+            parts["gradients"] += max(0.0, needed - hidden_behind)
         if self.kind.cores is not None:
             parts["shared cores"] = self._waits_for_cores(candidate, parts)
         return StepTime(sum(parts.values()), parts, float(np.mean([step.pairs for step in simulated])))
@@ -98,12 +103,13 @@ class Simulator:
         busy = ranks * sum(parts[name] for name in ("compute", "recompute", "optimizer", "host"))
         return max(0.0, busy / self.kind.cores - sum(parts.values()))
 
-    def _passes_of_step(self, candidate: Candidate, step: StepPasses) -> tuple[dict[str, float], float]:
-        """Seconds of the passes of one step, and of the last backward of the first pipeline rank.
+    def _passes_of_step(self, candidate: Candidate, step: StepPasses) -> tuple[dict[str, float], dict[End, float]]:
+        """Seconds of the passes of one step, and of the first forward and last backward of the first pipeline rank.
 
         The data-parallel ranks wait for the slowest.
         """
-        ranks, last_backward = step.ranks, 0.0
+        ranks = step.ranks
+        ends: dict[End, float] = {}
         by_number: dict[int, list[Passes]] = defaultdict(list)
         for passes in ranks:
             by_number[passes.number].append(passes)
@@ -116,7 +122,9 @@ class Simulator:
             fullest = int(spans.argmax())
             if spans[fullest] > slowest:
                 slowest = float(spans[fullest])
-                last_backward = float(backward[:: candidate.layout.pipeline, :, -1, fullest].sum())
+                first, last = forward[..., 0, fullest], backward[..., -1, fullest]
+                own = slice(None, None, candidate.layout.pipeline)
+                ends = {"first forward": float(first[own].sum()), "last backward": float(last[own].sum())}
                 there, back = (each[..., fullest].sum(axis=0) for each in (forward, backward))
                 busy = there.sum(axis=1) + back.sum(axis=1)
                 busy[RECOMPUTE] += self._scored_before(candidate, there.sum(axis=0))
@@ -124,7 +132,7 @@ class Simulator:
         idle = slowest - sum(found.values())
         found = {name: float(value) * step.balance for name, value in found.items()}
         found |= {"pipeline": idle * step.balance, "imbalance": slowest * (1 - step.balance)}
-        return found, last_backward
+        return found, ends
 
     def _spans(
         self, candidate: Candidate, several: Sequence[Passes], forward: np.ndarray, backward: np.ndarray
@@ -184,30 +192,33 @@ class Simulator:
         """Add what the host needs; where it runs ahead of the device, what it needs longer than the device."""
         times[HOST] += np.maximum(0, host - times.sum(axis=0)) if self.kind.asynchronous else host
 
-    def _gradient_messages(self, candidate: Candidate, rank: int) -> list[tuple[bool, float]]:
-        """Seconds of each message of a step beside its passes, and whether it reduces gradients over data ranks."""
+    def _gradient_messages(self, candidate: Candidate, rank: int) -> list[tuple[End | None, float]]:
+        """Seconds of each message of a step beside its passes, and what it is overlapped with; None for nothing."""
         config, layout = candidate.config, candidate.layout
         dense, of_experts = trained_parameters(self.model, config, layout, rank)
         chunks = [each for each in _chunks(self.model, layout, 1) if each.pipeline_rank == rank]
         norms = 2 * self.model.hidden_size * sum(chunk.num_layers for chunk in chunks)
         return [
             (
-                kind != "gather" and axis in ("data", "expert data"),
+                _overlapped_with(config, kind) if axis in ("data", "expert data") else None,
                 float(seconds(kind, size, group_of(axis, layout, self.kind), self.kind)),
             )
             for kind, axis, size in step_messages(config, layout, dense, of_experts, norms)
         ]
 
-    def _reduction(self, candidate: Candidate, rank: int) -> float:
-        """Seconds of the reduction of gradients over data ranks, which ``overlap_grad_reduce`` hides in a backward."""
-        return sum(value for reduces, value in self._gradient_messages(candidate, rank) if reduces)
+    def _overlapped(self, candidate: Candidate, rank: int) -> dict[End, float]:
+        """Seconds of the messages that are overlapped, by what hides them."""
+        found: dict[End, float] = defaultdict(float)
+        for end, value in self._gradient_messages(candidate, rank):
+            if end is not None:
+                found[end] += value
+        return found
 
     def of_step(self, candidate: Candidate, rank: int) -> dict[str, float]:
-        """Seconds of a step beside its passes, on one pipeline rank, without a reduction that is overlapped."""
+        """Seconds of a step beside its passes, on one pipeline rank, without messages that are overlapped."""
         config, layout = candidate.config, candidate.layout
         dense, of_experts = trained_parameters(self.model, config, layout, rank)
-        messages = self._gradient_messages(candidate, rank)
-        gradients = sum(value for reduces, value in messages if not (reduces and config.overlap_grad_reduce))
+        gradients = sum(value for end, value in self._gradient_messages(candidate, rank) if end is None)
         if self.model.tied and layout.pipeline > 1 and not config.lora_r:
             size = _FP32 * self.model.vocab_size * self.model.hidden_size / layout.tensor
             both = Group(2, min(2, group_of("pipeline", layout, self.kind).inside))
@@ -220,6 +231,13 @@ class Simulator:
         moved = _OPTIMIZER_BYTES * held + _FP32 * (dense + of_experts)
         optimizer = moved / self.kind.optimizer_bytes_per_s
         return {"gradients": gradients, "optimizer": optimizer, "host": self.kind.step_host_s}
+
+
+def _overlapped_with(config: Config, kind: Collective) -> End | None:
+    """What hides a message over data-parallel ranks: of updated parameters, or of gradients."""
+    if kind == "gather":
+        return "first forward" if config.overlap_param_gather else None
+    return "last backward" if config.overlap_grad_reduce else None
 
 
 @functools.lru_cache(maxsize=1024)

@@ -28,15 +28,18 @@ lint() {
     return $failed
 }
 
-core012() {
+with_old_core() {
     setup_old_core || return 1
-    PYTHONPATH="$PWD/$OLD_CORE" python -m pytest tests/ranks -m "not newest_core" "$@"
+    PYTHONPATH="$PWD/$OLD_CORE" python -m pytest -m "not newest_core" "$@"
+}
+
+core012() {
+    with_old_core tests/ranks "$@"
 }
 
 torch271() {
-    setup_old_core || return 1
     [ $# -gt 0 ] || set -- tests
-    PYTHONPATH="$PWD/$OLD_CORE" python -m pytest -m "not newest_core" "$@"
+    with_old_core "$@"
 }
 
 case "${1:-all}" in
@@ -45,14 +48,15 @@ core012) core012 "${@:2}" ;;
 torch271) torch271 "${@:2}" ;;
 unit | ranks | e2e | upstream) python -m pytest "tests/$1" "${@:2}" ;;
 all)
-    status=0
+    status=0 topologies=tests/ranks/test_topologies.py
+    setup_old_core || exit 1 # once, not by both of what follows
     # tests of one process and tests that wait leave a core idle: lint and the tests of the ranks run beside them
     others=$(mktemp)
     set -m # a process group of its own, which is ended as a whole
     (
         other_status=0
         python -m pytest tests --ignore=tests/ranks || other_status=1
-        core012 || other_status=1
+        core012 --ignore="$topologies" || other_status=1
         exit $other_status
     ) >"$others" 2>&1 &
     pid=$!
@@ -60,6 +64,7 @@ all)
     trap 'kill -- -$pid 2>/dev/null; rm -f "$others"' EXIT
     lint || status=1
     python -m pytest tests/ranks || status=1
+    with_old_core "$topologies" || status=1
     wait $pid || status=1
     cat "$others"
     exit $status

@@ -138,10 +138,10 @@ class Config(
 
     def arithmetic(self, **values: object) -> dict[str, object]:
         """Values of the options with ``effect="arithmetic"``, ``batching`` resolved; ``values`` override options."""
-        found = {name: getattr(self, name) for name in _arithmetic_names() if name != "batching"}
+        found = {name: getattr(self, name) for name in _arithmetic_names(type(self)) if name != "batching"}
         return {"batching": values.get("batching") or self.batching_in_use} | found | values
 
 
 @functools.cache
-def _arithmetic_names() -> tuple[str, ...]:
-    return tuple(name for name, field in Config.model_fields.items() if effect_of(field) == "arithmetic")
+def _arithmetic_names(kind: type[Config]) -> tuple[str, ...]:
+    return tuple(name for name, field in kind.model_fields.items() if effect_of(field) == "arithmetic")

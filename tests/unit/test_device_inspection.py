@@ -46,9 +46,9 @@ def test_waits_are_counted_by_their_place(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "product", "gib", "kind", "peak"),
     [
-        ("npu", "Ascend910B3", 64, "910B-64GB", 313e12),
-        ("npu", "Ascend910B4", 32, "910B-32GB", 280e12),
-        ("npu", "Ascend910_9391", 64, "A3", 376e12),
+        ("npu", "Ascend910B3", 64, "910B-64GB", 295e12),
+        ("npu", "Ascend910B4", 32, "910B-32GB", 264e12),
+        ("npu", "Ascend910_9391", 64, "A3", 354e12),
         ("cuda", "NVIDIA H100 80GB HBM3", 80, "H100", 989e12),
         ("cuda", "NVIDIA H200", 141, "H200", 989e12),
         ("cuda", "NVIDIA GH200 480GB", 96, None, 989e12),

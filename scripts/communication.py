@@ -10,7 +10,6 @@ bytes that the engine sends.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,18 @@ from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.layout import Layout
 from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.model.naming import pipeline_chunks
-from mindspeed_simpo.studies.plan.collectives import Traffic, step_messages
+from mindspeed_simpo.studies.plan.collectives import Axis, Traffic, group_of, seconds, step_messages
+from mindspeed_simpo.studies.plan.devices import KINDS, Collective, DeviceKind, Link
 from mindspeed_simpo.studies.plan.passes import Passes
 from mindspeed_simpo.studies.plan.simulation import trained_parameters
-from scripts.layouts import MODELS
+from scripts.layouts import description_of
 from scripts.marked import write_marked
 
 DOCS = Path(__file__).parent.parent / "docs" / "parallelism.md"
 
 
-def step_traffic(model: ModelDescription, config: Config, layout: Layout) -> Counter[tuple[str, str]]:
+def step_traffic(model: ModelDescription, config: Config, layout: Layout) -> Counter[tuple[Collective, Axis]]:
     """Bytes of one optimizer step of a dense model's busiest rank, a middle stage, by ``(collective, axis)``.
 
     What counts is the whole tensor: the input of an all-reduce, the output of a gather, the input of a reduce-scatter.
@@ -53,7 +52,7 @@ def step_traffic(model: ModelDescription, config: Config, layout: Layout) -> Cou
     messages = [each for layer in chunk.layers(model) for each in traffic.forward(layer) + traffic.backward(layer)]
     for backward in (False, True):
         messages += traffic.ends(first=alone, last=alone, backward=backward)
-    sent: Counter[tuple[str, str]] = Counter()
+    sent: Counter[tuple[Collective, Axis]] = Counter()
     for kind, axis, size, _ in messages:
         sent[kind, axis] += int(size.sum())
     if not alone:
@@ -68,35 +67,17 @@ def step_traffic(model: ModelDescription, config: Config, layout: Layout) -> Cou
     return sent
 
 
-def seconds(
-    sent: Counter[tuple[str, str]], layout: Layout, inside: float, outside: float, per_node: int
-) -> dict[str, float]:
-    """Time of each axis if nothing overlaps: ring algorithms at the bandwidth of the slowest link that they cross.
+def seconds_by_axis(sent: Counter[tuple[Collective, Axis]], layout: Layout, kind: DeviceKind) -> dict[str, float]:
+    """Time of each axis if nothing overlaps.
 
     Args:
         sent: Of :func:`step_traffic`.
-        layout: Ranks are numbered tensor first, then context, data and pipeline, as megatron-core does.
-        inside: Bytes a second between NPUs of a node, one way.
-        outside: Bytes a second of an NPU to other nodes, one way.
-        per_node: NPUs of a node.
+        layout: Degrees.
+        kind: Links.
     """
-    sizes = {
-        "tensor": layout.tensor,
-        "context": layout.context,
-        "data": layout.data * layout.context,
-        "pipeline": layout.pipeline,
-    }
-    reach = {
-        "tensor": layout.tensor,
-        "context": layout.tensor * layout.context,
-        "data": layout.tensor * layout.context * layout.data,
-        "pipeline": layout.ranks,
-    }
-    times: dict[str, float] = dict.fromkeys(sizes, 0.0)
+    times: dict[str, float] = dict.fromkeys(("tensor", "context", "data", "pipeline"), 0.0)
     for (collective, axis), size in sent.items():
-        ranks = sizes[axis]
-        factor = {"reduce": 2 * (ranks - 1) / ranks, "send": 1.0}.get(collective, (ranks - 1) / ranks)
-        times[axis] += factor * size / (inside if reach[axis] <= per_node else outside)
+        times[axis] += float(seconds(collective, size, group_of(axis, layout, kind), kind))
     return times
 
 
@@ -115,17 +96,14 @@ CASES: tuple[tuple[int, dict[str, Any]], ...] = (
 )
 
 
-def rows_of_table(inside: float, outside: float, per_node: int) -> list[list[str]]:
+def rows_of_table(kind: DeviceKind) -> list[list[str]]:
     """Llama-3-8B's shape, 8,192 tokens a sequence, one pair a micro-batch, 512 pairs a step."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(MODELS["Llama-3.1-8B"], encoding="utf-8")
-        model = read_description(folder)
-    rows = []
+    model, rows = description_of("Llama-3.1-8B"), []
     for ranks, degrees in CASES:
         config = Config(**{**RUN, **degrees})
         layout = make_layout(config, ranks, model, "npu")
         sent = step_traffic(model, config, layout)
-        times = seconds(sent, layout, inside, outside, per_node)
+        times = seconds_by_axis(sent, layout, kind)
         by_axis = Counter(dict.fromkeys(times, 0))
         for (_, axis), size in sent.items():
             by_axis[axis] += size
@@ -144,7 +122,11 @@ def main() -> None:
     parser.add_argument("--write-docs", action="store_true", help=f"into {DOCS.name}")
     options = parser.parse_args()
     header = ["NPUs", "layout", "micro-batches", "tensor", "context", "data", "pipeline"]
-    rows = rows_of_table(options.inside_gb_per_s * 1e9, options.outside_gb_per_s * 1e9, options.npus_per_node)
+    inside, outside = (
+        Link(latency_s=0, bytes_per_s=1e9 * each) for each in (options.inside_gb_per_s, options.outside_gb_per_s)
+    )
+    links = {"inside": inside, "outside": outside, "devices_per_host": options.npus_per_node}
+    rows = rows_of_table(KINDS["910B-64GB"].model_copy(update=links))
     if options.write_docs:
         lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
         write_marked(DOCS, "communication", "\n".join(lines))

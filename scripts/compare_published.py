@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,10 @@ import numpy as np
 from mindspeed_simpo.config.config import Config
 from mindspeed_simpo.config.resolution import resolve
 from mindspeed_simpo.config.validation import make_layout
-from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.studies.plan.devices import KINDS
 from mindspeed_simpo.studies.plan.run_lengths import RunLengths, assumed_lengths
 from mindspeed_simpo.studies.plan.simulation import Candidate, Simulator
-from scripts.layouts import MODELS
+from scripts.layouts import description_of
 from scripts.marked import write_marked
 
 DOCS = Path(__file__).parent.parent / "docs" / "planning.md"
@@ -140,9 +138,7 @@ TOO_LITTLE = {
 
 def simulated_seconds(setup: Setup) -> float:
     """Seconds of a step."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(MODELS[setup.model], encoding="utf-8")
-        model = read_description(folder)
+    model = description_of(setup.model)
     kind = KINDS[setup.device]
     given = {"model_name_or_path": "-", "data_path": "-", "global_batch_size": setup.pairs, "bf16": True}
     of_run = WithReference if setup.reference else Config

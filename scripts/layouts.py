@@ -107,7 +107,8 @@ class Choice:
 
 
 @functools.cache
-def _description(model: str) -> ModelDescription:
+def description_of(model: str) -> ModelDescription:
+    """The description of one of :data:`MODELS`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(MODELS[model], encoding="utf-8")
         return read_description(folder)
@@ -146,7 +147,7 @@ def _largest(seq_length: int, data: int, form: str) -> LargestPass:
 
 def choose(model: str, training: str, ranks: int, gib: int, seq_length: int) -> Choice | None:
     """The first layout that fits; None where none does."""
-    description = _description(model)
+    description = description_of(model)
     experts = max((layer.experts.number for layer in description.layers if layer.experts is not None), default=0)
     for candidate in _candidates(ranks, experts):
         recompute = candidate.pop("recompute")

@@ -12,14 +12,11 @@ import argparse
 import functools
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mindspeed_simpo.config.config import Config
-from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.studies.plan.devices import KINDS, DeviceKind
 from mindspeed_simpo.studies.plan.layouts import RECOMPUTE, Space
 from mindspeed_simpo.studies.plan.rank import USABLE, search
@@ -28,7 +25,7 @@ from mindspeed_simpo.studies.plan.report import describe
 from mindspeed_simpo.studies.plan.run_lengths import RunLengths, assumed_lengths
 from mindspeed_simpo.studies.plan.simulation import Candidate, Simulator, StepTime
 from scripts.curve_tables import efficiencies, findings, full_tables, picture
-from scripts.layouts import MODELS
+from scripts.layouts import description_of
 from scripts.marked import write_marked
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
@@ -52,20 +49,13 @@ SCRIPTS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def _model(name: str) -> ModelDescription:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(MODELS[name], encoding="utf-8")
-        return read_description(folder)
-
-
-@functools.cache
 def _run(pairs: int, windows: tuple[int | None, ...]) -> RunLengths:
     return RunLengths(assumed_lengths(*LENGTHS, SEQ, max(4096, pairs)), windows, "assumed")
 
 
 def point(name: str, kind: DeviceKind, devices: int, pairs: int) -> dict[str, Any]:
     """The fastest layout of a model on a number of devices, and how far others are from it."""
-    model = _model(name)
+    model = description_of(name)
     config = Config(
         model_name_or_path="-", data_path="-", seq_length=SEQ, global_batch_size=pairs, device=kind.device, bf16=True
     )

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,28 +24,12 @@ from mindspeed_simpo.config.validation import make_layout
 from mindspeed_simpo.data.batching import Batching
 from mindspeed_simpo.data.largest import largest_pass
 from mindspeed_simpo.model.description import ModelDescription
-from mindspeed_simpo.model.hf_config import read_description
 from mindspeed_simpo.training.memory import estimate_memory
 from scripts.communication import step_traffic
+from scripts.layouts import description_of
 from scripts.marked import write_marked
 
 DOCS = Path(__file__).parent.parent / "docs" / "scaling.md"
-LLAMA_70B = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 8192,
-    "rope_theta": 5e5,
-    "rms_norm_eps": 1e-5,
-}
 PARAMETERS = 70_553_706_496
 RUN: dict[str, Any] = {
     "model_name_or_path": "unused",
@@ -130,9 +112,7 @@ def _constant(seconds: float) -> str:
 def _planned() -> tuple[ModelDescription, Config, Layout]:
     """The model, its configuration and its layout."""
     config = Config(**RUN)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_70B), encoding="utf-8")
-        model = read_description(folder)
+    model = description_of("Llama-3.1-70B")
     return model, config, make_layout(config, RANKS, model, "npu")
 
 

@@ -7,7 +7,6 @@ import importlib
 import multiprocessing as mp
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mindspeed_simpo.cli.launch import Rendezvous
 from scripts.device_report.job import Job
 
 _GRACE_S = 5.0
@@ -56,15 +56,18 @@ class Processes:
             seconds: After these the processes are killed.
         """
         logs = [jobs[0].rows.with_suffix(f".{job.rank}.log") for job in jobs]
-        port = _free_port() if len(jobs) > 1 else None
+        rendezvous = Rendezvous() if len(jobs) > 1 else None
+        shared = {} if rendezvous is None else rendezvous.environment
         begin = time.monotonic()
         processes = [
-            self._context.Process(target=_child, args=(module, job, log, port))
+            self._context.Process(target=_child, args=(module, job, log, shared))
             for job, log in zip(jobs, logs, strict=True)
         ]
         for process in processes:
             process.start()
         try:
+            if rendezvous is not None:
+                rendezvous.serve()
             in_time = _wait(processes, begin + seconds)
         finally:
             for process in processes:
@@ -84,19 +87,14 @@ class Processes:
         return Outcome("done", taken)
 
 
-def _child(module: str, job: Job, log: Path, port: int | None) -> None:
+def _child(module: str, job: Job, log: Path, shared: dict[str, str]) -> None:
     os.setsid()  # Ctrl-C of the terminal reaches the report alone, and what the section starts dies with it
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    if port is not None:
-        os.environ.update(
-            RANK=str(job.rank),
-            WORLD_SIZE=str(job.ranks),
-            LOCAL_RANK=str(job.rank),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+    if shared:
+        own = {"RANK": str(job.rank), "WORLD_SIZE": str(job.ranks), "LOCAL_RANK": str(job.rank)}
+        os.environ.update(shared | own)
     try:
         importlib.import_module(module).run(job)
     except BaseException:
@@ -134,9 +132,3 @@ def _tail(log: Path) -> str:
         return log.read_text(encoding="utf-8", errors="replace")[-_LOG_CHARACTERS:].strip()
     except OSError:
         return ""
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -34,21 +34,9 @@ from mindspeed_simpo.studies.plan.reasons import why_not
 from mindspeed_simpo.studies.plan.run_lengths import RunLengths, assumed_lengths
 from mindspeed_simpo.studies.plan.simulation import Simulator
 from mindspeed_simpo.training.memory import estimate_memory
+from scripts.layouts import MODELS
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart")
-LLAMA_70B = {
-    "model_type": "llama",
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 5e5,
-}
-
 HOST = ("layer_host_s", "experts_host_s", "pass_host_s", "step_host_s", "operator_s")
 
 
@@ -307,7 +295,7 @@ def test_a_device_file_that_is_no_record_is_named(tmp_path):
 
 def test_ten_thousand_devices_are_planned_from_a_config_alone(tmp_path):
     """In a process of its own, without the checks of shapes that tests run with."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    (tmp_path / "config.json").write_text(MODELS["Llama-3.1-70B"])
     words = ["--devices", "10000", "--device-kind", "910B-64GB", "--lengths", "512,300,300", "--top", "1"]
     command = [sys.executable, "-m", "mindspeed_simpo", "plan", str(tmp_path / "config.json"), *words]
     before = _seconds_of_children()
@@ -325,7 +313,7 @@ def _seconds_of_children():
 
 
 def test_too_little_memory_is_said_with_what_is_missing(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    (tmp_path / "config.json").write_text(MODELS["Llama-3.1-70B"])
     words = ["--devices", "2", "--device-kind", "910B-32GB", "--lengths", "512,300,300"]
     assert execute(["plan", str(tmp_path), *words, "--batching", "packed", "--sequence-parallel"]) == 2
     assert "fits on 2 x 910B-32GB: the smallest, " in capsys.readouterr().err
